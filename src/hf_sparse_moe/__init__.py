@@ -1,0 +1,84 @@
+"""
+Sparse mixtures of experts from any dense Transformers checkpoint.
+
+Importing the package registers its classes, so that `AutoModelForCausalLM.from_pretrained` and its siblings load them.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from .models.configuration_sparse_moe import (
+    SparseMoeConfig,
+    SparseMoeDecoderConfig,
+    SparseMoeEncoderConfig,
+    SparseMoeEncoderDecoderConfig,
+)
+from .models.feed_forward import list_feed_forward_layouts
+from .models.modeling_sparse_moe import (
+    AUTO_CLASSES,
+    SparseMoeDecoderForCausalLM,
+    SparseMoeDecoderForQuestionAnswering,
+    SparseMoeDecoderForSequenceClassification,
+    SparseMoeDecoderForTokenClassification,
+    SparseMoeDecoderModel,
+    SparseMoeEncoderDecoderForConditionalGeneration,
+    SparseMoeEncoderDecoderForQuestionAnswering,
+    SparseMoeEncoderDecoderForSequenceClassification,
+    SparseMoeEncoderDecoderModel,
+    SparseMoeEncoderForMaskedLM,
+    SparseMoeEncoderForMultipleChoice,
+    SparseMoeEncoderForQuestionAnswering,
+    SparseMoeEncoderForSequenceClassification,
+    SparseMoeEncoderForTokenClassification,
+    SparseMoeEncoderModel,
+)
+from .models.pretrained_model import SparseMoePreTrainedModel
+from .registration import register_auto_classes
+
+
+__version__ = "0.1.0"
+
+register_auto_classes(AUTO_CLASSES)
+
+# Found on first use, so that importing the package needs torch and transformers only.
+_LAZY = {
+    "expert_lora_config": ".adapters",
+    "push_to_hub": ".hub",
+    "render_model_card": ".hub",
+    "upcycle": ".upcycling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+__all__ = [
+    "SparseMoeConfig",
+    "SparseMoeDecoderConfig",
+    "SparseMoeDecoderForCausalLM",
+    "SparseMoeDecoderForQuestionAnswering",
+    "SparseMoeDecoderForSequenceClassification",
+    "SparseMoeDecoderForTokenClassification",
+    "SparseMoeDecoderModel",
+    "SparseMoeEncoderConfig",
+    "SparseMoeEncoderDecoderConfig",
+    "SparseMoeEncoderDecoderForConditionalGeneration",
+    "SparseMoeEncoderDecoderForQuestionAnswering",
+    "SparseMoeEncoderDecoderForSequenceClassification",
+    "SparseMoeEncoderDecoderModel",
+    "SparseMoeEncoderForMaskedLM",
+    "SparseMoeEncoderForMultipleChoice",
+    "SparseMoeEncoderForQuestionAnswering",
+    "SparseMoeEncoderForSequenceClassification",
+    "SparseMoeEncoderForTokenClassification",
+    "SparseMoeEncoderModel",
+    "SparseMoePreTrainedModel",
+    "expert_lora_config",
+    "list_feed_forward_layouts",
+    "push_to_hub",
+    "render_model_card",
+    "upcycle",
+]

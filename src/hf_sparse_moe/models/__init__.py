@@ -1,0 +1,1 @@
+"""What travels with a checkpoint: this folder is flat and imports torch and transformers only."""

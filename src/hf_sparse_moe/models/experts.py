@@ -1,0 +1,140 @@
+"""The experts of one layer as fused 3-D parameters, in the interface of transformers' experts backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.integrations.moe import use_experts_implementation
+
+
+class SparseMoeExperts(nn.Module):
+    """
+    E feed-forwards, each `down(act(gate(x)) * up(x))` (gated) or `down(act(up(x)))` (plain), with or without biases.
+
+    The names and shapes of the parameters are those that experts backends, expert-parallel plans and PEFT's
+    `target_parameters` key on: `gate_up_proj` (E, 2I, H), the gate's rows first, or `up_proj` (E, I, H), and
+    `down_proj` (E, H, I), each with its `*_bias` (E, ...) where the layout has biases. Build one with [`make_experts`].
+    """
+
+    gated: bool
+    biased: bool
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        intermediate_size: int,
+        act_fn: Callable[[torch.Tensor], torch.Tensor],
+        dropout: float,
+    ):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = hidden_size
+        self.intermediate_dim = intermediate_size
+        self.up_name = "gate_up_proj" if self.gated else "up_proj"
+        up_rows = 2 * intermediate_size if self.gated else intermediate_size
+        setattr(self, self.up_name, nn.Parameter(torch.empty(self.num_experts, up_rows, hidden_size)))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, intermediate_size))
+        if self.biased:
+            setattr(self, f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, up_rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden_size))
+        self.dropout = nn.Dropout(dropout)
+        # Plain experts are only ever activated through `act_fn`, so that is where their dropout must sit.
+        self.act_fn = act_fn if self.gated or dropout == 0 else nn.Sequential(_as_module(act_fn), self.dropout)
+
+    def reset_parameters(self, std_up: float, std_down: float) -> None:
+        """Normal weights, zero biases. Leaves alone what a checkpoint has filled."""
+        init.normal_(getattr(self, self.up_name), mean=0.0, std=std_up)
+        init.normal_(self.down_proj, mean=0.0, std=std_down)
+        if self.biased:
+            init.zeros_(getattr(self, f"{self.up_name}_bias"))
+            init.zeros_(self.down_proj_bias)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.dropout(self.act_fn(gate) * up)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The plain backend (`"eager"`): expert after expert, as the formula reads.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, H)`): The tokens.
+            top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token.
+            top_k_weights (`torch.Tensor` of shape `(T, K)`): Their weights.
+
+        Returns:
+            `torch.Tensor` of shape `(T, H)`.
+        """
+        output = torch.zeros_like(hidden_states)
+        up_proj, up_bias = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias", None)
+        down_bias = getattr(self, "down_proj_bias", None)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # a token of another expert-parallel rank
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            up = nn.functional.linear(
+                hidden_states[token], up_proj[expert], None if up_bias is None else up_bias[expert]
+            )
+            intermediate = self._apply_gate(up) if self.gated else self.act_fn(up)
+            expert_output = nn.functional.linear(
+                intermediate, self.down_proj[expert], None if down_bias is None else down_bias[expert]
+            )
+            weighted = expert_output * top_k_weights[token, slot, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+    def extra_repr(self) -> str:
+        shape = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        return f"{shape}, biased={self.biased}"
+
+
+@use_experts_implementation(has_gate=True, has_bias=False)
+class SparseMoeGatedExperts(SparseMoeExperts):
+    gated, biased = True, False
+
+
+@use_experts_implementation(has_gate=True, has_bias=True)
+class SparseMoeGatedBiasedExperts(SparseMoeExperts):
+    gated, biased = True, True
+
+
+@use_experts_implementation(has_gate=False, has_bias=False)
+class SparseMoePlainExperts(SparseMoeExperts):
+    gated, biased = False, False
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class SparseMoePlainBiasedExperts(SparseMoeExperts):
+    gated, biased = False, True
+
+
+_EXPERTS = {
+    (cls.gated, cls.biased): cls
+    for cls in (
+        SparseMoeGatedExperts,
+        SparseMoeGatedBiasedExperts,
+        SparseMoePlainExperts,
+        SparseMoePlainBiasedExperts,
+    )
+}
+
+
+def make_experts(config: PreTrainedConfig, *args, gated: bool, biased: bool) -> SparseMoeExperts:
+    """The experts class of this layout, built with `args` as [`SparseMoeExperts`] takes them."""
+    return _EXPERTS[gated, biased](config, *args)
+
+
+class _as_module(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.function(hidden_states)

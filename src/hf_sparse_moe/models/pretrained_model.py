@@ -1,0 +1,331 @@
+"""The common base: a dense model of transformers whose feed-forwards are experts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
+from transformers.utils import ModelOutput, cached_file, logging
+
+from .balancing import load_balancing_loss, router_z_loss
+from .configuration_sparse_moe import SparseMoeConfig
+from .moe_block import SparseMoeBlock, install_sparse_blocks
+from .routers import router_probabilities
+from .routing_record import RoutingRecord, checkpoint_with_routing, close_record, open_record
+from .task_losses import batch_weight
+
+
+logger = logging.get_logger(__name__)
+
+RECEIPT_NAME = "receipt.json"
+
+# What `generate`, `device_map` and attention dispatch ask of a model class, answered by the dense model inside.
+_DENSE_TRAITS = (
+    "supports_gradient_checkpointing",
+    "_is_stateful",
+    "_can_compile_fullgraph",
+    "_supports_flash_attn",
+    "_supports_sdpa",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
+
+
+class SparseMoePreTrainedModel(PreTrainedModel):
+    """
+    A dense model of transformers, head included, in `self.dense`, with a [`SparseMoeBlock`] in the place of its
+    feed-forwards. Attention, positions, caches, heads and generation are the dense model's; this class adds routing
+    records, the balance loss, initialisation, saving and loading.
+    """
+
+    config_class = SparseMoeConfig
+    base_model_prefix = "dense"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    dense_auto_class: ClassVar[type] = AutoModel
+    output_class: ClassVar[type[ModelOutput]]
+    compute_task_loss: ClassVar[Callable[..., torch.Tensor] | None] = None  # see task_losses.py
+    counted_labels: ClassVar[Callable[[torch.Tensor], torch.Tensor]] = staticmethod(lambda labels: labels)
+    family_side: ClassVar[str]
+    # Set by the package: publishes with a model card. Where only this folder travelled, the stock push is used.
+    publisher: ClassVar[Callable[..., Any] | None] = None
+
+    def __init__(self, config: SparseMoeConfig):
+        super().__init__(config)
+        # A checkpoint's own heads need its own sizes; `id2label` and `dtype` are kept by the outer config.
+        config.dense_config.id2label, config.dense_config.label2id = config.id2label, config.label2id
+        try:
+            self.dense = self.dense_auto_class.from_config(config.dense_config, dtype=torch.get_default_dtype())
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(
+                f"`{type(self).__name__}` needs a dense architecture with an `{self.dense_auto_class.__name__}` "
+                f"head; transformers has none for `model_type={config.dense_config.model_type!r}`."
+            ) from None
+        config.dense_config = self.dense.config
+        config._attn_implementation_internal = self.dense.config._attn_implementation
+        install_sparse_blocks(self.dense, config, self.family_side)
+        for trait in _DENSE_TRAITS:
+            setattr(self, trait, getattr(self.dense, trait))
+        self.main_input_name = self.dense.main_input_name
+        if self.can_generate():
+            self.generation_config = self.dense.generation_config
+        self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
+        self.receipt: dict[str, Any] | None = None
+        self.post_init()
+
+    @property
+    def sparse_blocks(self) -> list[SparseMoeBlock]:
+        """The sparse layers, in the order of the dense model's modules."""
+        return [module for module in self.modules() if isinstance(module, SparseMoeBlock)]
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        token_masks: dict[str, torch.Tensor | None],
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        output_router_logits: bool | None,
+        return_dict: bool | None,
+    ) -> ModelOutput | tuple:
+        """
+        Run the dense model without labels, and add the losses and the routing.
+
+        Args:
+            inputs (`dict`): What the dense model's forward takes; entries that are None are left out.
+            token_masks (`dict[str, torch.Tensor]`): Per side, `(B, S)` with 0 for pads, or None.
+            labels (`torch.Tensor`, *optional*): What the task loss is taken against.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
+            output_router_logits (`bool`, *optional*): Defaults to the config's.
+            return_dict (`bool`, *optional*): Defaults to the config's.
+        """
+        config = self.config
+        if labels is not None and self.compute_task_loss is None:
+            raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
+        wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        balances = self.training and (config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0)
+        record = RoutingRecord()
+        token = open_record(record) if wants_logits or balances else None
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if "logits_to_keep" not in self._dense_arguments:
+            inputs.pop("logits_to_keep", None)
+        try:
+            outputs = self.dense(**inputs, return_dict=True)
+        finally:
+            if wants_logits or balances:
+                close_record(token)
+
+        fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
+        if labels is not None:
+            fields["loss"] = self.compute_task_loss(outputs, labels, config, num_items_in_batch)
+        if record.entries:
+            fields["aux_loss"], z_loss = self._router_losses(record, token_masks)
+            if balances and labels is not None:
+                extra = config.router_aux_loss_coef * fields["aux_loss"] + config.router_z_loss_coef * z_loss
+                weight = batch_weight(self.counted_labels(labels), num_items_in_batch)
+                fields["loss"] = fields["loss"] + (weight * extra).to(fields["loss"].device)
+        if wants_logits:
+            fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
+        result = self.output_class(**fields)
+        return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _router_losses(
+        self, record: RoutingRecord, token_masks: dict[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Load-balancing loss and z-loss, each computed layer by layer and then averaged; pads do not count."""
+        aux, z = [], []
+        device = record.entries[-1].router_logits.device
+        for entry in record.entries:
+            mask_T = _token_mask(token_masks.get(entry.side), len(entry.router_logits))
+            mask_T = None if mask_T is None else mask_T.to(entry.router_logits.device)
+            probabilities = router_probabilities(entry.router_logits, self.config.scoring_func)
+            aux.append(load_balancing_loss(probabilities, entry.top_k_index, mask_T).to(device))
+            if self.config.router_z_loss_coef > 0:
+                z.append(router_z_loss(entry.router_logits, mask_T).to(device))
+        return torch.stack(aux).mean(), torch.stack(z).mean() if z else 0.0
+
+    # ---- delegation to the dense model ------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.dense.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.dense.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.dense.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.dense.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the dense model does it: input, output and position-independent biases, tied weights, `vocab_size`."""
+        return self.dense.resize_token_embeddings(*args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator's name in this file's source; it stands in experts.py.
+        return True
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = checkpoint_with_routing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+    def init_parallel_plans(self) -> None:
+        """The dense model's plans without the feed-forwards that are gone, and the experts' own rules."""
+        super().init_parallel_plans()
+        present = {_wildcard(name) for name, _ in (*self.named_modules(), *self.named_parameters())}
+        self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if rule in present}
+        self._ep_plan = {rule: style for rule, style in self._ep_plan.items() if rule in present}
+        for name, module in self.named_modules():
+            if isinstance(module, SparseMoeBlock):
+                experts, up = f"{_wildcard(name)}.experts", module.experts.up_name
+                tp_up = "packed_colwise" if module.experts.gated else "colwise"
+                self._tp_plan |= {f"{experts}.{up}": tp_up, f"{experts}.down_proj": "rowwise"}
+                self._tp_plan[experts] = "moe_tp_experts"
+                self._ep_plan |= {f"{experts}.{parameter}": "grouped_gemm" for parameter in module.experts._parameters}
+                self._ep_plan[experts] = "ep_dispatch_experts"
+
+    # ---- initialisation ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # transformers hands the dense subtree to the dense model's `_init_weights`, which knows no experts. The
+        # functions of `initialization` leave alone each parameter that a checkpoint filled; the flag keeps those
+        # that were drawn here before from being drawn again.
+        super().initialize_weights()
+        for block in self.sparse_blocks:
+            if not getattr(block, "_is_initialized", False):
+                block.reset_parameters()
+                block._is_initialized = True
+
+    # ---- saving and loading -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """
+        [`PreTrainedModel.save_pretrained`], and the receipt. The config's `auto_map` names every class of the family,
+        and the code they need is copied beside the weights.
+        """
+        self.config.auto_map = self.family_auto_map()
+        # Keys are saved as they stand in the module, so that a strict load (a Trainer's resume) finds them.
+        kwargs.setdefault("save_original_format", False)
+        if kwargs.get("is_main_process", True) and self.receipt is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            with open(os.path.join(save_directory, RECEIPT_NAME), "w", encoding="utf-8") as file:
+                json.dump(self.receipt, file, indent=2)
+                file.write("\n")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """[`PreTrainedModel.from_pretrained`]; `model.receipt` is the checkpoint's, where it has one."""
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+        hub["local_files_only"] = kwargs.get("local_files_only", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            path = cached_file(
+                pretrained_model_name_or_path,
+                RECEIPT_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub,
+            )
+            if path is not None:
+                with open(path, encoding="utf-8") as file:
+                    model.receipt = json.load(file)
+        return loaded
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Publish the checkpoint with its code and a model card made from the checkpoint itself.
+
+        Args:
+            repo_id (`str`): `"user/name"`.
+            **kwargs: As [`PreTrainedModel.push_to_hub`] takes them.
+        """
+        if type(self).publisher is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return type(self).publisher(self, repo_id, **kwargs)
+
+    @classmethod
+    def family_auto_map(cls) -> dict[str, str]:
+        """The `auto_map` of a checkpoint: the config and every class of the family, by their Auto class."""
+        config = cls.config_class
+        auto_map = {"AutoConfig": f"{config.__module__.rpartition('.')[2]}.{config.__name__}"}
+        for member in cls.family_classes():
+            auto_map[member._auto_class] = f"{member.__module__.rpartition('.')[2]}.{member.__name__}"
+        return auto_map
+
+    @classmethod
+    def family_classes(cls) -> list[type[SparseMoePreTrainedModel]]:
+        """The classes that load this class's checkpoints."""
+        base = next(parent for parent in cls.__mro__ if parent.__name__.endswith("PreTrainedModel"))
+        return base.__subclasses__()
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Let a checkpoint of one head load into another: the body's prefix differs between them."""
+        keys = _checkpoint_keys(state_dict, checkpoint_files)
+        if (renaming := model._body_renaming(keys)) is not None:
+            load_config.weight_mapping = [*(load_config.weight_mapping or []), renaming]
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def _body_renaming(self, keys: set[str]) -> WeightRenaming | None:
+        prefix = self.dense.base_model_prefix
+        nested_here = prefix != "" and isinstance(getattr(self.dense, prefix, None), nn.Module)
+        nested_there = any(key.startswith(f"dense.{prefix}.") for key in keys)
+        if nested_here and not nested_there:
+            return WeightRenaming(rf"^dense\.(?!{prefix}\.)", f"dense.{prefix}.")
+        if nested_there and not nested_here:
+            return WeightRenaming(rf"^dense\.{prefix}\.", "dense.")
+        return None
+
+
+def _checkpoint_keys(state_dict: dict | None, checkpoint_files: list[str] | None) -> set[str]:
+    if state_dict is not None:
+        return set(state_dict)
+    keys: set[str] = set()
+    for path in checkpoint_files or []:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys.update(file.keys())
+    return keys
+
+
+def _wildcard(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """`(T,)` of a `(B, S)` mask; its last columns where a cache holds the earlier tokens; None where it cannot tell."""
+    if mask is None or mask.dim() < 2:
+        return None
+    mask = mask.reshape(-1, mask.shape[-1])
+    length = num_tokens // mask.shape[0]
+    if length * mask.shape[0] != num_tokens or length > mask.shape[1]:
+        return None
+    return mask[:, mask.shape[1] - length :].reshape(-1)
+
