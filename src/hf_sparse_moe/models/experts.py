@@ -43,8 +43,8 @@ class SparseMoeExperts(nn.Module):
             setattr(self, f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, up_rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden_size))
         self.dropout = nn.Dropout(dropout)
-        # Plain experts are only ever activated through `act_fn`, so that is where their dropout must sit.
-        self.act_fn = act_fn if self.gated or dropout == 0 else nn.Sequential(_as_module(act_fn), self.dropout)
+        # Backends activate plain experts through `act_fn` alone, so that is where their dropout must sit.
+        self.act_fn = act_fn if self.gated or dropout == 0 else _ActivationThenDropout(act_fn, dropout)
 
     def reset_parameters(self, std_up: float, std_down: float) -> None:
         """Normal weights, zero biases. Leaves alone what a checkpoint has filled."""
@@ -131,10 +131,11 @@ def make_experts(config: PreTrainedConfig, *args, gated: bool, biased: bool) -> 
     return _EXPERTS[gated, biased](config, *args)
 
 
-class _as_module(nn.Module):
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+class _ActivationThenDropout(nn.Module):
+    def __init__(self, act_fn: Callable[[torch.Tensor], torch.Tensor], dropout: float):
         super().__init__()
-        self.function = function
+        self.act_fn = act_fn
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.function(hidden_states)
+        return self.dropout(self.act_fn(hidden_states))

@@ -47,7 +47,7 @@ class SparseMoeBlock(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise what no checkpoint has filled, with the deviation of the dense architecture's own linears."""
-        self.gate.reset_parameters(_initial_std(self.config, self.experts.hidden_dim))
+        self.gate.reset_parameters()
         std_up = _initial_std(self.config, self.experts.hidden_dim)
         std_down = _initial_std(self.config, self.experts.intermediate_dim)
         self.experts.reset_parameters(std_up, std_down)
@@ -99,38 +99,40 @@ class SharedExperts(nn.Module):
         return self.down_proj(self.dropout(self.act_fn(up)))
 
 
-def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, family_side: str) -> list[SparseMoeBlock]:
+def sparse_feed_forwards(
+    dense: PreTrainedModel, config: PreTrainedConfig, family_side: str
+) -> list[tuple[FeedForward, str]]:
     """
-    Put a [`SparseMoeBlock`] in the place of every feed-forward that the config calls sparse.
+    The feed-forwards of a dense model that the config calls sparse, each with its side.
 
     Args:
-        dense (`PreTrainedModel`): The dense model, changed in place.
+        dense (`PreTrainedModel`): The dense model.
         config (`SparseMoeConfig`): The mixture's config.
         family_side (`str`): The side of an encoder-only or decoder-only family.
-
-    Returns:
-        `list[SparseMoeBlock]`: in the order of the dense model's modules.
 
     Raises:
         ValueError: no known feed-forward, a mixture already, or a layer list of the wrong length.
     """
-    sites: dict[str, list[FeedForward]] = {}
+    sides: dict[str, list[FeedForward]] = {}
     for feed_forward in find_feed_forwards(dense):
-        sites.setdefault(feed_forward_side(dense, feed_forward, family_side), []).append(feed_forward)
-    blocks = []
+        sides.setdefault(feed_forward_side(dense, feed_forward, family_side), []).append(feed_forward)
+    chosen = []
     for field, side in config._layer_type_fields.items():
-        feed_forwards = sites.get(side, [])
-        layer_types = getattr(config, field) or ["sparse"] * len(feed_forwards)
-        if len(layer_types) != len(feed_forwards):
+        found = sides.get(side, [])
+        layer_types = getattr(config, field) or ["sparse"] * len(found)
+        if len(layer_types) != len(found):
             raise ValueError(
                 f"`{field}` has {len(layer_types)} entries, but the {side} of `{type(dense).__name__}` has "
-                f"{len(feed_forwards)} feed-forwards. Give one entry each."
+                f"{len(found)} feed-forwards. Give one entry each."
             )
-        for feed_forward, layer_type in zip(feed_forwards, layer_types, strict=True):
-            if layer_type == "sparse":
-                blocks.append(SparseMoeBlock(config, feed_forward, side))
-                _replace(dense, feed_forward, blocks[-1])
-    return blocks
+        chosen += [(site, side) for site, kind in zip(found, layer_types, strict=True) if kind == "sparse"]
+    return chosen
+
+
+def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, family_side: str) -> None:
+    """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
+    for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
+        _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
 
 
 def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoeBlock) -> None:

@@ -8,6 +8,9 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 
+ROUTER_INIT_STD = 0.02  # small rows: every expert starts about equally likely
+
+
 def router_scores(router_logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
     """The scores that experts are chosen by and weighted with: softmax or sigmoid of the logits, in float32."""
     if scoring_func == "sigmoid":
@@ -40,9 +43,9 @@ class SparseMoeTopKRouter(nn.Module):
         self.jitter_noise = config.router_jitter_noise
         self.weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
 
-    def reset_parameters(self, std: float) -> None:
+    def reset_parameters(self) -> None:
         """Small random rows; never zeros, or ties would send every token to expert 0."""
-        init.normal_(self.weight, mean=0.0, std=std)
+        init.normal_(self.weight, mean=0.0, std=ROUTER_INIT_STD)
 
     def forward(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """

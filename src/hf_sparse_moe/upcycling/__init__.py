@@ -1,0 +1,7 @@
+"""Dense checkpoints become mixtures."""
+
+from .initialization import INITIALIZATION_METHODS
+from .upcycle import upcycle
+
+
+__all__ = ["INITIALIZATION_METHODS", "upcycle"]

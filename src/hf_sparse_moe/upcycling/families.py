@@ -1,0 +1,73 @@
+"""Which class of which family a dense model becomes."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from ..models.configuration_sparse_moe import (
+    SparseMoeConfig,
+    SparseMoeDecoderConfig,
+    SparseMoeEncoderConfig,
+    SparseMoeEncoderDecoderConfig,
+)
+from ..models.modeling_sparse_moe import AUTO_CLASSES
+from ..models.pretrained_model import SparseMoePreTrainedModel
+
+
+# Dense class names by Auto class. BERT's language model for generation is in two of them: the first that fits counts.
+_NAMES = {
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
+def sparse_config_class(config: PreTrainedConfig, architecture: str | None = None) -> type[SparseMoeConfig]:
+    """
+    The family of a dense config.
+
+    Args:
+        config (`PreTrainedConfig`): The dense config.
+        architecture (`str`, *optional*): The dense class, which decides where an architecture can be both.
+
+    Raises:
+        ValueError: not a text model.
+    """
+    if isinstance(config, SparseMoeConfig):
+        raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")
+    model_type = config.model_type
+    if config.is_encoder_decoder:
+        return SparseMoeEncoderDecoderConfig
+    masked, causal = (_NAMES[f"AutoModelFor{head}"] for head in ("MaskedLM", "CausalLM"))
+    writes = architecture in _values(causal) and architecture not in _values(masked)
+    if model_type in masked and not getattr(config, "is_decoder", False) and not writes:
+        return SparseMoeEncoderConfig
+    if model_type in causal:
+        return SparseMoeDecoderConfig
+    raise ValueError(
+        f"`model_type={model_type!r}` is no text model that transformers can train as a masked, causal or "
+        "sequence-to-sequence language model. Pass one that is."
+    )
+
+
+def sparse_class(config: PreTrainedConfig, architecture: str | None) -> type[SparseMoePreTrainedModel]:
+    """The class that a dense checkpoint becomes: the same head where the family has it, else its language model."""
+    classes = AUTO_CLASSES[sparse_config_class(config, architecture)]
+    by_name = {auto_class.__name__: model_class for auto_class, model_class in classes.items()}
+    for auto_name, names in _NAMES.items():
+        if auto_name in by_name and architecture in _values(names):
+            return by_name[auto_name]
+    return next(by_name[name] for name in _NAMES if name in by_name)
+
+
+def _values(names: dict) -> set[str]:
+    flat: set[str] = set()
+    for value in names.values():
+        flat.update([value] if isinstance(value, str) else value)
+    return flat

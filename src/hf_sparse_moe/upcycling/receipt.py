@@ -1,0 +1,99 @@
+"""What an upcycling did, and the measured proof of what it kept."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..models.pretrained_model import SparseMoePreTrainedModel
+from ..models.size import count_flops_per_token, count_parameters
+
+
+PROBE_LENGTH = 32
+
+
+def source_files(folder: str | Path) -> dict[str, str]:
+    """The sha256 of each weight file and of the config in a checkpoint's folder."""
+    paths = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), Path(folder) / "config.json"])
+    digests = {}
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """A fixed batch of one sequence of ordinary tokens, ending with the end token where there is one. Shape (1, 32)."""
+    vocab_size = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    ordinary = torch.tensor([token for token in range(vocab_size) if token not in special])
+    input_ids = ordinary[torch.randint(len(ordinary), (1, PROBE_LENGTH), generator=generator)]
+    eos = getattr(config, "eos_token_id", None)
+    if isinstance(eos, int) and 0 <= eos < vocab_size:
+        input_ids[:, -1] = eos
+    input_ids = input_ids.to(device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids
+    return inputs
+
+
+@torch.no_grad()
+def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) -> dict[str, Any]:
+    """Max and mean absolute difference of the first output (logits, or last hidden states) on the probe, eval mode."""
+    inputs = probe_inputs(dense.config, dense.device)
+    outputs = []
+    for model in (dense, sparse):
+        training = model.training
+        outputs.append(model.eval()(**inputs)[0].double())
+        model.train(training)
+    difference = (outputs[0] - outputs[1]).abs()
+    return {
+        "probe_tokens": PROBE_LENGTH,
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "max_abs_difference": difference.max().item(),
+        "mean_abs_difference": difference.mean().item(),
+        "max_abs_output": outputs[0].abs().max().item(),
+    }
+
+
+def make_receipt(
+    dense: PreTrainedModel,
+    sparse: SparseMoePreTrainedModel,
+    source: str | None,
+    revision: str | None,
+    files: dict[str, str],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """The receipt of `dense` becoming `sparse`; see the fields."""
+    from .. import __version__
+
+    return {
+        "source": {
+            "name_or_path": source,
+            "revision": revision,
+            "architecture": type(dense).__name__,
+            "model_type": dense.config.model_type,
+            "sha256": files,
+        },
+        "arguments": arguments,
+        "versions": {
+            "hf_sparse_moe": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__.split("+")[0],
+        },
+        "parameters": {
+            "dense": dense.num_parameters(),
+            "total": count_parameters(sparse),
+            "active": count_parameters(sparse, only_active=True),
+        },
+        "flops_per_token": count_flops_per_token(sparse),
+        "equality": output_difference(dense, sparse),
+    }
