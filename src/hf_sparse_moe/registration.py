@@ -1,13 +1,14 @@
 """Makes the families known to the Auto classes, and publishing known to the models."""
 
 from importlib import import_module
+from typing import Any
 
 from transformers import AutoConfig
 
 from .models.pretrained_model import SparseMoePreTrainedModel
 
 
-def register_auto_classes(auto_classes: dict[type, dict[type, type]]) -> None:
+def register_auto_classes(auto_classes: dict[Any, dict[Any, type]]) -> None:
     """Register each config with `AutoConfig` and each class with its Auto class."""
     for config_class, classes in auto_classes.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

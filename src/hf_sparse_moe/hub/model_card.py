@@ -29,8 +29,6 @@ from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 TEMPLATE = Path(__file__).with_name("template.md")
 NOT_RECORDED = "not recorded"
 LONGEST_VALUE = 300
-# Where an upcycling's receipt says what it started from.
-SOURCE_KEYS = {"id": "source", "revision": "source_revision", "hash": "source_sha256"}
 
 # The Hub's task names by the Auto class that loads the model. A sequence-to-sequence model has no task of its own
 # there (translation or summarization is the training's matter), nor has multiple choice.
@@ -56,8 +54,9 @@ def escape_markdown(value: object) -> Markdown:
 
 
 def as_code(value: object) -> Markdown:
-    """The value as inline code, for a table cell."""
-    return Markdown("`" + _one_line(value).replace("`", "'").replace("|", r"\|") + "`")
+    """A name, path or hash as inline code; whatever else it is, as escaped text: code knows no escapes."""
+    text = _one_line(value)
+    return Markdown(f"`{text}`") if re.fullmatch(r"[\w./:@+ -]+", text) else escape_markdown(value)
 
 
 def render_model_card(
@@ -92,8 +91,10 @@ def render_model_card(
         )
     validate_repo_id(repo_id)
     config, auto_class = model.config, str(model._auto_class)
-    receipt = model.receipt or {}
-    base_model = _base_model(receipt)
+    # a receipt may come from someone else's repository, and be anything
+    receipt = _mapping(model.receipt)
+    source = _mapping(receipt.get("source"))
+    base_model = _base_model(source)
     variant = config.model_type.removeprefix("sparse_moe_").replace("_", "-")
     data = ModelCardData(
         library_name="transformers",
@@ -119,8 +120,11 @@ def render_model_card(
         flops=f"{count_flops_per_token(model):,}",
         dtype=str(model.dtype).removeprefix("torch."),
         license=license or NOT_RECORDED,
-        source={name: receipt.get(key) for name, key in SOURCE_KEYS.items()},
-        receipt=dict(_flat(receipt)),
+        source_name=source.get("name_or_path"),
+        source_revision=source.get("revision"),
+        source_files=_mapping(source.get("sha256")),
+        upcycled=bool(receipt),
+        receipt=dict(_flat({name: value for name, value in receipt.items() if name != "source"})),
         evaluation=dict(_results(evaluation)),
         versions={
             "hf_sparse_moe": hf_sparse_moe.__version__,
@@ -150,16 +154,20 @@ def _one_line(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
 
 
-def _base_model(receipt: Mapping[str, Any]) -> str | None:
-    """The Hub id of the dense source: a source without a revision was a folder, or never recorded."""
-    source = receipt.get(SOURCE_KEYS["id"])
-    if not isinstance(source, str) or not receipt.get(SOURCE_KEYS["revision"]):
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _base_model(source: Mapping[str, Any]) -> str | None:
+    """The Hub id of the dense source: one without a revision was a folder, or is not known to be on the Hub."""
+    name = source.get("name_or_path")
+    if not isinstance(name, str) or not source.get("revision"):
         return None
     try:
-        validate_repo_id(source)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return source
+    return name
 
 
 def _sparse_layers(model: SparseMoePreTrainedModel) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Configurations of the three families: a dense config of transformers plus the fields of the mixture."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a real type.
 
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ class SparseMoeConfig(PreTrainedConfig):
     _default_dense_config: ClassVar[dict[str, Any]] = {}
     _layer_type_fields: ClassVar[dict[str, str]] = {}
 
-    dense_config: dict | PreTrainedConfig | None = None
+    dense_config: Any = None  # a `PreTrainedConfig` once the config is made
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
@@ -93,6 +93,8 @@ class SparseMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         dense = self.dense_config
         if not isinstance(dense, PreTrainedConfig):
+            if not isinstance(dense, dict | None):
+                raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
             fields = dict(self._default_dense_config if dense is None else dense)
             model_type = fields.pop("model_type", None)
             if model_type not in CONFIG_MAPPING:
@@ -136,7 +138,7 @@ class SparseMoeConfig(PreTrainedConfig):
         return self
 
     @classmethod
-    def from_dense(cls, dense: PreTrainedConfig | str, **fields) -> SparseMoeConfig:
+    def from_dense(cls, dense: PreTrainedConfig | str, **fields) -> "SparseMoeConfig":
         """
         The config of a mixture whose dense part is `dense`.
 
@@ -149,13 +151,18 @@ class SparseMoeConfig(PreTrainedConfig):
         """
         from .size import meta_model
 
-        if not isinstance(dense, PreTrainedConfig):
-            dense = AutoConfig.from_pretrained(dense)
-        if isinstance(dense, SparseMoeConfig):
-            raise ValueError(f"`dense` is a mixture already (`model_type={dense.model_type!r}`). Pass a dense config.")
+        source = dense if isinstance(dense, PreTrainedConfig) else AutoConfig.from_pretrained(dense)
+        if isinstance(source, SparseMoeConfig):
+            raise ValueError(
+                f"`dense` is a mixture already (`model_type={source.model_type!r}`). Pass a dense config."
+            )
+        known = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels")
+        unknown = sorted(name for name in fields if name not in known and not hasattr(source, name))
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
         inherited = ("id2label", "label2id", "problem_type", "dtype")
-        fields = {name: getattr(dense, name) for name in inherited} | fields
-        config = cls(dense_config=type(dense).from_dict(dense.to_dict()), **fields)
+        fields = {name: getattr(source, name) for name in inherited} | fields
+        config = cls(dense_config=type(source).from_dict(source.to_dict()), **fields)
         meta_model(config)  # finds the feed-forwards, or says why not
         return config
 
@@ -196,10 +203,10 @@ class SparseMoeConfig(PreTrainedConfig):
         require(size is None or size >= 1, "moe_intermediate_size", "None or at least 1")
         require(self.num_shared_experts >= 0, "num_shared_experts", "at least 0")
         require(self.scoring_func in SCORING_FUNCTIONS, "scoring_func", f"one of {SCORING_FUNCTIONS}")
-        require(self.routed_scaling_factor > 0, "routed_scaling_factor", "above 0")
+        require(0 < self.routed_scaling_factor < float("inf"), "routed_scaling_factor", "above 0 and finite")
         require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", "at least 0 and below 1")
-        require(self.router_aux_loss_coef >= 0, "router_aux_loss_coef", "at least 0")
-        require(self.router_z_loss_coef >= 0, "router_z_loss_coef", "at least 0")
+        require(0 <= self.router_aux_loss_coef < float("inf"), "router_aux_loss_coef", "at least 0 and finite")
+        require(0 <= self.router_z_loss_coef < float("inf"), "router_z_loss_coef", "at least 0 and finite")
         dropout = self.expert_dropout
         require(dropout is None or 0 <= dropout < 1, "expert_dropout", "None, or at least 0 and below 1")
         for field, side in self._layer_type_fields.items():

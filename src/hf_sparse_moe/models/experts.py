@@ -17,7 +17,7 @@ class SparseMoeExperts(nn.Module):
 
     The names and shapes of the parameters are those that experts backends, expert-parallel plans and PEFT's
     `target_parameters` key on: `gate_up_proj` (E, 2I, H), the gate's rows first, or `up_proj` (E, I, H), and
-    `down_proj` (E, H, I), each with its `*_bias` (E, ...) where the layout has biases. Build one with [`make_experts`].
+    `down_proj` (E, H, I), each with its `*_bias` (E, ...) where the layout has biases. Built by [`make_experts`].
     """
 
     gated: bool

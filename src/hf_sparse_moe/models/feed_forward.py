@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,9 +76,7 @@ FEED_FORWARD_LAYOUTS = (
         outer_dropout=("dropout", "residual_dropout"),
         example="GPT-2, StarCoder2",
     ),
-    FeedForwardLayout(
-        "dense_4h", ("dense_h_to_4h",), "dense_4h_to_h", ("act", "act_fn"), example="GPT-NeoX, Falcon"
-    ),
+    FeedForwardLayout("dense_4h", ("dense_h_to_4h",), "dense_4h_to_h", ("act", "act_fn"), example="GPT-NeoX, Falcon"),
     FeedForwardLayout("up_down", ("up_proj",), "down_proj", ("act_fn", "activation_fn", "act"), example="Nemotron"),
     FeedForwardLayout(
         "fc_in_fc_out", ("fc_in",), "fc_out", ("act",), outer_dropout=("dropout",), example="GPT-J, CodeGen"
@@ -141,7 +140,7 @@ class FeedForward:
 
     @property
     def activation_name(self) -> str:
-        return _first(self.owner, self.layout.activations)
+        return next(name for name in self.layout.activations if _part(self.owner, name) is not None)
 
     @property
     def activation(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -157,7 +156,7 @@ class FeedForward:
 
     def _dropout(self, names: tuple[str, ...]) -> float:
         name = _first(self.owner, names)
-        dropout = 0.0 if name is None else self.part(name)
+        dropout: Any = 0.0 if name is None else self.part(name)
         return dropout.p if isinstance(dropout, nn.Dropout) else float(dropout)
 
     def parameter_names(self, kind: str) -> tuple[list[str], str]:
@@ -228,10 +227,11 @@ def _features(projection: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
 
 
-def _part(module: nn.Module, name: str):
+def _part(module: nn.Module, name: str) -> Any:
+    part: Any = module
     for attribute in name.split("."):
-        module = getattr(module, attribute, None)
-    return module
+        part = getattr(part, attribute, None)
+    return part
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> str | None:

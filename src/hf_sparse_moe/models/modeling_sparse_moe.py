@@ -88,7 +88,9 @@ class SparseMoeEncoderPreTrainedModel(SparseMoePreTrainedModel):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        return self._run(inputs, {"encoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict)
+        return self._run(
+            inputs, {"encoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict
+        )
 
 
 class SparseMoeEncoderModel(SparseMoeEncoderPreTrainedModel):
@@ -151,7 +153,7 @@ class SparseMoeEncoderForQuestionAnswering(SparseMoeEncoderPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> ModelOutput | tuple:
-        """See [`SparseMoeEncoderForMaskedLM.forward`]; the answer span's `start_positions` and `end_positions` (B,)."""
+        """As the family's other classes; the answer span's `start_positions` and `end_positions` (B,)."""
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -206,7 +208,9 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
-        return self._run(inputs, {"decoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict)
+        return self._run(
+            inputs, {"decoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict
+        )
 
 
 class SparseMoeDecoderModel(SparseMoeDecoderPreTrainedModel):
@@ -264,7 +268,7 @@ class SparseMoeDecoderForQuestionAnswering(SparseMoeDecoderPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> ModelOutput | tuple:
-        """See [`SparseMoeDecoderForCausalLM.forward`]; the answer span's `start_positions` and `end_positions` (B,)."""
+        """As the family's other classes; the answer span's `start_positions` and `end_positions` (B,)."""
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -286,7 +290,7 @@ class SparseMoeEncoderDecoderPreTrainedModel(SparseMoePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: tuple | ModelOutput | None = None,
         past_key_values: Cache | None = None,
@@ -340,9 +344,14 @@ class SparseMoeEncoderDecoderPreTrainedModel(SparseMoePreTrainedModel):
         masks = {"encoder": attention_mask, "decoder": decoder_mask}
         return self._run(inputs, masks, labels, num_items_in_batch, output_router_logits, return_dict)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The labels one place to the right behind the start token, -100 as pads. `labels` (B, S)."""
-        return self.dense.prepare_decoder_input_ids_from_labels(labels)
+        if hasattr(self.dense, "prepare_decoder_input_ids_from_labels"):
+            return self.dense.prepare_decoder_input_ids_from_labels(labels)
+        # M2M-100 and Blenderbot shift inside their forward only, which is never given labels here.
+        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+        shifted = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
+        return torch.cat([start, shifted], dim=1)
 
 
 class SparseMoeEncoderDecoderModel(SparseMoeEncoderDecoderPreTrainedModel):

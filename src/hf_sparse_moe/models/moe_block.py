@@ -32,6 +32,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.side = side
         self.config = config
+        self.is_initialized = False
         hidden, act_fn = feed_forward.hidden_size, feed_forward.activation
         gated, biased = feed_forward.layout.gated, feed_forward.biased
         intermediate = config.moe_intermediate_size or feed_forward.intermediate_size

@@ -48,7 +48,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
     records, the balance loss, initialisation, saving and loading.
     """
 
-    config_class = SparseMoeConfig
+    config_class: ClassVar[Any] = SparseMoeConfig
     base_model_prefix = "dense"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -56,16 +56,17 @@ class SparseMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    dense_auto_class: ClassVar[type] = AutoModel
-    output_class: ClassVar[type[ModelOutput]]
+    dense_auto_class: ClassVar[Any] = AutoModel
+    output_class: ClassVar[Any]
     compute_task_loss: ClassVar[Callable[..., torch.Tensor] | None] = None  # see task_losses.py
-    counted_labels: ClassVar[Callable[[torch.Tensor], torch.Tensor]] = staticmethod(lambda labels: labels)
+    counted_labels: ClassVar[Callable[..., torch.Tensor]] = staticmethod(lambda labels: labels)
     family_side: ClassVar[str]
     # Set by the package: publishes with a model card. Where only this folder travelled, the stock push is used.
     publisher: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(self, config: SparseMoeConfig):
         super().__init__(config)
+        config._check_fields()  # they may have been assigned to since
         # A checkpoint's own heads need its own sizes; `id2label` and `dtype` are kept by the outer config.
         config.dense_config.id2label, config.dense_config.label2id = config.id2label, config.label2id
         try:
@@ -194,8 +195,8 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         """The dense model's plans without the feed-forwards that are gone, and the experts' own rules."""
         super().init_parallel_plans()
         present = {_wildcard(name) for name, _ in (*self.named_modules(), *self.named_parameters())}
-        self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if rule in present}
-        self._ep_plan = {rule: style for rule, style in self._ep_plan.items() if rule in present}
+        self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in present}
+        self._ep_plan = {rule: style for rule, style in (self._ep_plan or {}).items() if rule in present}
         for name, module in self.named_modules():
             if isinstance(module, SparseMoeBlock):
                 experts, up = f"{_wildcard(name)}.experts", module.experts.up_name
@@ -215,9 +216,9 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         # that were drawn here before from being drawn again.
         super().initialize_weights()
         for block in self.sparse_blocks:
-            if not getattr(block, "_is_initialized", False):
+            if not block.is_initialized:
                 block.reset_parameters()
-                block._is_initialized = True
+                block.is_initialized = True
 
     # ---- saving and loading -----------------------------------------------------------------------------------
 
@@ -239,8 +240,8 @@ class SparseMoePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """[`PreTrainedModel.from_pretrained`]; `model.receipt` is the checkpoint's, where it has one."""
-        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-        hub["local_files_only"] = kwargs.get("local_files_only", False)
+        hub_arguments = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+        hub: dict[str, Any] = {name: kwargs[name] for name in hub_arguments if name in kwargs}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -265,22 +266,22 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             **kwargs: As [`PreTrainedModel.push_to_hub`] takes them.
         """
         if type(self).publisher is None:
-            return super().push_to_hub(repo_id, **kwargs)
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
         return type(self).publisher(self, repo_id, **kwargs)
 
     @classmethod
     def family_auto_map(cls) -> dict[str, str]:
         """The `auto_map` of a checkpoint: the config and every class of the family, by their Auto class."""
         config = cls.config_class
-        auto_map = {"AutoConfig": f"{config.__module__.rpartition('.')[2]}.{config.__name__}"}
+        auto_map: dict[str, str] = {"AutoConfig": f"{config.__module__.rpartition('.')[2]}.{config.__name__}"}
         for member in cls.family_classes():
-            auto_map[member._auto_class] = f"{member.__module__.rpartition('.')[2]}.{member.__name__}"
+            auto_map[str(member._auto_class)] = f"{member.__module__.rpartition('.')[2]}.{member.__name__}"
         return auto_map
 
     @classmethod
     def family_classes(cls) -> list[type[SparseMoePreTrainedModel]]:
         """The classes that load this class's checkpoints."""
-        base = next(parent for parent in cls.__mro__ if parent.__name__.endswith("PreTrainedModel"))
+        base: Any = next(parent for parent in cls.__mro__ if parent.__name__.endswith("PreTrainedModel"))
         return base.__subclasses__()
 
     @staticmethod
@@ -320,7 +321,7 @@ def _wildcard(name: str) -> str:
 
 
 def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """`(T,)` of a `(B, S)` mask; its last columns where a cache holds the earlier tokens; None where it cannot tell."""
+    """`(T,)` of a `(B, S)` mask, its last columns where a cache holds the earlier tokens; None if it cannot tell."""
     if mask is None or mask.dim() < 2:
         return None
     mask = mask.reshape(-1, mask.shape[-1])
@@ -328,4 +329,3 @@ def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | No
     if length * mask.shape[0] != num_tokens or length > mask.shape[1]:
         return None
     return mask[:, mask.shape[1] - length :].reshape(-1)
-

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_sparse_moe import SparseMoeConfig
 from .modeling_sparse_moe import AUTO_CLASSES
-from .moe_block import SparseMoeBlock
 from .pretrained_model import SparseMoePreTrainedModel
 
 
@@ -29,20 +30,19 @@ def count_parameters(model: SparseMoePreTrainedModel, only_active: bool = False)
     if only_active:
         idle = model.config.num_experts - model.config.num_experts_per_tok
         for block in model.sparse_blocks:
-            experts = sum(parameter.numel() for parameter in block.experts._parameters.values())
+            experts = sum(parameter.numel() for parameter in block.experts.parameters(recurse=False))
             total -= experts // model.config.num_experts * idle
     return total
 
 
 def count_flops_per_token(model: SparseMoePreTrainedModel) -> int:
     """See [`SparseMoeConfig.flops_per_token`]: 2 for each weight that a token meets in a matrix product."""
-    output_head = model.get_output_embeddings()
+    output_head: Any = model.get_output_embeddings()
     weights = 0
+    for block in model.sparse_blocks:
+        one_expert = block.experts.intermediate_dim * block.experts.hidden_dim * (3 if block.experts.gated else 2)
+        weights += block.gate.weight.numel() + one_expert * model.config.num_experts_per_tok
     for module in model.modules():
-        if isinstance(module, SparseMoeBlock):
-            experts = (getattr(module.experts, module.experts.up_name), module.experts.down_proj)
-            share = model.config.num_experts_per_tok / model.config.num_experts
-            weights += module.gate.weight.numel() + round(sum(weight.numel() for weight in experts) * share)
-        elif isinstance(module, (nn.Linear, Conv1D)) and module is not output_head:
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output_head:
             weights += module.weight.numel()
     return 2 * (weights + (0 if output_head is None else output_head.weight.numel()))

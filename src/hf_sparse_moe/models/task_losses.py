@@ -8,6 +8,8 @@ head's own without `num_items_in_batch`, and with it sums over the micro-batches
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import (
@@ -17,10 +19,9 @@ from transformers.loss.loss_utils import (
     ForSequenceClassificationLoss,
     fixed_cross_entropy,
 )
-from transformers.utils import ModelOutput
 
 
-Count = torch.Tensor | int | None
+Count = Any  # a tensor, a number, or None
 
 
 def batch_weight(counted_labels: torch.Tensor | None, num_items_in_batch: Count) -> torch.Tensor | float:
@@ -50,20 +51,18 @@ def one_label_a_span(labels: torch.Tensor) -> torch.Tensor:
 # Every loss below takes the dense head's outputs, the labels, the config and the step's label count.
 
 
-def causal_lm_loss(outputs: ModelOutput, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
+def causal_lm_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
     """Cross entropy of each token given those before it. Logits (B, S, V), labels (B, S), not yet shifted."""
     return ForCausalLMLoss(outputs.logits, labels, outputs.logits.shape[-1], count)
 
 
-def language_model_loss(
-    outputs: ModelOutput, labels: torch.Tensor, config: PreTrainedConfig, count: Count
-) -> torch.Tensor:
+def language_model_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
     """Cross entropy of each labelled token: masked LM, seq2seq, token classes. Logits (B, S, V), labels (B, S)."""
     return ForMaskedLMLoss(outputs.logits, labels, outputs.logits.shape[-1], count)
 
 
 def sequence_classification_loss(
-    outputs: ModelOutput, labels: torch.Tensor, config: PreTrainedConfig, count: Count
+    outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count
 ) -> torch.Tensor:
     """Cross entropy, mean squared error or binary cross entropy, by `config.problem_type`. Logits (B, labels)."""
     loss = ForSequenceClassificationLoss(labels, outputs.logits, config, num_items_in_batch=count)
@@ -72,15 +71,13 @@ def sequence_classification_loss(
     return loss
 
 
-def multiple_choice_loss(
-    outputs: ModelOutput, labels: torch.Tensor, config: PreTrainedConfig, count: Count
-) -> torch.Tensor:
+def multiple_choice_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
     """Cross entropy over the choices. Logits (B, choices), labels (B,)."""
     return fixed_cross_entropy(outputs.logits, labels.to(outputs.logits.device), count)
 
 
 def question_answering_loss(
-    outputs: ModelOutput, labels: torch.Tensor, config: PreTrainedConfig, count: Count
+    outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count
 ) -> torch.Tensor:
     """Mean of the cross entropies of the span's start and end. Logits (B, S), labels (B, 2), see [`span_labels`]."""
     start, end = labels.unbind(dim=-1)

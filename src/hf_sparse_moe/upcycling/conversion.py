@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.configuration_sparse_moe import SparseMoeConfig
-from ..models.feed_forward import FeedForward
-from ..models.moe_block import sparse_feed_forwards
-from ..models.routers import ROUTER_INIT_STD
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.feed_forward import FeedForward
+from hf_sparse_moe.models.moe_block import sparse_feed_forwards
+from hf_sparse_moe.models.routers import ROUTER_INIT_STD
+
 from .initialization import INITIALIZATION_METHODS, DenseWeights
 
 
@@ -40,7 +41,7 @@ def sparse_state_dict(
         up_name = "gate_up_proj" if weights.gated else "up_proj"
         experts[f"{prefix}.experts.{up_name}"] = converted.up
         experts[f"{prefix}.experts.down_proj"] = converted.down
-        if converted.up_bias is not None:
+        if converted.up_bias is not None and converted.down_bias is not None:
             experts[f"{prefix}.experts.{up_name}_bias"] = converted.up_bias
             experts[f"{prefix}.experts.down_proj_bias"] = converted.down_bias
         for name, tensor in _take_activation(state, feed_forward).items():

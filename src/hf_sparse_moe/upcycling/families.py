@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from ..models.configuration_sparse_moe import (
+from hf_sparse_moe.models.configuration_sparse_moe import (
     SparseMoeConfig,
     SparseMoeDecoderConfig,
     SparseMoeEncoderConfig,
     SparseMoeEncoderDecoderConfig,
 )
-from ..models.modeling_sparse_moe import AUTO_CLASSES
-from ..models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 
 # Dense class names by Auto class. BERT's language model for generation is in two of them: the first that fits counts.
-_NAMES = {
+_NAMES: dict[str, Any] = {
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

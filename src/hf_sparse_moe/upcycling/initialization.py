@@ -26,16 +26,16 @@ class DenseWeights:
     down_bias: torch.Tensor | None
     gated: bool
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> DenseWeights:
+        """The same function of each tensor."""
+        up_bias, down_bias = (None if bias is None else function(bias) for bias in (self.up_bias, self.down_bias))
+        return DenseWeights(function(self.up), function(self.down), up_bias, down_bias, self.gated)
+
 
 def copy_experts(dense: DenseWeights, num_experts: int, generator: torch.Generator) -> DenseWeights:
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
 
-    def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.unsqueeze(0).repeat(num_experts, *[1] * tensor.dim())
-
-    return DenseWeights(
-        repeat(dense.up), repeat(dense.down), repeat(dense.up_bias), repeat(dense.down_bias), dense.gated
-    )
+    return dense.map(lambda tensor: tensor.unsqueeze(0).repeat(num_experts, *[1] * tensor.dim()))
 
 
 # Each takes a layer's dense weights, the number of experts and the layer's own random generator, and gives the same

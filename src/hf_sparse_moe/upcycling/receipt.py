@@ -10,8 +10,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..models.pretrained_model import SparseMoePreTrainedModel
-from ..models.size import count_flops_per_token, count_parameters
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
+
+from .source import Source
 
 
 PROBE_LENGTH = 32
@@ -29,7 +31,7 @@ def source_files(folder: str | Path) -> dict[str, str]:
 
 
 def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """A fixed batch of one sequence of ordinary tokens, ending with the end token where there is one. Shape (1, 32)."""
+    """One fixed sequence of ordinary tokens, shape (1, 32), ending with the end token where there is one."""
     vocab_size = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
@@ -67,21 +69,19 @@ def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) 
 def make_receipt(
     dense: PreTrainedModel,
     sparse: SparseMoePreTrainedModel,
-    source: str | None,
-    revision: str | None,
-    files: dict[str, str],
+    source: Source | None,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """The receipt of `dense` becoming `sparse`; see the fields."""
-    from .. import __version__
+    """The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse`."""
+    from hf_sparse_moe import __version__
 
     return {
         "source": {
-            "name_or_path": source,
-            "revision": revision,
+            "name_or_path": source.name if source else dense.config.name_or_path or None,
+            "revision": source.revision if source else None,
             "architecture": type(dense).__name__,
             "model_type": dense.config.model_type,
-            "sha256": files,
+            "sha256": source_files(source.folder) if source else {},
         },
         "arguments": arguments,
         "versions": {

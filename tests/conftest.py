@@ -1,0 +1,65 @@
+"""What every test stands on: the same seed, one thread, poisoned fresh memory, a Hugging Face home of its own, real data."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+# Both are read when torch and huggingface_hub are imported. No test reads or writes a person's own cache or token.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HF_HOME = tempfile.mkdtemp(prefix="hf_home_")
+os.environ["HF_HOME"] = HF_HOME
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from transformers import set_seed
+
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = Path(os.environ.get("SPARSE_MOE_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
+
+
+def require_data(*names: str) -> None:
+    """Skip where the data sets `names` are absent; fail instead where CI said that they must be there."""
+    missing = [str(DATA / name) for name in names or ("",) if not (DATA / name).exists()]
+    if missing and os.environ.get("SPARSE_MOE_REQUIRE_DATA") == "1":
+        pytest.fail(f"SPARSE_MOE_REQUIRE_DATA=1, but there is no {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs real data: no {', '.join(missing)}; set SPARSE_MOE_DATA to its folder")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs_data"):
+        require_data(*marker.args)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real public data sets; a test that asks for it is skipped where there is none."""
+    require_data()
+    return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """`torch.empty` and its kin return NaN (integers: their maximum), so that a weight nobody initialised cannot hide.
+
+    torch fills fresh memory only where deterministic algorithms are asked for; `warn_only` keeps the others usable.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in each test, in whatever order and process it runs."""
+    set_seed(0)

@@ -1,0 +1,44 @@
+"""Client processes for the tests' Hub: `huggingface_hub` reads HF_ENDPOINT and HF_HOME when it is imported."""
+
+import inspect
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+
+WORKER = Path(__file__).parent / "hub" / "client_worker.py"
+
+
+class ClientError(AssertionError):
+    """What a function raised in the client's process: `kinds` names its class and the classes above it."""
+
+    def __init__(self, kinds: list[str], message: str):
+        super().__init__(f"{kinds[0]}: {message}")
+        self.kinds, self.message = kinds, message
+
+
+class ClientProcess:
+    """A Python process that runs functions of the tests. They import inside their body and speak JSON."""
+
+    def __init__(self, environment: dict[str, str], *options: str):
+        command = [sys.executable, *options, str(WORKER)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
+
+    def __call__(self, function: Callable, **arguments: object) -> object:
+        source = textwrap.dedent(inspect.getsource(function))
+        job = {"source": source, "name": function.__name__, "arguments": arguments}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or '{"kinds": ["ProcessDied"], "message": "see stderr"}')
+        if "kinds" in answer:
+            raise ClientError(answer["kinds"], answer["message"])
+        return answer["result"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)

@@ -1,0 +1,114 @@
+"""The bearing walls of the package, read from its imports: who may import whom, and what importing it may load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_sparse_moe
+
+
+PACKAGE = Path(hf_sparse_moe.__file__).parent
+
+# Storeys, from the ground up: a folder or file imports from lower storeys and from itself, never from its own storey's
+# neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
+STOREYS = (
+    {"models"},
+    {"registration", "backends", "analysis"},
+    {"upcycling", "export", "adapters", "train"},
+    {"hub"},
+    {"quickstart"},
+    {"cli"},
+)
+TRAVELS_WITH = {"torch", "transformers", "safetensors", "huggingface_hub"}
+OPTIONAL = {"accelerate", "datasets", "peft", "evaluate", "matplotlib", "trl", "sklearn"}
+
+
+def storey_of(part: str) -> int:
+    found = [number for number, parts in enumerate(STOREYS) if part in parts]
+    assert found, f"src/hf_sparse_moe/{part} has no storey yet: name it in STOREYS"
+    return found[0]
+
+
+def imports(path: Path):
+    """Yield (absolute module, level, names, whether at import time) of each import statement in `path`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside_function = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, 0, [], id(node) not in inside_function
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            module = node.module or ""
+            if node.level:
+                parents = path.relative_to(PACKAGE.parent).parent.parts
+                module = ".".join((*parents[: len(parents) - node.level + 1], *filter(None, [module])))
+            yield module, node.level, names, id(node) not in inside_function
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_folders_import_downwards_only(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if here == "__init__":  # the roof: it names what all the others hold
+        return
+    for module, _, names, _ in imports(path):
+        parts = module.split(".")
+        if parts[0] != PACKAGE.name:
+            continue
+        for there in parts[1:2] or names:
+            if there != here and not there.startswith("__"):
+                assert storey_of(there) < storey_of(here), f"{here} imports {there}, which stands on or above it"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda path: path.name)
+def test_models_travel_alone(path):
+    """`custom_object_save` follows the text `from .name import` and nothing else, into one folder."""
+    for module, level, names, _ in imports(path):
+        top = module.split(".")[0]
+        if level:
+            name = module.removeprefix(f"{PACKAGE.name}.models").lstrip(".")
+            assert level == 1, f"`from {'.' * level}` leaves the folder"
+            assert name, f"`from . import {', '.join(names)}` is not copied to the Hub: write `from .name import`"
+            assert (path.parent / f"{name}.py").is_file(), f"{name} is not a file of models/"
+        else:
+            allowed = top in sys.stdlib_module_names or top in TRAVELS_WITH
+            assert allowed, f"models/ may import the standard library and {sorted(TRAVELS_WITH)}, not {top}"
+
+
+def test_models_is_flat():
+    folders = [path for path in (PACKAGE / "models").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert not folders, "what travels to the Hub is copied from one folder"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_optional_packages_are_imported_on_use(path):
+    """At the head of a file an extra would be a core dependency of all who import that file; `train` is one's own."""
+    if path.relative_to(PACKAGE).parts[0] in {"train", "metrics"}:
+        return
+    heavy = {module.split(".")[0] for module, _, _, at_import in imports(path) if at_import} & OPTIONAL
+    assert not heavy, f"import {sorted(heavy)} inside the function that needs it"
+
+
+def test_importing_the_package_loads_no_extra():
+    """Beyond what transformers itself loads: it imports accelerate where that is installed."""
+    program = "import sys, {}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+
+    def loaded(modules: str) -> set[str]:
+        run = [sys.executable, "-c", program.format(modules)]
+        return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+
+    ours = loaded("hf_sparse_moe, hf_sparse_moe.cli") if (PACKAGE / "cli.py").is_file() else loaded("hf_sparse_moe")
+    stock = loaded("transformers.modeling_utils, transformers.generation")
+    assert not (ours - stock) & OPTIONAL

@@ -1,0 +1,199 @@
+"""What we lean on in transformers beyond its documented API, each pinned by name.
+
+An upstream change fails here and says what breaks, before it breaks in a person's run.
+"""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationMixin, MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer
+from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
+from transformers.integrations import moe
+from transformers.loss import loss_utils
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.output_capturing import CompileableContextVar
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm"])
+def test_experts_backends_are_functions_of_module_tokens_index_and_weights(backend):
+    """Else `SparseMoeExperts` is called by a backend in a way it does not know, or runs `eager` only."""
+    function = moe.ALL_EXPERTS_FUNCTIONS[backend]
+    assert parameters(function)[:4] == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+
+
+def test_experts_decorator_says_gate_bias_and_layout():
+    """Else plain and biased experts (GPT-2, BERT) are computed as if they were gated and without bias."""
+    assert {"has_gate", "has_bias"} <= set(parameters(moe.use_experts_implementation))
+
+    @moe.use_experts_implementation(has_gate=False, has_bias=True)
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states
+
+    experts = Experts(MixtralConfig(experts_implementation="eager"))
+    assert (experts.has_gate, experts.has_bias, experts.is_transposed) == (False, True, False)
+
+
+@pytest.mark.parametrize(
+    "attribute", ["num_experts", "gate_up_proj", "up_proj", "down_proj", "_apply_gate", "act_fn", "has_gate", "has_bias"]
+)
+def test_experts_backends_read_these_attributes(attribute):
+    """Else a backend looks for our parameters under another name."""
+    assert f"self.{attribute}" in inspect.getsource(moe)
+
+
+def test_support_of_experts_backends_is_read_from_the_source_of_the_class():
+    """`SparseMoePreTrainedModel` overrides this, since its decorator stands in another file; else `eager` for all."""
+    assert "@use_experts_implementation" in inspect.getsource(PreTrainedModel._can_set_experts_implementation)
+
+
+def test_context_variable_takes_set_get_and_reset():
+    """Else the routing record, and with it the balance loss, is lost, or `torch.compile(fullgraph=True)` breaks."""
+    variable = CompileableContextVar("contract")
+    assert variable.get() is None
+    token = variable.set("record")
+    assert variable.get() == "record"
+    variable.reset(token)
+    assert variable.get() is None
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def double(x):
+        seen = variable.get()
+        return x * 2 if seen is None else x
+
+    assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_initialize_weights_takes_the_module_tree_and_spares_what_a_checkpoint_filled():
+    """Else experts keep the garbage of `torch.empty`, or loaded ones are drawn anew."""
+    assert parameters(PreTrainedModel.initialize_weights) == ["self"]
+    assert {"normal_", "zeros_", "guard_torch_init_functions"} <= set(dir(init))
+    filled, fresh = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    filled._is_hf_initialized = True
+    with torch.no_grad():
+        init.zeros_(filled)
+        init.zeros_(fresh)
+    assert filled.eq(1).all()
+    assert fresh.eq(0).all()
+
+
+def test_checkpoint_loading_takes_model_state_files_and_config():
+    """Our override renames the body's prefix there, so that one head's checkpoint loads into another."""
+    assert parameters(PreTrainedModel._load_pretrained_model)[:4] == [
+        "model", "state_dict", "checkpoint_files", "load_config",
+    ]  # fmt: skip
+    assert isinstance(inspect.getattr_static(PreTrainedModel, "_load_pretrained_model"), staticmethod)
+    assert "weight_mapping" in LoadStateDictConfig.__dataclass_fields__
+    assert parameters(WeightRenaming)[:2] == ["source_patterns", "target_patterns"]
+
+
+def test_saving_keeps_the_keys_when_asked():
+    """Else a checkpoint of ours no longer loads strictly, which is what a Trainer's resume does."""
+    assert "save_original_format" in parameters(PreTrainedModel.save_pretrained)
+
+
+def test_gradient_checkpointing_hands_over_its_function():
+    """Else router logits inside a reentrant checkpoint carry no gradient, and the router is not balanced."""
+    names = parameters(PreTrainedModel._set_gradient_checkpointing)
+    assert {"enable", "gradient_checkpointing_func"} <= set(names)
+    assert "value" not in names  # the old protocol, told apart by this name
+
+
+def test_parallel_plans_are_made_per_model():
+    """Else the plans of the dense feed-forwards, which are gone, stay, and experts are not sharded."""
+    config = MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
+                           num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.init_parallel_plans()
+    assert model._ep_plan["model.layers.*.mlp.experts"] == "ep_dispatch_experts"
+    assert model._ep_plan["model.layers.*.mlp.experts.gate_up_proj"] == "grouped_gemm"
+    assert model._tp_plan["model.layers.*.mlp.experts"] == "moe_tp_experts"
+    assert model._tp_plan["model.layers.*.mlp.experts.gate_up_proj"] == "packed_colwise"
+
+
+def test_remote_code_follows_from_dot_name_import_only(tmp_path):
+    """Why models/ imports as it does: what is written otherwise is not copied to the Hub."""
+    (tmp_path / "a.py").write_text("from .b import x\nfrom . import c\n", encoding="utf-8")
+    assert get_relative_imports(tmp_path / "a.py") == ["b"]
+    assert parameters(custom_object_save) == ["obj", "folder", "config"]
+    assert "_auto_class" in dir(PreTrainedModel)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ForCausalLMLoss", ["logits", "labels", "vocab_size", "num_items_in_batch"]),
+        ("ForMaskedLMLoss", ["logits", "labels", "vocab_size", "num_items_in_batch"]),
+        ("ForSequenceClassificationLoss", ["labels", "pooled_logits", "config"]),
+        ("ForQuestionAnsweringLoss", ["start_logits", "end_logits", "start_positions", "end_positions"]),
+        ("fixed_cross_entropy", ["source", "target", "num_items_in_batch"]),
+    ],
+)
+def test_losses_take_logits_labels_and_count(name, arguments):
+    """Our task losses call these with these places; a changed order is a wrong loss, not an error."""
+    assert parameters(getattr(loss_utils, name))[: len(arguments)] == arguments
+
+
+def test_fixed_cross_entropy_divides_by_the_count():
+    """Else the loss grows with gradient accumulation."""
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 1, -100, 2, 3, 4])
+    mean = loss_utils.fixed_cross_entropy(logits, labels)
+    assert torch.allclose(loss_utils.fixed_cross_entropy(logits, labels, 10), mean * 5 / 10)
+
+
+def test_a_class_named_for_conditional_generation_shifts():
+    """Why our encoder-decoder sets `loss_type`: Trainer counts one label a row too few for a shifting loss."""
+    assert loss_utils.LOSS_MAPPING["ForConditionalGeneration"] is loss_utils.ForCausalLMLoss
+    assert loss_utils.LOSS_MAPPING["ForMaskedLM"] is loss_utils.ForMaskedLMLoss
+
+
+def test_trainer_passes_the_count_to_a_forward_with_keyword_arguments():
+    """The weight of the balance loss is (labels of the micro-batch / count); without it each one counts in full."""
+    assert 'kwargs["num_items_in_batch"]' in inspect.getsource(Trainer.compute_loss)
+    assert "model_accepts_loss_kwargs" in inspect.getsource(Trainer.training_step)
+    # It multiplies by the number of processes afterwards, because DDP takes the mean of the gradients.
+    assert "average_tokens_across_devices" in inspect.getsource(Trainer.compute_loss)
+
+
+def test_trainer_divides_a_loss_that_took_no_count():
+    """The other half of the same bargain: never both."""
+    assert "current_gradient_accumulation_steps" in inspect.getsource(Trainer.training_step)
+
+
+@pytest.mark.parametrize(
+    "trait",
+    [
+        "supports_gradient_checkpointing",
+        "_can_compile_fullgraph",
+        "_supports_flash_attn",
+        "_supports_sdpa",
+        "_supports_flex_attn",
+        "_supports_attention_backend",
+    ],
+)
+def test_traits_of_a_model_class(trait):
+    """We answer these for the dense model inside; a renamed one would say no for it."""
+    assert hasattr(PreTrainedModel, trait)
+
+
+def test_statefulness_is_a_trait_of_generation():
+    """As above: a cache that cannot be rolled back must not be handed to assisted generation."""
+    assert "_is_stateful" in inspect.getsource(PreTrainedModel) + inspect.getsource(GenerationMixin)
+
+
+def test_conv1d_is_transposed():
+    """GPT-2's weights are (in, out); upcycling turns them."""
+    assert Conv1D(nf=5, nx=3).weight.shape == (3, 5)
