@@ -35,9 +35,9 @@ TREE_PAGE = 1000
 class Fault:
     """Trouble for the requests that match `method` and `path` (a regular expression), `times` times.
 
-    `action` runs before the request is served. With `after` the request is served and its answer lost: that is how a
-    commit can happen although the client saw an error. A `status` is answered; without one the connection is cut,
-    unless there is only an action to run.
+    `action` runs before the request is served. A `status` is answered instead of the result; `cut` ends the connection
+    instead. With `after` the request is served first, so that a commit happens although the client sees an error, and
+    a cut comes in the middle of the answer.
     """
 
     method: str
@@ -134,12 +134,14 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         self.close_connection = True
         if fault.after:
-            self._result(url.path)
-        elif not fault.cut:
-            for _ in self._body():  # bytes left unread would reset the connection before the answer arrives
+            answer = self._result(url.path)
+        else:
+            for _ in self._body():  # bytes left unread would reset the connection before an answer arrives
                 pass
-        if not fault.cut:
+        if fault.status:
             self._answer(fault.status, {"X-Error-Message": "injected"}, {"error": "injected"})
+        elif fault.after:
+            self._answer(*answer, cut=True)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -156,7 +158,7 @@ class HubHandler(BaseHTTPRequestHandler):
             code = {"X-Error-Code": error.code} if error.code else {}
             return error.status, {"X-Error-Message": error.message} | code | error.headers, error.body
 
-    def _answer(self, status: int, headers: Mapping[str, str], payload: object) -> None:
+    def _answer(self, status: int, headers: Mapping[str, str], payload: object, cut: bool = False) -> None:
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         default = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body))}
         self.send_response(status)
@@ -164,7 +166,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
 
     def _body(self) -> Iterator[bytes]:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":

@@ -16,7 +16,7 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 # neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
 STOREYS = (
     {"models"},
-    {"registration", "backends", "analysis"},
+    {"registration", "backends", "analysis", "metrics"},
     {"upcycling", "export", "adapters", "train"},
     {"hub"},
     {"quickstart"},
@@ -32,26 +32,27 @@ def storey_of(part: str) -> int:
     return found[0]
 
 
+def defers(node: ast.AST) -> bool:
+    """Whether the imports inside `node` run later (a function's body) or never (`if TYPE_CHECKING`)."""
+    for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
 def imports(path: Path):
-    """Yield (absolute module, level, names, whether at import time) of each import statement in `path`."""
+    """Yield (absolute module, level, names, whether importing the file runs it) of each import statement in `path`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside_function = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for inner in ast.walk(node)
-    }
+    deferred = {id(inner) for node in ast.walk(tree) if defers(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, 0, [], id(node) not in inside_function
+                yield alias.name, 0, [], id(node) not in deferred
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
             module = node.module or ""
             if node.level:
                 parents = path.relative_to(PACKAGE.parent).parent.parts
                 module = ".".join((*parents[: len(parents) - node.level + 1], *filter(None, [module])))
-            yield module, node.level, names, id(node) not in inside_function
+            yield module, node.level, names, id(node) not in deferred
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -94,10 +95,10 @@ def test_models_is_flat():
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 def test_optional_packages_are_imported_on_use(path):
-    """At the head of a file an extra would be a core dependency of all who import that file; `train` is one's own."""
-    if path.relative_to(PACKAGE).parts[0] in {"train", "metrics"}:
+    """At the head of a file an extra would be a core dependency of all who import that file."""
+    if path.relative_to(PACKAGE).parts[0] == "metrics":  # loaded by path, by `evaluate` itself
         return
-    heavy = {module.split(".")[0] for module, _, _, at_import in imports(path) if at_import} & OPTIONAL
+    heavy = {module.split(".")[0] for module, _, _, runs in imports(path) if runs} & OPTIONAL
     assert not heavy, f"import {sorted(heavy)} inside the function that needs it"
 
 

@@ -48,7 +48,8 @@ def test_experts_decorator_says_gate_bias_and_layout():
 
 
 @pytest.mark.parametrize(
-    "attribute", ["num_experts", "gate_up_proj", "up_proj", "down_proj", "_apply_gate", "act_fn", "has_gate", "has_bias"]
+    "attribute",
+    ["num_experts", "gate_up_proj", "up_proj", "down_proj", "_apply_gate", "act_fn", "has_gate", "has_bias"],
 )
 def test_experts_backends_read_these_attributes(attribute):
     """Else a backend looks for our parameters under another name."""
@@ -70,11 +71,14 @@ def test_context_variable_takes_set_get_and_reset():
     assert variable.get() is None
 
     @torch.compile(fullgraph=True, backend="eager")
-    def double(x):
-        seen = variable.get()
-        return x * 2 if seen is None else x
+    def forward(x):
+        token = variable.set([])
+        variable.get().append(x * 2)
+        record = variable.get()
+        variable.reset(token)
+        return record[0]
 
-    assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(forward(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_initialize_weights_takes_the_module_tree_and_spares_what_a_checkpoint_filled():
@@ -97,6 +101,7 @@ def test_checkpoint_loading_takes_model_state_files_and_config():
     ]  # fmt: skip
     assert isinstance(inspect.getattr_static(PreTrainedModel, "_load_pretrained_model"), staticmethod)
     assert "weight_mapping" in LoadStateDictConfig.__dataclass_fields__
+    assert LoadStateDictConfig.__dataclass_params__.frozen  # so the override passes on a changed copy
     assert parameters(WeightRenaming)[:2] == ["source_patterns", "target_patterns"]
 
 

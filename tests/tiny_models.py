@@ -146,15 +146,18 @@ def architecture_of(name: str) -> tuple[str, Architecture]:
 
 
 def enlarge_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw matrices with deviation `WEIGHT_STD` and shake vectors, in place."""
+    """Redraw matrices with a deviation that makes them matter, and shake vectors, in place."""
     generator = torch.Generator().manual_seed(seed)
+    dense_config = getattr(model.config, "dense_config", model.config)
+    # T5 does not scale its attention scores: weights of the common size would make its attention one-hot.
+    std = WEIGHT_STD / 2 if dense_config.model_type in ("t5", "mt5") else WEIGHT_STD
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if parameter.dim() > 1:
-                parameter.copy_(WEIGHT_STD * noise)
+                parameter.copy_(std * noise)
             else:
-                parameter.add_(WEIGHT_STD / 2 * noise)
+                parameter.add_(std / 2 * noise)
     return model
 
 

@@ -45,10 +45,13 @@ def fetch_tests(version: str) -> Path:
 
 def run_suite(tests: Path, jobs: int, arguments: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
     """Run `suite.py` and return {class: {test: (outcome, first line of the message)}}."""
-    command = [sys.executable, "-m", "pytest", str(HERE / "suite.py"), "-n", str(jobs), "-q", "-rN", "--tb=no", "--timeout=300"]
+    command = [sys.executable, "-m", "pytest", str(HERE / "suite.py"), "-n", str(jobs), "--timeout=300"]
+    command += ["-q", "-rN", "--tb=no", f"--junitxml={REPORT}"]
     # The marks and the warnings of transformers' tests are not ours to judge.
-    command += [f"--junitxml={REPORT}", "-o", "addopts=", "-o", "filterwarnings=ignore", *arguments]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "TRANSFORMERS_TESTS": str(tests)}, check=False)
+    command += ["-o", "addopts=", "-o", "filterwarnings=ignore", "-o", "verbosity_subtests=0", *arguments]
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRANSFORMERS_TESTS": str(tests)}).returncode
+    if code > 1:  # 0 all passed, 1 some failed
+        raise SystemExit(f"pytest did not get through the suite (exit code {code}); see its output above.")
     results: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
     for case in ElementTree.parse(REPORT).iter("testcase"):
         outcome, message = "passed", ""

@@ -15,6 +15,7 @@ FAMILIES = ("encoder", "decoder", "encoder-decoder")
 def push(repo_id: str, family: str = "encoder", seed: int = 0, with_tokenizer: bool = False, **kwargs) -> dict:
     """Pushes a tiny mixture by its own method; returns the commit and what tells the model: its weights and logits."""
     import hashlib
+    import tempfile
 
     import torch
     from tokenizers import Tokenizer, models
@@ -47,6 +48,10 @@ def push(repo_id: str, family: str = "encoder", seed: int = 0, with_tokenizer: b
     if with_tokenizer:
         backend = Tokenizer(models.WordLevel({"[UNK]": 0, "sparse": 1}, unk_token="[UNK]"))
         kwargs["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    if kwargs.pop("while_saving", False):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+        return {}
     commit = model.push_to_hub(repo_id, **kwargs)
     tokens = torch.tensor([[5, 3, 8, 1, 30]])
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if family == "encoder-decoder" else {})
@@ -306,3 +311,10 @@ def test_a_push_without_weights_is_refused_before_anything_is_sent(client, hub_s
     with pytest.raises(ClientError, match="saved no weights"):
         client(push_as_a_second_rank, repo_id=repo_id)
     assert not hub_server.requests
+
+
+def test_saving_with_push_to_hub_publishes_our_card(client, hub_server, repo_id):
+    client(push, repo_id=repo_id, while_saving=True, commit_message="while saving")
+    assert commits(hub_server, repo_id) == ["while saving", "initial commit"]
+    assert b"made with hf_sparse_moe" in hub_server.hub.read(repo_id, "README.md")
+    client(load, repo_id=repo_id)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
+from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
 
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -23,7 +23,7 @@ class RouterGradient(TrainerCallback):
         self.gradient = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "gate.weight" in name])
 
 
-def router_gradient(model, examples, batch_size, accumulation, tmp_path, **training_arguments):
+def train(model, examples, batch_size, accumulation, tmp_path, callbacks=()):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=batch_size,
@@ -35,10 +35,13 @@ def router_gradient(model, examples, batch_size, accumulation, tmp_path, **train
         disable_tqdm=True,
         save_strategy="no",
         use_cpu=True,
-        **training_arguments,
     )
+    Trainer(model=model, args=arguments, train_dataset=examples, callbacks=list(callbacks)).train()
+
+
+def router_gradient(model, examples, batch_size, accumulation, tmp_path):
     callback = RouterGradient()
-    Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[callback]).train()
+    train(model, examples, batch_size, accumulation, tmp_path, [callback])
     return callback.gradient
 
 
@@ -96,6 +99,24 @@ def test_stock_mixtral_grows(tmp_path, capsys):
     with capsys.disabled():
         print("\nstock Mixtral: router gradient over that of 8 x 1:", *(f"{r:.3f}" for r in ratios(gradients)))
     assert ratios(gradients)[-1] > 4
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bart"])
+def test_stock_task_gradients_grow(name, tmp_path, capsys):
+    """Stock heads swallow `num_items_in_batch`, so Trainer does not divide by the steps, nor do they."""
+
+    def gradient(*split):
+        model = without_dropout(tiny_dense(name))
+        gradients = {}
+        for key, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p, key=key: gradients.__setitem__(key, p.grad.clone()))
+        train(model, one_batch(model, identical=True), *split, tmp_path)
+        return torch.cat([tensor.flatten() for tensor in gradients.values()]).norm()
+
+    ratio = (gradient(2, 4) / gradient(8, 1)).item()
+    with capsys.disabled():
+        print(f"\nstock {name}: whole gradient of 2 x 4 over that of 8 x 1: {ratio:.3f}")
+    assert ratio == pytest.approx(4.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -181,7 +181,6 @@ def test_labels_and_problem_type_come_from_the_dense_config(family):
     dense = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "problem_type": "multi_label_classification"}
     config = tiny_config(name, dense_fields=dense)
     assert config.id2label == dense["id2label"]
-    assert config.label2id["perhaps"] == 2
     model = hf.AutoModelForSequenceClassification.from_config(config)
     assert model.config.problem_type == "multi_label_classification"
     assert any(p.shape == (3, 32) for name, p in model.named_parameters() if "experts" not in name)

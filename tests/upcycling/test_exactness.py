@@ -16,7 +16,7 @@ from hf_sparse_moe import SparseMoeEncoderModel, upcycle
 from tiny_models import ARCHITECTURES, tiny_dense
 
 
-TOLERANCE = 1e-5  # of the largest logit, or of 1 where that is smaller
+TOLERANCE = 1e-5  # absolute, float32, whole model
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,14 @@ def test_table(name, table):
     difference, largest = measured["max_abs_difference"], measured["max_abs_output"]
     table.append((name, type(sparse).__name__, len(sparse.sparse_blocks), difference, largest))
 
-    assert difference <= TOLERANCE * max(1.0, largest)
+    assert difference <= TOLERANCE
     assert largest > 0.1, "outputs this small would hide a difference"
     # the experts matter: without them the output is another one
     inputs = {key: value[:, :8] for key, value in _probe(dense).items()}
     kept = sparse(**inputs)[0]
     for block in sparse.sparse_blocks:
         block.experts.down_proj.data.zero_()
-    assert (sparse(**inputs)[0] - kept).abs().max() > 100 * TOLERANCE * max(1.0, largest)
+    assert (sparse(**inputs)[0] - kept).abs().max() > 100 * TOLERANCE
     # the dense model is left alone, and shares no memory
     after = dense.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -81,9 +81,7 @@ def test_some_layers_may_stay_dense(name):
     )
     sparse = upcycle(dense, num_experts=4, **fields)
     assert len(sparse.sparse_blocks) == 1
-    assert sparse.receipt["equality"]["max_abs_difference"] <= TOLERANCE * max(
-        1.0, sparse.receipt["equality"]["max_abs_output"]
-    )
+    assert sparse.receipt["equality"]["max_abs_difference"] <= TOLERANCE
 
 
 def test_bfloat16_stays_bfloat16():

@@ -122,6 +122,12 @@ class SparseMoeConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # Saving and `generate` refuse a config with undeclared generation parameters. The dense config declares those
+        # that are read through (BART's `forced_eos_token_id`).
+        declared = self.dense_config.__dataclass_fields__
+        return {name: value for name, value in super()._get_generation_parameters().items() if name not in declared}
+
     # The experts read this config; the dense model inside has none, and would refuse the name of a backend.
     @property
     def _experts_implementation(self) -> str | None:

@@ -222,10 +222,13 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
     # ---- saving and loading -----------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs
+    ) -> None:
         """
         [`PreTrainedModel.save_pretrained`], and the receipt. The config's `auto_map` names every class of the family,
-        and the code they need is copied beside the weights.
+        and the code they need is copied beside the weights. `push_to_hub=True` then publishes as `repo_id`, or as the
+        folder's name.
         """
         self.config.auto_map = self.family_auto_map()
         # Keys are saved as they stand in the module, so that a strict load (a Trainer's resume) finds them.
@@ -235,7 +238,12 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             with open(os.path.join(save_directory, RECEIPT_NAME), "w", encoding="utf-8") as file:
                 json.dump(self.receipt, file, indent=2)
                 file.write("\n")
+        hub_arguments = ("commit_message", "create_pr", "private")
+        hub = {name: kwargs.pop(name) for name in hub_arguments if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            kept = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(repo_id or os.path.basename(os.path.abspath(save_directory)), **hub, **kept)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

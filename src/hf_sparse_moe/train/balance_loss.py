@@ -9,8 +9,8 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput
 
-from ..models.pretrained_model import SparseMoePreTrainedModel
-from ..models.task_losses import batch_weight
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.task_losses import batch_weight
 
 
 class BalanceLossCallback(TrainerCallback):

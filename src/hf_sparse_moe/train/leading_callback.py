@@ -9,8 +9,8 @@ def add_leading_callback(trainer: Trainer, callback: TrainerCallback) -> None:
     """
     Add `callback` ahead of all others.
 
-    `Trainer(callbacks=[...])` and `trainer.add_callback` put a callback behind the progress bar and the integrations of
-    `report_to` (TensorBoard, W&B, ...), which then have sent the logs before it can add to them.
+    `Trainer(callbacks=[...])` and `trainer.add_callback` put a callback behind the progress bar and the integrations
+    of `report_to` (TensorBoard, W&B, ...), which then have sent the logs before it can add to them.
 
     Args:
         trainer (`Trainer`): A trainer, of any subclass.

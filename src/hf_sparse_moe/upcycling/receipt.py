@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
@@ -51,6 +52,8 @@ def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) ->
 def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) -> dict[str, Any]:
     """Max and mean absolute difference of the first output (logits, or last hidden states) on the probe, eval mode."""
     inputs = probe_inputs(dense.config, dense.device)
+    if isinstance(sparse, SparseMoeEncoderForMultipleChoice):  # the one head whose inputs are (B, choices, S)
+        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
     outputs = []
     for model in (dense, sparse):
         training = model.training
@@ -77,7 +80,7 @@ def make_receipt(
 
     return {
         "source": {
-            "name_or_path": source.name if source else dense.config.name_or_path or None,
+            "name_or_path": source.name if source else Path(dense.config.name_or_path).name or None,
             "revision": source.revision if source else None,
             "architecture": type(dense).__name__,
             "model_type": dense.config.model_type,

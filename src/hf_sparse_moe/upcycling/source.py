@@ -21,7 +21,7 @@ class Source:
     A dense checkpoint on this machine.
 
     Args:
-        name (`str`): The folder or Hub id as it was given.
+        name (`str`): The Hub id, or the folder's own name: where it lies on this machine is nobody else's business.
         folder (`Path`): Where its files are.
         revision (`str`, *optional*): The commit of a Hub id.
     """
@@ -42,7 +42,7 @@ def find_source(name_or_path: str, revision: str | None = None, allow_pickle: bo
     if not folder.is_dir():
         return _fetch(name_or_path, revision, allow_pickle)
     _check_folder(folder, allow_pickle)
-    return Source(name_or_path, folder, None)
+    return Source(folder.resolve().name, folder, None)
 
 
 def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:

@@ -1,0 +1,217 @@
+"""How the tokens of some text spread over the experts. G groups, E experts, T tokens, K experts a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_sparse_moe.models.balancing import expert_counts
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.routing_record import RoutingRecord, close_record, open_record
+
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """
+    The assignments of one sparse layer; everything else follows from them.
+
+    Args:
+        side (`str`): `"encoder"` or `"decoder"`.
+        position (`int`): The place among the sparse layers of its side, from 0.
+        groups (`tuple[str, ...]`): The names of the rows of `counts`.
+        counts (`torch.Tensor` of shape `(G, E)`): How many (token, expert) assignments of each group each expert got.
+    """
+
+    side: str
+    position: int
+    groups: tuple[str, ...]
+    counts: torch.Tensor
+
+    @property
+    def load(self) -> torch.Tensor:
+        """`(E,)`: each expert's share of all assignments; the shares sum to 1."""
+        return _shares(self.counts.sum(dim=0))
+
+    @property
+    def group_load(self) -> torch.Tensor:
+        """`(G, E)`: each expert's share of a group's assignments; every row sums to 1."""
+        return _shares(self.counts)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of `load` divided by log E: 1 is an even load, 0 is one expert for all."""
+        experts = self.counts.shape[1]
+        return 1.0 if experts == 1 else _entropy(self.load) / torch.log(torch.tensor(float(experts))).item()
+
+    @property
+    def max_violation(self) -> float:
+        """MaxVio (arXiv 2408.15664): the highest load over the mean load, minus 1; 0 is an even load."""
+        return (self.load.max() * self.counts.shape[1]).item() - 1
+
+    @property
+    def dead_experts(self) -> list[int]:
+        """The experts that no token reached."""
+        return (self.counts.sum(dim=0) == 0).nonzero().flatten().tolist()
+
+    @property
+    def mutual_information(self) -> float:
+        """
+        Mutual information of group and expert over the mean of their entropies: 0 when knowing the expert says nothing
+        about the group, 1 when each tells the other.
+        """
+        joint = self.counts / self.counts.sum().clamp(min=1)
+        by_group, by_expert = _entropy(joint.sum(dim=1)), _entropy(joint.sum(dim=0))
+        if by_group == 0 or by_expert == 0:
+            return 0.0
+        return max(0.0, 2 * (by_group + by_expert - _entropy(joint.flatten())) / (by_group + by_expert))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain numbers, for JSON."""
+        return {
+            "side": self.side,
+            "position": self.position,
+            "load": self.load.tolist(),
+            "group_load": dict(zip(self.groups, self.group_load.tolist(), strict=True)),
+            "entropy": self.entropy,
+            "max_violation": self.max_violation,
+            "dead_experts": self.dead_experts,
+            "mutual_information": self.mutual_information,
+        }
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """
+    What [`routing_statistics`] found.
+
+    Args:
+        layers (`list[LayerRouting]`): One a sparse layer, in the order of their call: encoder before decoder.
+        num_experts (`int`): E.
+        num_experts_per_tok (`int`): K.
+    """
+
+    layers: list[LayerRouting]
+    num_experts: int
+    num_experts_per_tok: int
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups, in the order in which they first appeared."""
+        return self.layers[0].groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain numbers, for JSON."""
+        return {
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+@torch.no_grad()
+def routing_statistics(
+    model: SparseMoePreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None = None
+) -> RoutingStatistics:
+    """
+    Run `model` in evaluation mode on `batches`, and count which expert serves which token. Pads do not count.
+
+    Args:
+        model (`SparseMoePreTrainedModel`): A mixture of this package, of any family and head.
+        batches (`Iterable[Mapping[str, torch.Tensor]]`): What the forward takes, such as an unshuffled `DataLoader`.
+        groups (`Iterable[str]`, *optional*):
+            One name (a domain, a language, a label) for each sequence, in the order of the batches. Without them all
+            sequences are one group.
+
+    Returns:
+        [`RoutingStatistics`]
+
+    Raises:
+        ValueError: no batches, no sparse layer, or not one group for each sequence.
+    """
+    labels = None if groups is None else [str(group) for group in groups]
+    names = list(dict.fromkeys([ALL] if labels is None else labels))
+    counts: list[torch.Tensor] = []
+    sides: list[str] = []
+    seen = 0
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {
+                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            sequences = len(inputs[model.main_input_name])
+            if labels is not None and seen + sequences > len(labels):
+                raise ValueError(
+                    f"`groups` has {len(labels)} entries, fewer than `batches` has sequences. Give one a sequence."
+                )
+            record = _record(model, inputs)
+            masks = _token_masks(model, inputs)
+            if not counts:
+                sides = [entry.side for entry in record.entries]
+                counts = [torch.zeros(len(names), model.config.num_experts, dtype=torch.float64) for _ in sides]
+            rows = [ALL] * sequences if labels is None else labels[seen : seen + sequences]
+            for layer_counts, entry in zip(counts, record.entries, strict=True):
+                index_BSK = entry.top_k_index.unflatten(0, (sequences, -1))
+                mask_BS = masks[entry.side]
+                for sequence, group in enumerate(rows):
+                    mask_S = None if mask_BS is None else mask_BS[sequence].flatten()
+                    layer_counts[names.index(group)] += expert_counts(
+                        index_BSK[sequence], model.config.num_experts, mask_S
+                    ).cpu()
+            seen += sequences
+    finally:
+        model.train(training)
+    if not counts:
+        raise ValueError("`batches` is empty, or `model` has no sparse layer: there is nothing to count.")
+    if labels is not None and seen != len(labels):
+        raise ValueError(f"`groups` has {len(labels)} entries, but `batches` has {seen} sequences. Give one a sequence.")
+    layers = [
+        LayerRouting(side, sides[:place].count(side), tuple(names), layer_counts)
+        for place, (side, layer_counts) in enumerate(zip(sides, counts, strict=True))
+    ]
+    return RoutingStatistics(layers, model.config.num_experts, model.config.num_experts_per_tok)
+
+
+def _record(model: SparseMoePreTrainedModel, inputs: Mapping[str, Any]) -> RoutingRecord:
+    # The record rather than `outputs.router_logits`: it holds the choice itself, whatever the router made it from.
+    record = RoutingRecord()
+    token = open_record(record)
+    try:
+        model(**inputs, output_router_logits=False)
+    finally:
+        close_record(token)
+    return record
+
+
+def _token_masks(model: SparseMoePreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor | None]:
+    """`(B, S)` a side: which tokens count."""
+    mask = inputs.get("attention_mask")
+    if not model.config.is_encoder_decoder:
+        return {"encoder": mask, "decoder": mask}
+    decoder_mask = inputs.get("decoder_attention_mask")
+    if decoder_mask is None and getattr(model, "labels_are_targets", False) and "labels" in inputs:
+        decoder_mask = inputs["labels"].ne(-100)
+    elif decoder_mask is None and "decoder_input_ids" in inputs and model.config.pad_token_id is not None:
+        # The first token may be the pad itself: T5 starts with it.
+        decoder_mask = inputs["decoder_input_ids"].ne(model.config.pad_token_id)
+        decoder_mask[:, 0] = True
+    elif decoder_mask is None and "decoder_input_ids" not in inputs:  # BART's heads feed the source to the decoder
+        decoder_mask = mask
+    return {"encoder": mask, "decoder": decoder_mask}
+
+
+def _shares(counts: torch.Tensor) -> torch.Tensor:
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _entropy(probabilities: torch.Tensor) -> float:
+    positive = probabilities[probabilities > 0]
+    return -(positive * positive.log()).sum().item()

@@ -1,0 +1,60 @@
+"""A checkpoint of one head loads into every other head of its family, and only the new head is fresh."""
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
+
+from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+
+
+PAIRS = [
+    (name, source, target)
+    for (family, names), classes in zip(FAMILIES.items(), AUTO_CLASSES.values(), strict=True)
+    for name in names
+    for source in classes
+    for target in classes
+    if source is not target
+]
+
+
+def pair_id(value: object) -> str:
+    return value if isinstance(value, str) else value.__name__.removeprefix("AutoModel") or "Model"
+
+
+def body_keys(model: hf.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Weights of the body, without the prefix that depends on the head."""
+    prefix = f"dense.{model.dense.base_model_prefix}."
+    body = {key.removeprefix(prefix): value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    return body or {key.removeprefix("dense."): value for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "source", "target"), PAIRS, ids=pair_id)
+def test_a_checkpoint_loads_into_every_other_head(name, source, target, tmp_path):
+    model = tiny_sparse(name, source)
+    model.save_pretrained(tmp_path)
+    loaded, info = target.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is AUTO_CLASSES[type(model.config)][target]
+    assert not info["mismatched_keys"]
+    expected, body = body_keys(model), body_keys(loaded)
+    shared = expected.keys() & body.keys()
+    assert sum("experts.down_proj" in key for key in shared) >= 2
+    for key in shared:
+        assert torch.equal(body[key], expected[key]), key
+    for key in info["missing_keys"]:
+        assert key.removeprefix(f"dense.{loaded.dense.base_model_prefix}.") not in expected, key
+        assert "experts" not in key
+        assert "layers.0" not in key
+    for key, tensor in loaded.state_dict().items():
+        assert torch.isfinite(tensor).all(), key
+
+
+@pytest.mark.parametrize("name", [names[0] for names in FAMILIES.values()])
+def test_the_bare_model_computes_the_hidden_states_of_the_language_model(name, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path)
+    bare = hf.AutoModel.from_pretrained(tmp_path)
+    inputs = tiny_inputs(model, labels=False)
+    outputs = model(**inputs, output_hidden_states=True)
+    states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
+    torch.testing.assert_close(bare(**inputs).last_hidden_state, states[-1])

@@ -1,0 +1,190 @@
+"""What is saved comes back: whole, sharded, in half precision, spread over devices, and under its own names."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors import safe_open
+from tiny_models import ARCHITECTURES, BACKBONES, FAMILIES, LANGUAGE_MODELS, architecture_of, tiny_inputs, tiny_sparse
+
+
+ONE_A_FAMILY = [names[0] for names in FAMILIES.values()]
+
+
+def auto_class(name: str) -> type:
+    return LANGUAGE_MODELS[architecture_of(name)[1].family]
+
+
+def load(name: str, folder, **kwargs) -> hf.PreTrainedModel:
+    """Load, and make sure that nothing was missing, left over or drawn afresh."""
+    model, info = auto_class(name).from_pretrained(folder, output_loading_info=True, **kwargs)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    return model
+
+
+def assert_same_state(model: hf.PreTrainedModel, expected: hf.PreTrainedModel) -> None:
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(state[key], tensor, rtol=0, atol=0, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def logits(model: hf.PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_inputs(model, labels=False)).logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_model_comes_back_bit_for_bit(name, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path)
+    loaded = load(name, tmp_path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert_same_state(loaded, model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_keys_of_the_file_are_those_of_the_module(name, tmp_path):
+    """So that a Trainer's resume, which loads without any conversion, finds every weight (transformers issue 48805)."""
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tied = set(model.all_tied_weights_keys)
+    assert state.keys() == model.state_dict().keys() - tied
+    fresh = tiny_sparse(name, num_shared_experts=0)
+    for parameter in fresh.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    missing = fresh.load_state_dict(state, strict=not tied).missing_keys
+    assert set(missing) == tied
+    assert_same_state(fresh, model)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_shards(name, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert_same_state(load(name, tmp_path), model)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_half_precision(name, tmp_path):
+    model = tiny_sparse(name).bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded = load(name, tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert_same_state(loaded, model)
+    wide = load(name, tmp_path, dtype=torch.float32)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"], ids=str)
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_device_map(name, device_map, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path)
+    assert_same_state(load(name, tmp_path, device_map=device_map), model)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_layers_on_disk(name, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path / "model")
+    offloaded = load(
+        name,
+        tmp_path / "model",
+        device_map=disk_map(model),
+        offload_folder=tmp_path / "offload",
+    )
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"cpu", "meta"}
+    torch.testing.assert_close(logits(offloaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def disk_map(model: hf.PreTrainedModel) -> dict[str, str]:
+    """Everything on the CPU but the last layer of each stack, which is on disk."""
+    layer_classes = {type(layer) for layer in (model.get_submodule(path) for path in layer_paths(model))}
+    assert layer_classes
+    device_map = {}
+
+    def place(module: torch.nn.Module, path: str) -> None:
+        if path in last_layers:
+            device_map[path] = "disk"
+        elif any(last.startswith(f"{path}.") or path == "" for last in last_layers):
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}".lstrip("."))
+            for name, _ in module.named_parameters(recurse=False):
+                device_map[f"{path}.{name}".lstrip(".")] = "cpu"
+        else:
+            device_map[path] = "cpu"
+
+    last_layers = {max(path for path in layer_paths(model) if path.startswith(stack)) for stack in stacks(model)}
+    place(model, "")
+    return device_map
+
+
+def stacks(model: hf.PreTrainedModel) -> set[str]:
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == 2 and "layer.0." not in path
+    }
+
+
+def layer_paths(model: hf.PreTrainedModel) -> list[str]:
+    return [f"{stack}.{index}" for stack in stacks(model) for index in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_saved_again_and_again_is_the_same_file(name, tmp_path):
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path / "first")
+    load(name, tmp_path / "first").save_pretrained(tmp_path / "second")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_fresh_model_has_no_uninitialised_weight(name):
+    """`torch.empty` gives NaN in the tests, so a weight that nobody initialised shows."""
+    model = auto_class(name).from_config(tiny_sparse(name).config)
+    for key, tensor in model.state_dict().items():
+        assert torch.isfinite(tensor).all(), key
+    for block in model.sparse_blocks:
+        assert 0 < block.gate.weight.std() < 0.1
+        assert block.gate.weight.unique().numel() > 100
+        up = getattr(block.experts, block.experts.up_name)
+        assert (up[0] - up[1]).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_a_weight_that_the_file_lacks_is_drawn_and_named(name, tmp_path):
+    model = tiny_sparse(name)
+    lacking = "dense." + model.sparse_blocks[0].__class__.__name__
+    state = model.state_dict()
+    lacking = next(key for key in state if key.endswith("gate.weight"))
+    for key in model.all_tied_weights_keys:
+        state.pop(key)
+    state.pop(lacking)
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = auto_class(name).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {lacking}
+    assert torch.isfinite(loaded.state_dict()[lacking]).all()
+    others = [key for key in state if "gate" in key]
+    assert all(torch.equal(loaded.state_dict()[key], state[key]) for key in others)
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_generation_config_travels(name, tmp_path):
+    model = tiny_sparse(name)
+    if not model.can_generate():
+        pytest.skip("an encoder does not generate")
+    model.generation_config.max_new_tokens = 5
+    model.save_pretrained(tmp_path)
+    loaded = load(name, tmp_path)
+    assert loaded.generation_config.max_new_tokens == 5
+    assert loaded.generation_config.decoder_start_token_id == model.generation_config.decoder_start_token_id

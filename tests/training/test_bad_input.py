@@ -1,0 +1,81 @@
+"""What a person gets wrong ends in one sentence that says what, and exit code 2."""
+
+import pytest
+
+
+def base(checkpoints, files):
+    return {"model_name_or_path": checkpoints["decoder"], "train_file": files["docs.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "sentence"),
+    [
+        ("run_clm.py", {"train_file": "nowhere/*.txt"}, "`--train_file=nowhere/*.txt` matches no file"),
+        ("run_clm.py", {"train_file": __file__}, "`--train_file` must name files of one kind"),
+        ("run_clm.py", {"train_file": None}, "Pass either `--train_file`"),
+        (
+            "run_clm.py",
+            {"text_column": "body"},
+            "`--text_column=body` is no column of the train data; it has ['first'",
+        ),
+        ("run_clm.py", {"model_name_or_path": "/nowhere/model"}, "`--model_name_or_path=/nowhere/model` is no folder"),
+        ("run_clm.py", {"model_name_or_path": None}, "Pass either `--model_name_or_path`"),
+        ("run_clm.py", {"config_overrides": '{"experts": 3}'}, "`experts` is no field of `SparseMoeDecoderConfig`"),
+        ("run_clm.py", {"config_overrides": "{experts"}, "is no JSON"),
+        ("run_clm.py", {"num_experts_per_tok": 9}, "`num_experts_per_tok=9` is not allowed"),
+        ("run_clm.py", {"upcycling_method": "magic"}, "`method='magic'` is not allowed"),
+        ("run_clm.py", {"max_length": 4096}, "`--max_length=4096` is more than the 128 tokens"),
+        ("run_clm.py", {"max_length": 128, "max_train_samples": 1}, "fill no block of 128 tokens"),
+        ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
+        ("run_mlm.py", {}, "`SparseMoeDecoderConfig`"),
+        ("run_seq2seq.py", {"source_column": "text.en"}, "`--source_column=text.en` is no column"),
+        ("run_classification.py", {"label_column": "class"}, "`--label_column=class` is no column"),
+        ("run_classification.py", {"task": "chapters"}, "`--task=chapters` must be one of"),
+    ],
+)
+def test_one_sentence_and_exit_code_2(script, changes, sentence, checkpoints, files, call_recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_recipe(script, **{**base(checkpoints, files), "output_dir": tmp_path / "out", **changes})
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert sentence in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_do_not_hold_what_their_name_says(checkpoints, files, call_recipe, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "one"}\n{"text": ')
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **{**base(checkpoints, files), "train_file": broken, "output_dir": tmp_path / "out"})
+    assert stop.value.code == 2
+    assert "cannot be read as json" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_left_alone(checkpoints, files, call_recipe, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **base(checkpoints, files), output_dir=tmp_path)
+    assert stop.value.code == 2
+    assert "is not empty and holds no checkpoint" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_misspelt_key_in_a_yaml_file(call_recipe, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ntrain_file: y\nlerning_rate: 1.0\n")
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", str(tmp_path / "run.yaml"))
+    assert stop.value.code == 2
+    assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, tmp_path, capsys):
+    import hf_sparse_moe
+
+    hf_sparse_moe.upcycle(str(checkpoints["decoder"]), num_experts=2).save_pretrained(tmp_path / "mixture")
+    arguments = {**base(checkpoints, files), "model_name_or_path": tmp_path / "mixture", "num_experts": 4}
+    arguments["tokenizer_name"] = checkpoints["tokenizer"]
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **arguments, output_dir=tmp_path / "out")
+    assert stop.value.code == 2
+    assert "has 2 experts" in capsys.readouterr().err

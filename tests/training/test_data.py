@@ -1,0 +1,115 @@
+"""Every kind of file gives the same rows, and packing and metrics count what they should."""
+
+import gzip
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset, DatasetDict
+
+from training_runs import TRAINING
+
+
+ROWS = [
+    {"text": 'He said "no", twice', "label": index, "pair": {"en": f"one {index}", "de": "eins"}} for index in range(4)
+]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINING))
+    return __import__("recipe")
+
+
+def write(kind, path):
+    flat = Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in ROWS])
+    if kind == "csv":
+        flat.to_csv(path)
+    elif kind == "tsv":
+        flat.to_csv(path, sep="\t")
+    elif kind == "parquet":
+        flat.to_parquet(path)
+    elif kind == "txt":
+        path.write_text("".join(row["text"] + "\n" for row in ROWS))
+    else:
+        flat.to_json(path, lines=kind == "jsonl")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(kind, compressed, recipe, tmp_path):
+    path = tmp_path / f"rows.{kind}"
+    write(kind, path)
+    if compressed:
+        with path.open("rb") as plain, gzip.open(tmp_path / f"rows.{kind}.gz", "wb") as packed:
+            shutil.copyfileobj(plain, packed)
+        path.unlink()
+        path = tmp_path / f"rows.{kind}.gz"
+    data = recipe.load_data(recipe.DataArguments(train_file=[str(path)], validation_percentage=25))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 3, "validation": 1}
+    rows = [row for split in data.values() for row in split]
+    assert {row["text"] for row in rows} == {ROWS[0]["text"]}
+    if kind != "txt":
+        assert sorted(row["label"] for row in rows) == [0, 1, 2, 3]
+
+
+def test_a_tsv_without_header_and_quoting(recipe, tmp_path):
+    for name in ("a.tsv", "b.tsv"):
+        (tmp_path / name).write_text('"open quote\t1\nplain\t0\n')
+    arguments = recipe.DataArguments(
+        train_file=str(tmp_path / "*.tsv"), column_names=["text", "label"], no_quotes=True, validation_percentage=0
+    )
+    data = recipe.load_data(arguments)
+    assert data["train"]["text"] == ['"open quote', "plain"] * 2
+    assert "validation" not in data
+
+
+def test_nested_columns(recipe):
+    data = DatasetDict(train=Dataset.from_list(ROWS))
+    recipe.require_columns(data, source_column="pair.en")
+    assert recipe.column(data["train"], "pair.en")[1] == "one 1"
+    with pytest.raises(ValueError, match="`--source_column=pair.fr` is no column"):
+        recipe.require_columns(data, source_column="pair.fr")
+
+
+def test_packing_keeps_the_text(recipe, tokenizer, texts):
+    data = DatasetDict(train=Dataset.from_dict({"text": texts[:40]}))
+    arguments = recipe.DataArguments(train_file=["x.jsonl"])
+    blocks = recipe.pack(data, arguments, tokenizer, "text", 16, lines=False)["train"]["input_ids"]
+    assert {len(block) for block in blocks} == {16}
+    stream = tokenizer.decode([token for block in blocks for token in block])
+    assert "</s>".join(texts[:40]).startswith(stream)
+    # Lines of a running text: the line breaks are there, and no special tokens.
+    blocks = recipe.pack(data, arguments, tokenizer, "text", 16, lines=True)["train"]["input_ids"]
+    assert "\n".join(texts[:40]).startswith(tokenizer.decode([token for block in blocks for token in block]))
+
+
+def test_perplexity_is_that_of_the_labelled_tokens(recipe):
+    logits = torch.randn(2, 5, 7)
+    labels = torch.tensor([[1, 2, 3, 4, 5], [6, 0, -100, -100, -100]])
+    rows = recipe.token_losses((logits, "hidden states"), labels, shift=True)
+    assert rows[:, 1].tolist() == [4, 1]
+    losses = torch.nn.functional.cross_entropy(
+        torch.cat([logits[0, :4], logits[1, :1]]), torch.cat([labels[0, 1:], labels[1, 1:2]])
+    )
+    from transformers import EvalPrediction
+
+    score = recipe.perplexity(EvalPrediction(predictions=rows.numpy(), label_ids=labels.numpy()))
+    assert score["perplexity"] == pytest.approx(math.exp(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config(path):
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.mark.parametrize("script", sorted(TRAINING.glob("run_*.py")), ids=lambda path: path.stem)
+def test_help(script, call_recipe, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_recipe(script.name, "--help")
+    assert stop.value.code == 0
+    assert "--train_file" in capsys.readouterr().out
+    assert sys.argv[0] == script.name

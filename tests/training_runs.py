@@ -1,0 +1,46 @@
+"""Running the recipes of training/ as a person does, and reading what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+TRAINING = Path(__file__).parents[1] / "training"
+# Enough to be quick and quiet; every recipe gets them.
+COMMON = {
+    "num_experts": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "max_length": 32,
+    "max_steps": 10,
+    "logging_steps": 5,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def command_line(arguments: dict) -> list[str]:
+    line = []
+    for name, value in {**COMMON, **arguments}.items():
+        values = value if isinstance(value, list) else [value]
+        line += [] if value is None else [f"--{name}", *map(str, values)]
+    return line
+
+
+def run_recipe(script: str, *line: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    """A recipe in a process of its own, as a person runs it; `line` as from [`command_line`], or one file."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [*launcher, str(TRAINING / script), *line]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]

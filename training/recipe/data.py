@@ -1,0 +1,147 @@
+"""Which data a recipe reads, and how."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+# The reader of `datasets` by the end of a file's name; each may be followed by .gz.
+READERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass
+class DataArguments:
+    """The data: local files, or a data set of the Hub."""
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files or quoted globs: .txt, .csv, .tsv, .json, .jsonl or .parquet, each also with .gz."},
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "As --train_file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set, instead of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which part of the data set."})
+    train_split: str = field(default="train", metadata={"help": "The data set's split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "The data set's split to evaluate on."})
+    validation_percentage: int = field(
+        default=5, metadata={"help": "Where there is no validation data: the share of the training data held out."}
+    )
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "The columns of a .csv or .tsv file that has no header line."}
+    )
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Between the columns of a .csv (default: comma) or .tsv (default: tab)."}
+    )
+    no_quotes: bool = field(default=False, metadata={"help": "Quotation marks in a .csv or .tsv are ordinary text."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a sequence; the model's limit, at most 512, if not given."}
+    )
+    num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+
+    def __post_init__(self) -> None:
+        self.train_file, self.validation_file = _as_list(self.train_file), _as_list(self.validation_file)
+        self.column_names = _as_list(self.column_names)
+        files = self.train_file or self.validation_file
+        if bool(files) == bool(self.dataset_name):
+            raise ValueError("Pass either `--train_file` and/or `--validation_file`, or `--dataset_name`.")
+        if not 0 <= self.validation_percentage < 100:
+            raise ValueError(f"`--validation_percentage={self.validation_percentage}` must be from 0 to 99.")
+
+
+def load_data(args: DataArguments) -> DatasetDict:
+    """The splits `train` and `validation`, as far as there are any."""
+    if args.dataset_name is not None:
+        splits = load_dataset(args.dataset_name, args.dataset_config_name)
+        if args.train_split not in splits:
+            raise ValueError(f"`--train_split={args.train_split}` is none of {sorted(splits)}.")
+        named = {"train": args.train_split, "validation": args.validation_split}
+        data = DatasetDict({name: splits[split] for name, split in named.items() if split in splits})
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file}
+        data = DatasetDict({split: _load_files(names, split, args) for split, names in files.items() if names})
+    if "validation" not in data and args.validation_percentage > 0:
+        parts = data["train"].train_test_split(args.validation_percentage / 100, seed=0)
+        data = DatasetDict(train=parts["train"], validation=parts["test"])
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        if split in data and limit is not None:
+            data[split] = data[split].select(range(min(limit, len(data[split]))))
+    return data
+
+
+def is_text(args: DataArguments) -> bool:
+    """Whether the data are plain text files, whose lines are a running text."""
+    files = args.train_file or args.validation_file
+    return files is not None and _reader(files[0]) == "text"
+
+
+def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
+    argument = f"--{split}_file"
+    paths = [path for name in names for path in sorted(glob.glob(name, recursive=True))]
+    for name in names:
+        if not glob.glob(name, recursive=True):
+            raise ValueError(f"`{argument}={name}` matches no file. Check the path.")
+    readers = {_reader(path) for path in paths}
+    if len(readers) > 1 or None in readers:
+        raise ValueError(f"`{argument}` must name files of one kind, and one of {', '.join(READERS)} (or .gz).")
+    reader = readers.pop()
+    options: dict[str, Any] = {}
+    if reader == "csv":
+        tab = paths[0].removesuffix(".gz").endswith(".tsv")
+        options["delimiter"] = args.delimiter or ("\t" if tab else ",")
+        options |= {"column_names": args.column_names} if args.column_names else {}
+        options |= {"quoting": 3} if args.no_quotes else {}
+    try:
+        return load_dataset(reader, data_files=paths, split="train", **options)
+    except DatasetsError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"`{argument}={' '.join(names)}` cannot be read as {reader}: {reason}") from error
+
+
+def _reader(path: str) -> str | None:
+    return READERS.get(Path(path.lower().removesuffix(".gz")).suffix)
+
+
+def _as_list(value: list[str] | str | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
+
+
+def column(rows: Dataset | dict[str, list], name: str) -> list:
+    """The values of a column; `translation.en` is the entry `en` of the column `translation`."""
+    outer, _, inner = name.partition(".")
+    return [value[inner] for value in rows[outer]] if inner else list(rows[outer])
+
+
+def require_columns(data: DatasetDict, **columns: str | None) -> None:
+    """Raise a `ValueError` unless every split has the columns; each keyword is the argument that names one."""
+    for split, dataset in data.items():
+        known = dict(dataset.features)
+        for argument, name in columns.items():
+            outer, _, inner = (name or "").partition(".")
+            entries = known.get(outer)
+            if name is not None and (outer not in known or (inner and inner not in (entries or ()))):
+                raise ValueError(f"`--{argument}={name}` is no column of the {split} data; it has {sorted(known)}.")
+
+
+def sequence_length(args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """`--max_length`, or its default; never more than model and tokenizer take."""
+    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    if args.max_length is not None and args.max_length > limit:
+        raise ValueError(f"`--max_length={args.max_length}` is more than the {limit} tokens that the model takes.")
+    return args.max_length or min(limit, 512)

@@ -1,0 +1,71 @@
+"""The frame of a recipe: arguments in, a run, a model and its numbers out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets.exceptions import DatasetsError
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_sparse_moe.train import BalanceLossCallback, add_leading_callback
+
+
+logger = logging.getLogger("recipe")
+
+
+@contextmanager
+def stop_on_bad_input() -> Iterator[None]:
+    """End the program with one sentence and exit code 2 where arguments, files or checkpoints are wrong."""
+    try:
+        yield
+    except (ValueError, OSError, DatasetsError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def parse_arguments(description: str, *classes: type) -> tuple:
+    """
+    The arguments by class, of the command line or of one YAML or JSON file; the last class is `TrainingArguments`.
+
+    Seeds all generators, and looks for an interrupted run: its last checkpoint goes into `resume_from_checkpoint`.
+    """
+    parser = HfArgumentParser(classes, description=description)
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        arguments = parser.parse_yaml_file(sys.argv[1])
+    elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        arguments = parser.parse_json_file(sys.argv[1])
+    else:
+        arguments = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    args: TrainingArguments = arguments[-1]
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(args.get_process_log_level())
+    output = Path(args.output_dir)
+    if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(f"`--resume_from_checkpoint={args.resume_from_checkpoint}` is no folder. Check the path.")
+    if args.resume_from_checkpoint is None and output.is_dir() and any(output.iterdir()):
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+        if args.resume_from_checkpoint is None:
+            raise ValueError(f"`--output_dir={output}` is not empty and holds no checkpoint. Name another folder.")
+        logger.warning("Going on from %s; name another `--output_dir` to begin anew.", args.resume_from_checkpoint)
+    set_seed(args.seed)
+    return arguments
+
+
+def train_and_evaluate(trainer: Trainer) -> None:
+    """Train where there is training data, evaluate where there is validation data; write the model and the numbers."""
+    if trainer.train_dataset is not None:
+        add_leading_callback(trainer, BalanceLossCallback())
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)

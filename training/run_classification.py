@@ -1,0 +1,163 @@
+"""
+Train a sparse encoder or decoder to classify: texts, pairs of texts, or (--task tokens) every token. Labels that are
+decimal numbers make it a regression.
+
+    python training/run_classification.py --model_name_or_path answerdotai/ModernBERT-base --num_experts 8 \
+        --train_file train.csv.gz --validation_file test.csv.gz --text_column text --label_column category \
+        --output_dir outputs/intents
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+import recipe
+from hf_sparse_moe.metrics import load_metric
+
+
+TASKS = ("texts", "tokens")
+
+
+@dataclass
+class LabelledArguments(recipe.DataArguments):
+    task: str = field(default="texts", metadata={"help": "texts: a label for each text. tokens: for each token."})
+    text_column: str = field(default="text", metadata={"help": "The text; with --task tokens a list of words."})
+    second_text_column: str | None = field(default=None, metadata={"help": "The second text of a pair."})
+    label_column: str = field(default="label", metadata={"help": "The label; with --task tokens a list of labels."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in TASKS:
+            raise ValueError(f"`--task={self.task}` must be one of {TASKS}.")
+
+
+class Labels:
+    """The labels of a data set, as class ids or, where they are decimal numbers, as they are."""
+
+    def __init__(self, data: DatasetDict, args: LabelledArguments, config: PreTrainedConfig):
+        feature = next(iter(data.values())).features[args.label_column]
+        feature = getattr(feature, "feature", feature)  # of a list
+        self.names: list[str] | None = getattr(feature, "names", None)  # a data set that numbers its labels itself
+        self.numbered = self.names is not None
+        self.regression = getattr(feature, "dtype", "").startswith("float")
+        if self.regression or self.numbered:
+            return
+        found: set = set()
+        for split in data.values():
+            for value in split.unique(args.label_column) if args.task == "texts" else split[args.label_column]:
+                found.update(value if args.task == "tokens" else [value])
+        if None in found:
+            raise ValueError(f"`--label_column={args.label_column}` has rows without a label. Remove them.")
+        self.names = [str(name) for name in sorted(found)]
+        known = getattr(config, "label2id", None) or {}
+        if set(self.names) <= set(known):  # a checkpoint that was trained on these labels keeps their ids
+            self.names = sorted(known, key=known.get)
+        if len(self.names) < 2:
+            raise ValueError(f"`--label_column={args.label_column}` has the one label {self.names}: two are needed.")
+
+    @property
+    def head_fields(self) -> dict:
+        """The config's fields for a head of these labels."""
+        if self.regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        ids = {name: index for index, name in enumerate(self.names)}
+        labels = {"id2label": {index: name for name, index in ids.items()}, "label2id": ids}
+        return {**labels, "problem_type": "single_label_classification"}
+
+    def encode(self, value: object) -> int | float:
+        if self.regression:
+            return float(value)
+        return int(value) if self.numbered else self.names.index(str(value))
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The scores that suit the labels."""
+        outputs, references = prediction.predictions, prediction.label_ids
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        if self.regression:
+            return load_metric("regression").compute(
+                predictions=outputs.reshape(-1), references=references.reshape(-1)
+            )
+        classes = outputs.argmax(axis=-1)
+        if references.ndim == 2 and all(name == "O" or name[:2] in ("B-", "I-") for name in self.names):
+            pairs = zip(classes, references, strict=True)
+            tags = [[[self.names[i] for i in ids[row >= 0]] for ids in (guess, row)] for guess, row in pairs]
+            guessed, right = zip(*tags, strict=True)
+            return load_metric("entities").compute(predictions=list(guessed), references=list(right))
+        kept = references != -100
+        return load_metric("classification").compute(predictions=classes[kept], references=references[kept])
+
+
+def main() -> None:
+    with recipe.stop_on_bad_input():
+        model_args, data_args, args = recipe.parse_arguments(
+            __doc__, recipe.ModelArguments, LabelledArguments, TrainingArguments
+        )
+        data = recipe.load_data(data_args)
+        text, second, label = data_args.text_column, data_args.second_text_column, data_args.label_column
+        recipe.require_columns(data, text_column=text, second_text_column=second, label_column=label)
+        tokenizer = recipe.load_tokenizer(model_args)
+        config = recipe.load_config(model_args, tokenizer)
+        length = recipe.sequence_length(data_args, tokenizer, config)
+        labels = Labels(data, data_args, config)
+        by_token = data_args.task == "tokens"
+
+        def tokenize(rows: dict[str, list]) -> dict[str, list]:
+            texts, pairs = rows[text], None if second is None else rows[second]
+            batch = tokenizer(texts, pairs, max_length=length, truncation=True, is_split_into_words=by_token)
+            if by_token:
+                batch["labels"] = [
+                    first_tokens([labels.encode(value) for value in row], batch.word_ids(index))
+                    for index, row in enumerate(rows[label])
+                ]
+            else:
+                batch["labels"] = [labels.encode(value) for value in rows[label]]
+            return batch
+
+        with args.main_process_first(desc="tokenizing"):
+            data = data.map(
+                tokenize,
+                batched=True,
+                num_proc=data_args.num_workers,
+                remove_columns=next(iter(data.values())).column_names,
+                desc="Tokenizing",
+            )
+        auto_class = AutoModelForTokenClassification if by_token else AutoModelForSequenceClassification
+        model = recipe.load_model(model_args, auto_class, config, tokenizer, args.seed, **labels.head_fields)
+        if tokenizer.pad_token is None:  # most decoders; their classification heads look for the last token before it
+            tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
+
+    collator_class = DataCollatorForTokenClassification if by_token else DataCollatorWithPadding
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=collator_class(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=labels.metrics,
+    )
+    recipe.train_and_evaluate(trainer)
+
+
+def first_tokens(word_labels: list[int], word_ids: list[int | None]) -> list[int]:
+    """The label of each word on its first token; -100, which no loss counts, on the others."""
+    previous = [None, *word_ids]
+    return [
+        word_labels[word] if word is not None and word != before else -100
+        for before, word in zip(previous, word_ids, strict=False)
+    ]
+
+
+if __name__ == "__main__":
+    main()

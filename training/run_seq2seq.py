@@ -1,0 +1,105 @@
+"""
+Train a sparse encoder-decoder to write one text from another: translation, summarization, ...
+
+    python training/run_seq2seq.py --model_name_or_path google-t5/t5-small --num_experts 8 \
+        --train_file train.jsonl.gz --validation_file dev.jsonl.gz --source_column translation.en \
+        --target_column translation.de --source_prefix "translate English to German: " --output_dir outputs/en-de
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+import recipe
+from hf_sparse_moe.metrics import load_metric
+
+
+METRICS = ("sacrebleu", "rouge")
+
+
+@dataclass
+class PairArguments(recipe.DataArguments):
+    source_column: str = field(
+        default="source", metadata={"help": "The column to read; translation.en is the entry en of translation."}
+    )
+    target_column: str = field(default="target", metadata={"help": "The column to write, as --source_column."})
+    source_prefix: str = field(default="", metadata={"help": "Put before every source, as T5 wants it."})
+    max_target_length: int | None = field(default=None, metadata={"help": "Tokens of a target; as --max_length."})
+    metric: str = field(default="sacrebleu", metadata={"help": "sacrebleu or rouge, of the generated texts."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric not in METRICS:
+            raise ValueError(f"`--metric={self.metric}` must be one of {METRICS}.")
+
+
+@dataclass
+class GeneratingArguments(Seq2SeqTrainingArguments):
+    predict_with_generate: bool = field(default=True, metadata={"help": "Generate in evaluation, for the metric."})
+
+
+def main() -> None:
+    with recipe.stop_on_bad_input():
+        model_args, data_args, args = recipe.parse_arguments(
+            __doc__, recipe.ModelArguments, PairArguments, GeneratingArguments
+        )
+        data = recipe.load_data(data_args)
+        source, target = data_args.source_column, data_args.target_column
+        recipe.require_columns(data, source_column=source, target_column=target)
+        tokenizer = recipe.load_tokenizer(model_args)
+        config = recipe.load_config(model_args, tokenizer)
+        length = recipe.sequence_length(data_args, tokenizer, config)
+        target_length = min(data_args.max_target_length or length, length)
+
+        def tokenize(rows: dict[str, list]) -> dict[str, list]:
+            sources = [data_args.source_prefix + text for text in recipe.column(rows, source)]
+            batch = tokenizer(sources, max_length=length, truncation=True)
+            targets = tokenizer(text_target=recipe.column(rows, target), max_length=target_length, truncation=True)
+            return {
+                "input_ids": batch["input_ids"],
+                "attention_mask": batch["attention_mask"],
+                "labels": targets["input_ids"],
+            }
+
+        with args.main_process_first(desc="tokenizing"):
+            data = data.map(
+                tokenize,
+                batched=True,
+                num_proc=data_args.num_workers,
+                remove_columns=next(iter(data.values())).column_names,
+                desc="Tokenizing",
+            )
+        model = recipe.load_model(model_args, AutoModelForSeq2SeqLM, config, tokenizer, args.seed)
+        if args.generation_max_length is None:
+            args.generation_max_length = target_length
+
+    metric = load_metric(data_args.metric)
+
+    def texts(ids: np.ndarray) -> list[str]:
+        ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=texts(prediction.predictions), references=texts(prediction.label_ids))
+
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics if args.predict_with_generate else None,
+    )
+    recipe.train_and_evaluate(trainer)
+
+
+if __name__ == "__main__":
+    main()
