@@ -153,6 +153,8 @@ def enlarge_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     std = WEIGHT_STD / 2 if dense_config.model_type in ("t5", "mt5") else WEIGHT_STD
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:  # Marian's sinusoidal positions
+                continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if parameter.dim() > 1:
                 parameter.copy_(std * noise)

@@ -50,6 +50,6 @@ def test_rouge():
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match="accuracy.*classification"):
+    with pytest.raises(ValueError, match=r"accuracy.*classification"):
         load_metric("accuracy")
     assert METRICS == ["classification", "entities", "perplexity", "regression", "rouge", "sacrebleu"]

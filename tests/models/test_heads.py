@@ -3,18 +3,19 @@
 import pytest
 import torch
 import transformers as hf
-from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
+from tiny_models import FAMILIES, LANGUAGE_MODELS, tiny_inputs, tiny_sparse
 
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 
 
+# All pairs on one architecture a family; on the others, from the language model and from the bare model.
 PAIRS = [
     (name, source, target)
-    for (family, names), classes in zip(FAMILIES.items(), AUTO_CLASSES.values(), strict=True)
-    for name in names
+    for family, classes in zip(FAMILIES, AUTO_CLASSES.values(), strict=True)
+    for name in FAMILIES[family]
     for source in classes
     for target in classes
-    if source is not target
+    if source is not target and (name in ("bert", "llama", "bart") or source in (LANGUAGE_MODELS[family], hf.AutoModel))
 ]
 
 

@@ -7,13 +7,14 @@ A launcher that quietly starts one process would pass any comparison of losses.
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
 out, script, *arguments = sys.argv[1:]
 sys.path.insert(0, str(Path(script).parent))
 
-import recipe
+recipe = import_module("recipe")
 
 
 train_and_evaluate = recipe.train_and_evaluate

@@ -2,6 +2,8 @@
 
 import pytest
 
+from hf_sparse_moe import upcycle
+
 
 def base(checkpoints, files):
     return {"model_name_or_path": checkpoints["decoder"], "train_file": files["docs.jsonl"]}
@@ -27,7 +29,7 @@ def base(checkpoints, files):
         ("run_clm.py", {"max_length": 4096}, "`--max_length=4096` is more than the 128 tokens"),
         ("run_clm.py", {"max_length": 128, "max_train_samples": 1}, "fill no block of 128 tokens"),
         ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
-        ("run_mlm.py", {}, "`SparseMoeDecoderConfig`"),
+        ("run_mlm.py", {}, "which has no `AutoModelForMaskedLM`"),
         ("run_seq2seq.py", {"source_column": "text.en"}, "`--source_column=text.en` is no column"),
         ("run_classification.py", {"label_column": "class"}, "`--label_column=class` is no column"),
         ("run_classification.py", {"task": "chapters"}, "`--task=chapters` must be one of"),
@@ -70,9 +72,7 @@ def test_a_misspelt_key_in_a_yaml_file(call_recipe, tmp_path, capsys):
 
 
 def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, tmp_path, capsys):
-    import hf_sparse_moe
-
-    hf_sparse_moe.upcycle(str(checkpoints["decoder"]), num_experts=2).save_pretrained(tmp_path / "mixture")
+    upcycle(str(checkpoints["decoder"]), num_experts=2).save_pretrained(tmp_path / "mixture")
     arguments = {**base(checkpoints, files), "model_name_or_path": tmp_path / "mixture", "num_experts": 4}
     arguments["tokenizer_name"] = checkpoints["tokenizer"]
     with pytest.raises(SystemExit) as stop:

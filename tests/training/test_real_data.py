@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from training_runs import results
+from training_runs import history, results
 
 
 TINY_BERT = '{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}'
@@ -29,8 +29,6 @@ def test_stories260k_on_domains(call_recipe, data_dir, tmp_path):
     )
     scores = results(tmp_path)
     assert scores["eval_loss"] == pytest.approx(math.log(scores["eval_perplexity"]), rel=1e-3)
-    from training_runs import history
-
     before = history(tmp_path)[0]["eval_loss"]
     assert scores["eval_loss"] < before - 0.1
 

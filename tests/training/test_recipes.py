@@ -1,8 +1,10 @@
 """Each recipe end to end, as a person runs it: the model, its numbers, its checkpoints, and what they are worth."""
 
+import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,11 @@ from transformers import (
     AutoTokenizer,
 )
 
+import hf_sparse_moe
 from training_runs import COMMON, TRAINING, command_line, history, results, run_recipe
+
+
+PROBE = Path(__file__).with_name("launch_probe.py")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def test_causal_lm_writes_model_numbers_and_checkpoints(causal_run):
     # Blocks of equal length: the mean over batches is nearly the mean over tokens.
     assert scores["eval_perplexity"] == pytest.approx(math.exp(scores["eval_loss"]), rel=1e-3)
     model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, hf_sparse_moe.SparseMoeDecoderForCausalLM)
     assert model.config.num_experts == 4
     assert model.config.router_jitter_noise == 0.1
     assert model.receipt["arguments"]["method"] == "copy"
@@ -65,13 +72,11 @@ def test_the_best_model_is_reloaded_whole(causal_run):
     evaluations = {log["step"]: log["eval_loss"] for log in history(folder) if "eval_loss" in log}
     assert evaluations[5] > evaluations[10]
     assert results(folder)["eval_loss"] == evaluations[5]
-    saved, best, last = (load_file(path / "model.safetensors") for path in (folder, *sorted_checkpoints(folder)))
+    saved, best, last = (
+        load_file(folder / name / "model.safetensors") for name in ("", "checkpoint-5", "checkpoint-10")
+    )
     assert all(torch.equal(saved[name], best[name]) for name in best)
     assert any(not torch.equal(last[name], best[name]) for name in best if ".experts." in name)
-
-
-def sorted_checkpoints(folder):
-    return [folder / "checkpoint-5", folder / "checkpoint-10"]
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(causal_run, tmp_path):
@@ -79,9 +84,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(causal
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")  # all that an interruption leaves
     result = run_recipe("run_clm.py", *command_line({**causal_run, "output_dir": resumed}))
     assert "Going on from" in result.stderr
-    for name in ("model.safetensors",):
-        expected, found = (load_file(folder / "checkpoint-10" / name) for folder in (whole, resumed))
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, found = (load_file(folder / "checkpoint-10" / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     timing = ("runtime", "per_second", "train_loss", "total_flos")
     for expected, found in zip(history(whole), history(resumed), strict=True):
         for key, value in expected.items():
@@ -146,7 +150,8 @@ def test_classification_of_texts_and_then_further_with_the_mixture(checkpoints, 
     arguments["model_name_or_path"] = checkpoints["encoder"]
     run_recipe("run_classification.py", *command_line({**arguments, "output_dir": first}))
     scores = results(first)
-    assert 0 < scores["eval_f1"] <= scores["eval_accuracy"] + 0.5 <= 1.5
+    assert scores["eval_accuracy"] > 0.5
+    assert "eval_f1" in scores
     model = AutoModelForSequenceClassification.from_pretrained(first)
     assert model.config.id2label == {0: "long", 1: "short"}
     # The validation data alone: the same model gives the same numbers.
@@ -174,31 +179,32 @@ def test_classification_of_tokens(checkpoints, files, call_recipe, tmp_path):
     assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.num_labels == 2
 
 
-def test_two_processes_lose_what_one_loses(checkpoints, files, tmp_path):
+def test_two_processes_lose_what_one_loses(checkpoints, files, call_recipe, tmp_path):
     """The same global batch: 2 processes with 4 rows each, and one process with 4 rows twice."""
-
-    def run(name: str, launcher: tuple[str, ...], accumulation: int) -> tuple[dict, list[dict]]:
-        folder = tmp_path / name
-        arguments = {
-            "model_name_or_path": checkpoints["decoder"],
-            "train_file": files["docs.jsonl"],
-            "output_dir": folder,
-            "gradient_accumulation_steps": accumulation,
-            "learning_rate": 3e-3,
-            "logging_steps": 1,
-            "max_steps": 6,
-            "save_strategy": "no",
-        }
-        probe = (*launcher, str(PROBE), str(tmp_path / f"{name}.json"))
-        run_recipe("run_clm.py", *command_line(arguments), launcher=probe)
-        return yaml.safe_load((tmp_path / f"{name}.json").read_text()), history(folder)
-
+    arguments = {
+        "model_name_or_path": checkpoints["decoder"],
+        "train_file": files["docs.jsonl"],
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "max_steps": 6,
+        "save_strategy": "no",
+    }
     config = str(TRAINING / "configs" / "cpu_2_processes.yaml")
-    launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config)
-    facts, two = run("two", (*launch, "--main_process_port", "0"), 1)
+    launcher = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        "0",
+    )
+    line = command_line({**arguments, "output_dir": tmp_path / "two"})
+    run_recipe("run_clm.py", *line, launcher=(*launcher, str(PROBE), str(tmp_path / "facts.json")))
+    facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts == {"world_size": 2, "wrapper": "DistributedDataParallel"}
-    facts, one = run("one", (sys.executable,), 2)
-    assert facts["world_size"] == 1
+    call_recipe("run_clm.py", **arguments, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
     steps = [log for log in one if "loss" in log]
     assert len(steps) == 6
     for expected, found in zip(steps, [log for log in two if "loss" in log], strict=True):
@@ -206,6 +212,3 @@ def test_two_processes_lose_what_one_loses(checkpoints, files, tmp_path):
             assert found[key] == pytest.approx(expected[key], rel=1e-5), (found["step"], key)
     scores = [results(tmp_path / name) for name in ("one", "two")]
     assert scores[1]["eval_perplexity"] == pytest.approx(scores[0]["eval_perplexity"], rel=1e-5)
-
-
-PROBE = TRAINING.parent / "tests" / "training" / "launch_probe.py"

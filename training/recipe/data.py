@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-# The reader of `datasets` by the end of a file's name; each may be followed by .gz.
+# The reader of `datasets` by the end of a file's name. All but parquet, which is compressed itself, may end with .gz.
 READERS = {
     ".txt": "text",
     ".text": "text",
@@ -31,7 +31,7 @@ class DataArguments:
 
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Files or quoted globs: .txt, .csv, .tsv, .json, .jsonl or .parquet, each also with .gz."},
+        metadata={"help": "Files or quoted globs: .txt, .csv, .tsv, .json or .jsonl, also with .gz, or .parquet."},
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "As --train_file."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set, instead of files."})
@@ -99,7 +99,9 @@ def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
             raise ValueError(f"`{argument}={name}` matches no file. Check the path.")
     readers = {_reader(path) for path in paths}
     if len(readers) > 1 or None in readers:
-        raise ValueError(f"`{argument}` must name files of one kind, and one of {', '.join(READERS)} (or .gz).")
+        raise ValueError(
+            f"`{argument}` must name files of one kind: {', '.join(READERS)}, all but .parquet also with .gz."
+        )
     reader = readers.pop()
     options: dict[str, Any] = {}
     if reader == "csv":
@@ -115,7 +117,9 @@ def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
 
 
 def _reader(path: str) -> str | None:
-    return READERS.get(Path(path.lower().removesuffix(".gz")).suffix)
+    name = path.lower()
+    reader = READERS.get(Path(name.removesuffix(".gz")).suffix)
+    return None if reader == "parquet" and name.endswith(".gz") else reader
 
 
 def _as_list(value: list[str] | str | None) -> list[str] | None:
@@ -135,7 +139,10 @@ def require_columns(data: DatasetDict, **columns: str | None) -> None:
         for argument, name in columns.items():
             outer, _, inner = (name or "").partition(".")
             entries = known.get(outer)
-            if name is not None and (outer not in known or (inner and inner not in (entries or ()))):
+            missing = (
+                inner not in entries if inner and isinstance(entries, dict) else bool(inner) or outer not in known
+            )
+            if name is not None and missing:
                 raise ValueError(f"`--{argument}={name}` is no column of the {split} data; it has {sorted(known)}.")
 
 

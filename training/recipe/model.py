@@ -94,9 +94,10 @@ class ModelArguments:
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_name`, or the model's own."""
-    name = args.tokenizer_name or args.model_name_or_path
-    revision = None if args.tokenizer_name else args.model_revision
-    return AutoTokenizer.from_pretrained(_checked(name, "tokenizer_name"), revision=revision)
+    if args.tokenizer_name is not None:
+        return AutoTokenizer.from_pretrained(_checked(args.tokenizer_name, "tokenizer_name"))
+    name = _checked(args.model_name_or_path, "model_name_or_path")
+    return AutoTokenizer.from_pretrained(name, revision=args.model_revision)
 
 
 def load_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

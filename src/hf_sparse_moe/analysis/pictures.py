@@ -59,7 +59,9 @@ def plot_expert_load(statistics: RoutingStatistics, path: str | Path, title: str
         _draw_groups(right, layer, highest)
     for axis in axes[-1]:
         axis.set_xlabel("expert", color=INK)
-    figure.text(0.012, 1 - 0.36 / height, title or "Which expert served which group", fontsize=17, weight="bold", color=INK)
+    figure.text(
+        0.012, 1 - 0.36 / height, title or "Which expert served which group", fontsize=17, weight="bold", color=INK
+    )
     figure.text(
         0.012, 1 - 0.66 / height,
         f"top {statistics.num_experts_per_tok} of {experts} experts · left: share of all tokens' choices an expert "

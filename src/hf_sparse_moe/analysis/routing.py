@@ -172,7 +172,9 @@ def routing_statistics(
     if not counts:
         raise ValueError("`batches` is empty, or `model` has no sparse layer: there is nothing to count.")
     if labels is not None and seen != len(labels):
-        raise ValueError(f"`groups` has {len(labels)} entries, but `batches` has {seen} sequences. Give one a sequence.")
+        raise ValueError(
+            f"`groups` has {len(labels)} entries, but `batches` has {seen} sequences. Give one a sequence."
+        )
     layers = [
         LayerRouting(side, sides[:place].count(side), tuple(names), layer_counts)
         for place, (side, layer_counts) in enumerate(zip(sides, counts, strict=True))

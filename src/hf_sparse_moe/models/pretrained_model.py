@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -294,23 +295,36 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Let a checkpoint of one head load into another: the body's prefix differs between them."""
-        keys = _checkpoint_keys(state_dict, checkpoint_files)
-        if (renaming := model._body_renaming(keys)) is not None:
-            load_config.weight_mapping = [*(load_config.weight_mapping or []), renaming]
-        return PreTrainedModel._load_pretrained_model(
+        """Let a checkpoint of one head load into another: the body's prefix and the head's shape differ between them."""
+        renaming = model._body_renaming(_checkpoint_keys(state_dict, checkpoint_files))
+        if renaming is not None:
+            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), renaming])
+        info, disk_offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        name, body = type(model).__name__, model._body_prefix()
+        if name not in (model.config.architectures or [name]):
+            # Heads may share a name: the classifier of a sequence and that of a choice. The other one's is no error.
+            foreign = {entry for entry in info.mismatched_keys if not entry[0].startswith(body)}
+            info.mismatched_keys -= foreign
+            info.missing_keys |= {entry[0] for entry in foreign}
+        return info, disk_offload_index
 
-    def _body_renaming(self, keys: set[str]) -> WeightRenaming | None:
+    def _body_prefix(self) -> str:
+        """What the keys of the headless model begin with here; it differs between heads, for some even in name."""
         prefix = self.dense.base_model_prefix
-        nested_here = prefix != "" and isinstance(getattr(self.dense, prefix, None), nn.Module)
-        nested_there = any(key.startswith(f"dense.{prefix}.") for key in keys)
-        if nested_here and not nested_there:
-            return WeightRenaming(rf"^dense\.(?!{prefix}\.)", f"dense.{prefix}.")
-        if nested_there and not nested_here:
-            return WeightRenaming(rf"^dense\.{prefix}\.", "dense.")
-        return None
+        nested = prefix != "" and isinstance(getattr(self.dense, prefix, None), nn.Module)
+        return f"dense.{prefix}." if nested else "dense."
+
+    def _body_renaming(self, checkpoint_keys: set[str]) -> WeightRenaming | None:
+        here = self._body_prefix()
+        body = [key.removeprefix(here) for key in self.state_dict() if key.startswith(here)]
+        landmark = next((key for key in body if key.endswith("experts.down_proj")), body[0])
+        there = next((key.removesuffix(landmark) for key in checkpoint_keys if key.endswith(f".{landmark}")), here)
+        if there == here:
+            return None
+        children = "|".join(sorted({re.escape(key.partition(".")[0]) for key in body}))
+        return WeightRenaming(rf"^{re.escape(there)}(?=(?:{children})\.)", here)
 
 
 def _checkpoint_keys(state_dict: dict | None, checkpoint_files: list[str] | None) -> set[str]:

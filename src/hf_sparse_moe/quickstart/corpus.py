@@ -145,7 +145,9 @@ def _folder_rows(folder: Path) -> Iterator[_Row]:
         default = folder.resolve().name if stem.lower() in (*HELD_OUT_NAMES, *TRAIN_NAMES) else stem
         for number, row in enumerate(_read_rows(path)):
             if "text" not in row:
-                raise ValueError(f"Line {number + 1} of `{path}` has no `text`, only {sorted(row)}. Rename the column.")
+                raise ValueError(
+                    f"Line {number + 1} of `{path}` has no `text`, only {sorted(row)}. Rename the column."
+                )
             document = str(row.get("doc", f"{path.name}:{number}"))
             yield _Row(str(row.get("domain", default)), document, str(row["text"]), held_out)
 

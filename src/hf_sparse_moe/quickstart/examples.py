@@ -18,7 +18,11 @@ Example = dict[str, torch.Tensor]
 
 
 def make_examples(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, config_class: type[SparseMoeConfig], length: int, limit: int
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config_class: type[SparseMoeConfig],
+    length: int,
+    limit: int,
 ) -> list[Example]:
     """
     Blocks of `length` tokens without pads: next-token prediction for a decoder, 15 % masked tokens for an encoder,
@@ -47,8 +51,8 @@ def make_examples(
     blocks = [tokens[start : start + step] for start in range(0, len(tokens) - step + 1, step)]
     if not blocks:
         raise ValueError(
-            f"The text has {len(tokens)} tokens, fewer than a block of `sequence_length={length}`. Add text, or ask for "
-            "shorter blocks."
+            f"The text has {len(tokens)} tokens, fewer than a block of `sequence_length={length}`. Add text, or ask "
+            "for shorter blocks."
         )
     blocks = list(islice(blocks, limit))
     if config_class is SparseMoeEncoderConfig:
@@ -68,7 +72,10 @@ def _masked(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list
         raise ValueError("The tokenizer has no mask token, which an encoder is trained with. Pass another `model`.")
     first, last = (
         [] if token is None else [token]
-        for token in (tokenizer.cls_token_id, tokenizer.sep_token_id if tokenizer.sep_token_id else tokenizer.eos_token_id)
+        for token in (
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id if tokenizer.sep_token_id else tokenizer.eos_token_id,
+        )
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.15, seed=0)
     batch = collator([{"input_ids": first + block + last} for block in blocks])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 
 import torch
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -30,7 +29,7 @@ AUTO_CLASSES = {
 
 
 @torch.no_grad()
-def write_on(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+def write_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """A sampled continuation of `prompt`; of an encoder its first choice for a mask behind the prompt."""
     set_seed(0)
     if model.config.model_type == "sparse_moe_encoder":
@@ -57,11 +56,16 @@ def main() -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
+    from peft import PeftModel
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21 still asks for it
     auto_class = AUTO_CLASSES[AutoConfig.from_pretrained(arguments.model).model_type]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = auto_class.from_pretrained(arguments.model).eval()
-    written = {"class": type(model).__name__, "mixture": write_on(model, tokenizer, arguments.prompt, arguments.tokens)}
+    written = {
+        "class": type(model).__name__,
+        "mixture": write_on(model, tokenizer, arguments.prompt, arguments.tokens),
+    }
     adapted = PeftModel.from_pretrained(model, arguments.adapter).eval()
     written["adapted"] = write_on(adapted, tokenizer, arguments.prompt, arguments.tokens)
     json.dump(written, sys.stdout)

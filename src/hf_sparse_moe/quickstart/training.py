@@ -66,9 +66,7 @@ def held_out_losses(
     return {domain: metrics[f"eval_{domain}_loss"] for domain in examples}
 
 
-def _trainer(
-    model: nn.Module, examples: list[Example] | None, batch_size: int, folder: Path, **arguments
-) -> Trainer:
+def _trainer(model: nn.Module, examples: list[Example] | None, batch_size: int, folder: Path, **arguments) -> Trainer:
     steps = 1 if examples is None else max(1, len(examples) // batch_size)
     trainer = Trainer(
         model,

@@ -1,6 +1,10 @@
-"""The tensors of a mixture, from those of a dense model."""
+"""The tensors of a mixture, layer by layer, from those of a dense model, wherever these lie."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +13,118 @@ from transformers import PreTrainedModel
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.feed_forward import FeedForward
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
-from hf_sparse_moe.models.routers import ROUTER_INIT_STD
 
-from .initialization import INITIALIZATION_METHODS, DenseWeights
+from .initialization import INITIALIZATION_METHODS, FeedForwardWeights, InitializationMethod, LayerContext
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the experts start: the method, its options with their defaults filled in, and the seed."""
+
+    method: str
+    seed: int
+    options: dict[str, Any]
+
+    @property
+    def initialization(self) -> InitializationMethod:
+        return INITIALIZATION_METHODS[self.method]
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """
+    One dense feed-forward that becomes sparse, by its names alone.
+
+    Args:
+        position (`int`): Among the sparse layers; its random generator is seeded with it.
+        feed_forward ([`FeedForward`]): Where it is; may be of a model without storage.
+    """
+
+    position: int
+    feed_forward: FeedForward
+
+    @property
+    def sources(self) -> list[str]:
+        """The dense model's keys that the layer is made of."""
+        kinds = ("weight", "bias") if self.feed_forward.biased else ("weight",)
+        names = [name for kind in kinds for part in self._projections(kind) for name in part]
+        return names + list(self._activation_keys())
+
+    def convert(
+        self,
+        read: Callable[[str], torch.Tensor],
+        config: SparseMoeConfig,
+        recipe: Recipe,
+        activations: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The mixture's tensors of this layer, by the mixture's keys.
+
+        Args:
+            read (`Callable`): The tensor of one of `sources`.
+            config ([`SparseMoeConfig`]): The mixture's config.
+            recipe ([`Recipe`]): How the experts start.
+            activations (`torch.Tensor`, *optional*): (tokens, I), for methods that measure.
+        """
+        generator = torch.Generator().manual_seed((recipe.seed << 16) + self.position)
+        context = LayerContext(config, generator, recipe.options, activations)
+        dense = self._weights(read)
+        start = recipe.initialization.start(dense, context)
+        dtype, up_name = dense.down.dtype, "gate_up_proj" if dense.gated else "up_proj"
+        tensors = {
+            "gate.weight": start.router.to(dtype),
+            f"experts.{up_name}": start.experts.up,
+            "experts.down_proj": start.experts.down,
+            f"experts.{up_name}_bias": start.experts.up_bias,
+            "experts.down_proj_bias": start.experts.down_bias,
+        }
+        if start.shared is not None:
+            tensors |= {
+                "shared_experts.up_proj.weight": start.shared.up,
+                "shared_experts.down_proj.weight": start.shared.down,
+                "shared_experts.up_proj.bias": start.shared.up_bias,
+                "shared_experts.down_proj.bias": start.shared.down_bias,
+            }
+        for key, name in self._activation_keys().items():
+            tensors[f"experts.act_fn.{name}"] = read(key)
+        prefix = f"dense.{self.feed_forward.block_path}"
+        return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+    def _projections(self, kind: str) -> tuple[list[str], list[str]]:
+        ups, down = self.feed_forward.parameter_names(kind)
+        path = self.feed_forward.path
+        return [f"{path}.{name}" for name in ups], [f"{path}.{down}"]
+
+    def _weights(self, read: Callable[[str], torch.Tensor]) -> FeedForwardWeights:
+        def take(kind: str) -> list[torch.Tensor]:
+            turn = self.feed_forward.transposed and kind == "weight"
+            parts = [[read(name) for name in names] for names in self._projections(kind)]
+            return [torch.cat([tensor.T if turn else tensor for tensor in part]).contiguous() for part in parts]
+
+        up, down = take("weight")
+        up_bias, down_bias = take("bias") if self.feed_forward.biased else (None, None)
+        return FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated)
+
+    def _activation_keys(self) -> dict[str, str]:
+        """The dense keys of the activation's own parameters, where it has some (xIELU), and their last names."""
+        activation = self.feed_forward.activation
+        names = activation.state_dict() if isinstance(activation, nn.Module) else {}
+        prefix = f"{self.feed_forward.path}.{self.feed_forward.activation_name}"
+        return {f"{prefix}.{name}": name for name in names}
+
+
+def sparse_layers(dense: PreTrainedModel, config: SparseMoeConfig, family_side: str) -> list[SparseLayer]:
+    """The layers of `dense`, which may be without storage, that the config makes sparse."""
+    chosen = sparse_feed_forwards(dense, config, family_side)
+    return [SparseLayer(position, feed_forward) for position, (feed_forward, _) in enumerate(chosen)]
 
 
 def sparse_state_dict(
-    dense: PreTrainedModel, config: SparseMoeConfig, family_side: str, method: str, seed: int
+    dense: PreTrainedModel,
+    config: SparseMoeConfig,
+    family_side: str,
+    recipe: Recipe,
+    data: Iterable[Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     The state of the mixture that `dense` becomes. Tensors other than the experts' are the dense model's own, not
@@ -23,49 +132,61 @@ def sparse_state_dict(
 
     Args:
         dense (`PreTrainedModel`): The dense model.
-        config (`SparseMoeConfig`): The mixture's config.
+        config ([`SparseMoeConfig`]): The mixture's config.
         family_side (`str`): The side of an encoder-only or decoder-only family.
-        method (`str`): A key of `INITIALIZATION_METHODS`.
-        seed (`int`): Each layer draws from a generator of its own, seeded with this and the layer's position.
+        recipe ([`Recipe`]): How the experts start.
+        data (`Iterable`, *optional*): Batches for methods that measure, see [`measure_activations`].
     """
+    layers = sparse_layers(dense, config, family_side)
+    activations = {} if data is None else measure_activations(dense, layers, data)
     state = {key: tensor for key, tensor in dense.state_dict().items() if key not in dense.all_tied_weights_keys}
     experts: dict[str, torch.Tensor] = {}
-    for position, (feed_forward, _) in enumerate(sparse_feed_forwards(dense, config, family_side)):
-        generator = torch.Generator().manual_seed((seed << 16) + position)
-        weights = _take_weights(state, feed_forward)
-        converted = INITIALIZATION_METHODS[method](weights, config.num_experts, generator)
-        prefix = f"dense.{feed_forward.block_path}"
-        router = torch.empty(config.num_experts, feed_forward.hidden_size)
-        router.normal_(mean=0.0, std=ROUTER_INIT_STD, generator=generator)
-        experts[f"{prefix}.gate.weight"] = router.to(weights.down.dtype)
-        up_name = "gate_up_proj" if weights.gated else "up_proj"
-        experts[f"{prefix}.experts.{up_name}"] = converted.up
-        experts[f"{prefix}.experts.down_proj"] = converted.down
-        if converted.up_bias is not None and converted.down_bias is not None:
-            experts[f"{prefix}.experts.{up_name}_bias"] = converted.up_bias
-            experts[f"{prefix}.experts.down_proj_bias"] = converted.down_bias
-        for name, tensor in _take_activation(state, feed_forward).items():
-            experts[f"{prefix}.experts.act_fn.{name}"] = tensor
+    for layer in layers:
+        tensors = {name: state.pop(name).cpu() for name in layer.sources}
+        experts |= layer.convert(tensors.__getitem__, config, recipe, activations.get(layer.position))
     return {f"dense.{key}": tensor for key, tensor in state.items()} | experts
 
 
-def _take_weights(state: dict[str, torch.Tensor], feed_forward: FeedForward) -> DenseWeights:
-    def take(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ups, down = feed_forward.parameter_names(kind)
-        first = [state.pop(f"{feed_forward.path}.{name}") for name in ups]
-        second = state.pop(f"{feed_forward.path}.{down}")
-        if feed_forward.transposed and kind == "weight":
-            first, second = [tensor.T for tensor in first], second.T
-        return torch.cat(first), second.contiguous()
+@torch.no_grad()
+def measure_activations(
+    dense: PreTrainedModel, layers: list[SparseLayer], data: Iterable[Any], max_tokens: int = 4096
+) -> dict[int, torch.Tensor]:
+    """
+    What the intermediate units of each layer do on real tokens.
 
-    up, down = take("weight")
-    up_bias, down_bias = take("bias") if feed_forward.biased else (None, None)
-    return DenseWeights(up, down, up_bias, down_bias, feed_forward.layout.gated)
+    Args:
+        dense (`PreTrainedModel`): The dense model.
+        layers (`list[SparseLayer]`): The layers to watch.
+        data (`Iterable`): Batches, each a dict of the model's inputs, or `input_ids` of shape `(B, S)`.
+        max_tokens (`int`, defaults to 4096): Enough tokens a layer.
 
+    Returns:
+        `dict[int, torch.Tensor]`: by the layer's position, (tokens, I) in float32.
+    """
+    seen: dict[int, list[torch.Tensor]] = {layer.position: [] for layer in layers}
 
-def _take_activation(state: dict[str, torch.Tensor], feed_forward: FeedForward) -> dict[str, torch.Tensor]:
-    """The activation's own parameters, where it has some (xIELU)."""
-    if not isinstance(feed_forward.activation, nn.Module):
-        return {}
-    prefix = f"{feed_forward.path}.{feed_forward.activation_name}."
-    return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+    def watch(position: int):
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen[position].append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
+
+        return hook
+
+    downs = [(layer, layer.feed_forward.part(layer.feed_forward.layout.down)) for layer in layers]
+    hooks = [down.register_forward_pre_hook(watch(layer.position)) for layer, down in downs]
+    training = dense.training
+    try:
+        dense.eval()
+        for batch in data:
+            inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
+            if dense.config.is_encoder_decoder:
+                inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+            dense(**{name: tensor.to(dense.device) for name, tensor in inputs.items() if name != "labels"})
+            if all(sum(map(len, parts)) >= max_tokens for parts in seen.values()):
+                break
+    finally:
+        dense.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not all(seen.values()):
+        raise ValueError("`data` has no batches to measure on. Give at least one batch of token ids.")
+    return {position: torch.cat(parts)[:max_tokens] for position, parts in seen.items()}

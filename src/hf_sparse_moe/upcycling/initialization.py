@@ -1,17 +1,23 @@
-"""How the experts of one layer start from its dense feed-forward. E experts, I intermediate, H hidden."""
+"""How the experts of one layer start from its dense feed-forward. E experts, I intermediate units, H hidden."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.routers import ROUTER_INIT_STD
+
+from .clustering import balanced_k_means
+
 
 @dataclass
-class DenseWeights:
+class FeedForwardWeights:
     """
-    One dense feed-forward in the experts' layout, without the experts' dimension.
+    One feed-forward, or E of them with a leading dimension.
 
     Args:
         up (`torch.Tensor`): (2I, H) with the gate's rows first where gated, else (I, H).
@@ -26,20 +32,293 @@ class DenseWeights:
     down_bias: torch.Tensor | None
     gated: bool
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> DenseWeights:
+    @property
+    def num_units(self) -> int:
+        return self.down.shape[-1]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FeedForwardWeights:
         """The same function of each tensor."""
         up_bias, down_bias = (None if bias is None else function(bias) for bias in (self.up_bias, self.down_bias))
-        return DenseWeights(function(self.up), function(self.down), up_bias, down_bias, self.gated)
+        return FeedForwardWeights(function(self.up), function(self.down), up_bias, down_bias, self.gated)
+
+    def repeat(self, count: int) -> FeedForwardWeights:
+        """`count` copies along a new leading dimension."""
+        return self.map(lambda tensor: tensor.unsqueeze(0).repeat(count, *[1] * tensor.dim()))
+
+    def take(self, units: torch.Tensor) -> FeedForwardWeights:
+        """The feed-forward of these intermediate units alone, the whole second bias included."""
+        rows = torch.cat([units, units + self.num_units]) if self.gated else units
+        up_bias = None if self.up_bias is None else self.up_bias[rows]
+        return FeedForwardWeights(self.up[rows], self.down[:, units], up_bias, self.down_bias, self.gated)
+
+    def scale_down(self, factor: float) -> FeedForwardWeights:
+        """`down` times `factor`; the bias, which every expert adds once, stays."""
+        return FeedForwardWeights(self.up, self.down * factor, self.up_bias, self.down_bias, self.gated)
 
 
-def copy_experts(dense: DenseWeights, num_experts: int, generator: torch.Generator) -> DenseWeights:
+def stack(feed_forwards: list[FeedForwardWeights]) -> FeedForwardWeights:
+    """E feed-forwards as one with a leading dimension."""
+    first = feed_forwards[0]
+
+    def stacked(name: str) -> Any:
+        return None if getattr(first, name) is None else torch.stack([getattr(each, name) for each in feed_forwards])
+
+    return FeedForwardWeights(stacked("up"), stacked("down"), stacked("up_bias"), stacked("down_bias"), first.gated)
+
+
+@dataclass
+class LayerStart:
+    """
+    What one sparse layer starts from.
+
+    Args:
+        experts ([`FeedForwardWeights`]): With a leading dimension E.
+        router (`torch.Tensor`): (E, H).
+        shared ([`FeedForwardWeights`], *optional*): The shared experts, as one feed-forward.
+    """
+
+    experts: FeedForwardWeights
+    router: torch.Tensor
+    shared: FeedForwardWeights | None = None
+
+
+@dataclass
+class LayerContext:
+    """
+    What a method may use besides the dense weights.
+
+    Args:
+        config ([`SparseMoeConfig`]): The mixture's config, the method's own changes included.
+        generator (`torch.Generator`): The layer's own; the same seed draws the same bits.
+        options (`dict`): The method's options.
+        activations (`torch.Tensor`, *optional*): (tokens, I), measured on the data that the caller gave.
+    """
+
+    config: SparseMoeConfig
+    generator: torch.Generator
+    options: dict[str, Any]
+    activations: torch.Tensor | None = None
+
+    def random_router(self, rows: int, hidden: int) -> torch.Tensor:
+        return torch.empty(rows, hidden).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
+
+    def normal_like(self, tensor: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+        """Drawn in float32, so that the bits do not depend on the dtype of the checkpoint."""
+        return torch.empty(tensor.shape).normal_(mean, std, generator=self.generator).to(tensor.dtype)
+
+
+def output_scale(config: SparseMoeConfig) -> float:
+    """
+    What `down` is multiplied by so that equal experts together give one expert's output: 1 over the sum of a token's
+    weights. With normalised weights that sum is `routed_scaling_factor`, always; without, it is that of an even
+    router, so that the output is near, not equal (softmax k/E, sigmoid k/2).
+    """
+    if config.norm_topk_prob:
+        return 1.0 / config.routed_scaling_factor
+    even = 1 / config.num_experts if config.scoring_func == "softmax" else 0.5
+    return 1.0 / (even * config.num_experts_per_tok * config.routed_scaling_factor)
+
+
+def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
+    config = context.config
+    router = context.random_router(config.num_experts, dense.down.shape[0])
+    experts = dense.repeat(config.num_experts)
+    scale = output_scale(config)
+    if scale != 1.0:
+        experts = experts.map(lambda tensor: tensor)
+        experts.down = experts.down * scale
+        experts.down_bias = None if experts.down_bias is None else experts.down_bias * scale
+    return LayerStart(experts, router)
 
-    return dense.map(lambda tensor: tensor.unsqueeze(0).repeat(num_experts, *[1] * tensor.dim()))
+
+def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """`copy`, and on each weight noise of `noise_std` times the root mean square of its dense matrix."""
+    start = copy_experts(dense, context)
+    relative = context.options["noise_std"]
+
+    def shake(tensor: torch.Tensor) -> torch.Tensor:
+        rms = tensor[0].float().square().mean().sqrt().item()
+        return tensor + context.normal_like(tensor, 0.0, relative * rms)
+
+    start.experts = start.experts.map(shake)
+    return start
 
 
-# Each takes a layer's dense weights, the number of experts and the layer's own random generator, and gives the same
-# tensors with a leading dimension E.
-INITIALIZATION_METHODS: dict[str, Callable[[DenseWeights, int, torch.Generator], DenseWeights]] = {
-    "copy": copy_experts,
+def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """
+    `copy`, then in each expert `drop_ratio` of the units are redrawn from a normal with the mean and deviation of the
+    dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
+    """
+    start = copy_experts(dense, context)
+    units, count = dense.num_units, round(context.options["drop_ratio"] * dense.num_units)
+    experts = start.experts
+    for expert in range(context.config.num_experts):
+        redrawn = torch.randperm(units, generator=context.generator)[:count]
+        for part in range(2 if dense.gated else 1):
+            rows = redrawn + part * units
+            whole = slice(part * units, (part + 1) * units)
+            _redraw(experts.up[expert], (rows,), dense.up[whole], context)
+            if experts.up_bias is not None and dense.up_bias is not None:
+                _redraw(experts.up_bias[expert], (rows,), dense.up_bias[whole], context)
+        _redraw(experts.down[expert], (slice(None), redrawn), experts.down[expert].clone(), context)
+    return start
+
+
+def _redraw(target: torch.Tensor, index: tuple, source: torch.Tensor, context: LayerContext) -> None:
+    values = source.float()
+    target[index] = context.normal_like(target[index], values.mean().item(), values.std().item())
+
+
+def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """
+    Fine-grained experts (arXiv 2410.07524). With granularity G the units are cut in G shards; each group of G experts
+    holds every shard once, and its G router rows are equal (a virtual group), so that the top k picks whole groups.
+    """
+    config, granularity = context.config, context.options["granularity"]
+    shards = [
+        dense.take(units).scale_down(granularity * output_scale(config))
+        for units in torch.arange(dense.num_units).chunk(granularity)
+    ]
+    if config.routed_scaling_factor != 1.0:
+        for shard in shards:
+            shard.down_bias = None if shard.down_bias is None else shard.down_bias / config.routed_scaling_factor
+    groups = config.num_experts // granularity
+    router = context.random_router(groups, dense.down.shape[0]).repeat_interleave(granularity, dim=0)
+    return LayerStart(stack(shards * groups), router)
+
+
+def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """
+    The units are divided among the experts, each to exactly one (LLaMA-MoE, arXiv 2406.16554); with `shared_units`,
+    the most active ones serve every token as a shared expert. The routed output is multiplied by E / k, so that it is
+    the dense one's in expectation, and the dense one's itself at k = E, where the router starts at zero.
+
+    `partition`: `"contiguous"`, `"random"`, `"k_means"` (balanced, on the units' input weights) or `"activation"`
+    (balanced k-means on which tokens of the given data a unit fires for, as in MoEfication, arXiv 2110.01786).
+    """
+    config, options = context.config, context.options
+    experts, units = config.num_experts, torch.arange(dense.num_units)
+    shared = None
+    if options["shared_units"]:
+        if context.activations is None:
+            activity = dense.down.float().norm(dim=0)
+        else:
+            activity = context.activations.abs().mean(dim=0)
+        order = activity.argsort(descending=True, stable=True)
+        chosen, units = order[: options["shared_units"]].sort().values, order[options["shared_units"] :].sort().values
+        shared = dense.take(chosen)
+        shared.down_bias = None if shared.down_bias is None else torch.zeros_like(shared.down_bias)
+    how = options["partition"]
+    if how == "contiguous":
+        groups = list(units.chunk(experts))
+    elif how == "random":
+        groups = list(units[torch.randperm(len(units), generator=context.generator)].chunk(experts))
+    else:
+        if how == "k_means":
+            features = dense.up[units].float()
+        elif context.activations is not None:
+            features = context.activations[:, units].abs().T
+        else:
+            raise ValueError('`partition="activation"` needs `data`: batches of token ids to measure on.')
+        features = torch.nn.functional.normalize(features, dim=-1)
+        labels = balanced_k_means(features, experts, context.generator)
+        groups = [units[labels == expert] for expert in range(experts)]
+    parts = [dense.take(group.sort().values).scale_down(experts / config.routed_scaling_factor) for group in groups]
+    for part in parts:
+        part.down_bias = None if part.down_bias is None else part.down_bias / config.routed_scaling_factor
+    hidden = dense.down.shape[0]
+    all_chosen = config.num_experts_per_tok == experts
+    router = torch.zeros(experts, hidden) if all_chosen else context.random_router(experts, hidden)
+    return LayerStart(stack(parts), router, shared)
+
+
+def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """The dense feed-forward serves every token as a shared expert; the routed experts begin with a zero `down`."""
+    config = context.config
+    size = config.moe_intermediate_size or dense.num_units
+    units = torch.arange(size)
+    experts = dense.take(units).repeat(config.num_experts)
+    experts.up = context.normal_like(experts.up, dense.up.float().mean().item(), dense.up.float().std().item())
+    experts.down = torch.zeros_like(experts.down)
+    experts.down_bias = None if experts.down_bias is None else torch.zeros_like(experts.down_bias)
+    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)
+
+
+def _split_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    granularity = options["granularity"]
+    for name in ("num_experts", "num_experts_per_tok"):
+        if fields[name] % granularity:
+            raise ValueError(f"`{name}={fields[name]}` is not a multiple of `granularity={granularity}`.")
+    if not fields.get("norm_topk_prob", True):
+        raise ValueError('`norm_topk_prob=False` is not allowed with `method="split"`: groups share one weight.')
+    return {"moe_intermediate_size": _share(units, granularity, "granularity")}
+
+
+def _partition_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    if options["partition"] not in PARTITIONS:
+        raise ValueError(f"`partition={options['partition']!r}` is not allowed: it must be one of {PARTITIONS}.")
+    if not fields.get("norm_topk_prob", True):
+        raise ValueError('`norm_topk_prob=False` is not allowed with `method="partition"`.')
+    shared = options["shared_units"]
+    if not 0 <= shared < units:
+        raise ValueError(f"`shared_units={shared}` is not allowed: it must be at least 0 and below {units}.")
+    size = _share(units - shared, fields["num_experts"], "num_experts")
+    if shared % size:
+        raise ValueError(
+            f"`shared_units={shared}` is no multiple of an expert's {size} units. Choose a multiple, or another "
+            "`num_experts`."
+        )
+    return {"moe_intermediate_size": size, "num_shared_experts": shared // size}
+
+
+def _graft_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    size = fields.get("moe_intermediate_size") or units
+    return {"moe_intermediate_size": size, "num_shared_experts": _share(units, size, "moe_intermediate_size")}
+
+
+def _share(units: int, parts: int, name: str) -> int:
+    if units % parts:
+        raise ValueError(f"{units} intermediate units cannot be divided by `{name}={parts}`. Choose a divisor.")
+    return units // parts
+
+
+def _no_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    size = fields.get("moe_intermediate_size")
+    if size not in (None, units):
+        raise ValueError(f"`moe_intermediate_size={size}` is not allowed: experts that start as copies have {units}.")
+    return {}
+
+
+PARTITIONS = ("contiguous", "random", "k_means", "activation")
+
+
+@dataclass(frozen=True)
+class InitializationMethod:
+    """
+    Args:
+        start (`Callable`): A layer's dense weights and its context to a [`LayerStart`].
+        fields (`Callable`): Config fields that the method decides, from the given ones, the units and the options.
+        options (`dict`): Its options with their defaults.
+        exact (`str`): When the mixture computes what the dense model computes.
+    """
+
+    start: Callable[[FeedForwardWeights, LayerContext], LayerStart]
+    exact: str
+    fields: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _no_fields
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+INITIALIZATION_METHODS = {
+    "copy": InitializationMethod(copy_experts, "with normalised weights"),
+    "noise": InitializationMethod(noise_experts, "no, near", options={"noise_std": 0.01}),
+    "drop": InitializationMethod(drop_experts, "no", options={"drop_ratio": 0.5}),
+    "split": InitializationMethod(split_experts, "yes", _split_fields, {"granularity": 2}),
+    "partition": InitializationMethod(
+        partition_experts,
+        "only where every token uses all experts",
+        _partition_fields,
+        {"partition": "random", "shared_units": 0},
+    ),
+    "graft": InitializationMethod(graft_experts, "yes", _graft_fields),
 }

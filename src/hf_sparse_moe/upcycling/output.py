@@ -101,8 +101,8 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(partial).free
         if free < needed_bytes:
             raise OSError(
-                f"`{target}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free some space, or "
-                "choose another disk."
+                f"`{target}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free "
+                "some space, or choose another disk."
             )
         yield partial
         _flush(partial)

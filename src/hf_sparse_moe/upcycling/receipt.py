@@ -14,6 +14,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultiple
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
+from .conversion import Recipe
 from .source import Source
 
 
@@ -73,20 +74,22 @@ def make_receipt(
     dense: PreTrainedModel,
     sparse: SparseMoePreTrainedModel,
     source: Source | None,
-    arguments: dict[str, Any],
+    recipe: Recipe,
+    fields: dict[str, Any],
 ) -> dict[str, Any]:
     """The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse`."""
     from hf_sparse_moe import __version__
 
     return {
         "source": {
-            "name_or_path": source.name if source else Path(dense.config.name_or_path).name or None,
+            "name_or_path": source.name if source else Path(dense.config.name_or_path or "").name or None,
             "revision": source.revision if source else None,
             "architecture": type(dense).__name__,
             "model_type": dense.config.model_type,
             "sha256": source_files(source.folder) if source else {},
         },
-        "arguments": arguments,
+        "arguments": {"method": recipe.method, "seed": recipe.seed, **recipe.options, **fields},
+        "exact": recipe.initialization.exact,
         "versions": {
             "hf_sparse_moe": __version__,
             "transformers": transformers.__version__,

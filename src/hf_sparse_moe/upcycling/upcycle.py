@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.feed_forward import feed_forward_side, find_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .conversion import sparse_state_dict
+from .conversion import Recipe, sparse_state_dict
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
+from .layers import layer_types
 from .receipt import make_receipt
 from .source import find_source, load_dense
+
+
+Layers = str | Sequence[int] | dict[str, str | Sequence[int]]
 
 
 def upcycle(
@@ -21,10 +30,12 @@ def upcycle(
     method: str = "copy",
     seed: int = 0,
     *,
+    layers: Layers = "all",
+    data: Iterable[Any] | None = None,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     allow_pickle: bool = False,
-    **config_fields,
+    **options_and_fields,
 ) -> SparseMoePreTrainedModel:
     """
     Make a mixture of experts of a dense model, with the same head.
@@ -38,17 +49,22 @@ def upcycle(
         num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
         method (`str`, defaults to `"copy"`): How the experts start: a key of `INITIALIZATION_METHODS`.
         seed (`int`, defaults to 0): Of all that is drawn at random; the same seed gives the same bits.
+        layers (`str`, `list[int]` or `dict`, defaults to `"all"`): Which layers become sparse: `"all"`, `"none"`,
+            `"every_N"`, `"first_N"`, `"last_N"`, or positions; for an encoder-decoder also one of these a side, as
+            `{"encoder": "all", "decoder": "none"}`.
+        data (`Iterable`, *optional*): Batches of token ids, for methods that measure activations.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the dense one.
         allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
-        **config_fields: Fields of the family's config, such as `router_aux_loss_coef=0.01`.
+        **options_and_fields: Options of the method, such as `drop_ratio=0.5`, and fields of the family's config, such
+            as `router_aux_loss_coef=0.01`.
 
     Returns:
         [`SparseMoePreTrainedModel`]: in evaluation mode, on the CPU or the dense model's device.
 
     Raises:
-        ValueError: an unknown method or field, a source that cannot be read, or an architecture without a known
-            feed-forward; each says what to do.
+        ValueError: an unknown method, option or field, a source that cannot be read, or an architecture without a
+            known feed-forward; each says what to do.
 
     Example:
         ```python
@@ -56,26 +72,66 @@ def upcycle(
         model.save_pretrained("gpt2-8x")
         ```
     """
-    if method not in INITIALIZATION_METHODS:
-        raise ValueError(f"`method={method!r}` is not allowed: it must be one of {sorted(INITIALIZATION_METHODS)}.")
+    recipe, fields = make_recipe(method, seed, options_and_fields)
     if isinstance(model_or_path, str):
         source = find_source(model_or_path, revision, allow_pickle)
         dense = load_dense(source, dtype, allow_pickle)
     else:
         source, dense = None, model_or_path
     target = sparse_class(dense.config, type(dense).__name__)
-    config_class = target.config_class
-    unknown = sorted(set(config_fields) - set(config_class.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"`{unknown[0]}` is no field of `{config_class.__name__}`. See its documentation.")
-    fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **config_fields}
-    config = config_class.from_dense(dense.config, **fields)
-    state = sparse_state_dict(dense, config, target.family_side, method, seed)
+    fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
+    config = mixture_config(dense, target, recipe, fields, layers)
+    state = sparse_state_dict(dense, config, target.family_side, recipe, data)
     if source is None:  # the caller keeps the dense model, and must not share memory with the mixture
-        state = {key: tensor if ".experts." in key else tensor.clone() for key, tensor in state.items()}
+        shared = {tensor.data_ptr() for tensor in dense.state_dict().values()}
+        state = {key: tensor.clone() if tensor.data_ptr() in shared else tensor for key, tensor in state.items()}
     result_dtype = dense.dtype if dtype == "auto" else dtype
     sparse = target.from_pretrained(None, config=config, state_dict=state, dtype=result_dtype).to(dense.device)
     if sparse.can_generate():
         sparse.generation_config = dense.generation_config
-    sparse.receipt = make_receipt(dense, sparse, source, {"method": method, "seed": seed, **fields})
+    sparse.receipt = make_receipt(dense, sparse, source, recipe, fields)
     return sparse
+
+
+def make_recipe(method: str, seed: int, options_and_fields: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """Tell a method's options from config fields, and fill in the defaults."""
+    if method not in INITIALIZATION_METHODS:
+        raise ValueError(f"`method={method!r}` is not allowed: it must be one of {sorted(INITIALIZATION_METHODS)}.")
+    defaults = INITIALIZATION_METHODS[method].options
+    options = {name: options_and_fields.get(name, default) for name, default in defaults.items()}
+    fields = {name: value for name, value in options_and_fields.items() if name not in defaults}
+    return Recipe(method, seed, options), fields
+
+
+def mixture_config(
+    dense: PreTrainedModel,
+    target: type[SparseMoePreTrainedModel],
+    recipe: Recipe,
+    fields: dict[str, Any],
+    layers: Layers,
+) -> SparseMoeConfig:
+    """The config of the mixture that `dense`, which may be without storage, becomes; completes `fields`."""
+    config_class = target.config_class
+    unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is no field of `{config_class.__name__}`, and no option of `method={recipe.method!r}`."
+        )
+    config_class.from_dense(dense.config, **fields)  # says what is wrong with the fields, before anything else
+    sizes: dict[str, list[int]] = {}
+    for feed_forward in find_feed_forwards(dense):
+        side = feed_forward_side(dense, feed_forward, target.family_side)
+        sizes.setdefault(side, []).append(feed_forward.intermediate_size)
+    for name, side in config_class._layer_type_fields.items():
+        chosen = layers.get(side, "all") if isinstance(layers, dict) else layers
+        if chosen != "all":
+            fields[name] = layer_types(chosen, len(sizes.get(side, [])))
+    units = {size for side in sizes.values() for size in side}
+    decided = recipe.initialization.fields(fields, max(units), recipe.options)
+    if decided.get("moe_intermediate_size") and len(units) > 1:
+        raise ValueError(
+            f"`method={recipe.method!r}` needs feed-forwards of one size, but `{type(dense).__name__}` has sizes "
+            f"{sorted(units)}."
+        )
+    fields |= decided
+    return config_class.from_dense(dense.config, **fields)

@@ -1,0 +1,279 @@
+"""Each upcycling method has the property that defines it, for the three families."""
+
+import pytest
+import torch
+
+from hf_sparse_moe import upcycle
+from hf_sparse_moe.models.feed_forward import find_feed_forwards
+from hf_sparse_moe.upcycling.clustering import balanced_k_means
+from hf_sparse_moe.upcycling.layers import layer_types
+from tiny_models import FAMILIES, tiny_dense, tiny_sparse
+
+
+EXACT = 1e-5
+UNITS = 48
+
+
+def difference(model):
+    return model.receipt["equality"]["max_abs_difference"]
+
+
+def layers_of(dense, sparse):
+    """Per layer: dense up (gate first where gated), dense down, and the block."""
+    for feed_forward, block in zip(find_feed_forwards(dense), sparse.sparse_blocks, strict=True):
+        ups = [feed_forward.part(name).weight for name in feed_forward.layout.up]
+        down = feed_forward.part(feed_forward.layout.down).weight
+        if feed_forward.transposed:
+            ups, down = [weight.T for weight in ups], down.T
+        yield torch.cat(ups).detach(), down.detach(), block
+
+
+def up_of(block):
+    return getattr(block.experts, block.experts.up_name).detach()
+
+
+def unit_rows(up, units):
+    """Whether a feed-forward's first projection, reshaped to (parts, units, H), is gated or not."""
+    return up.reshape(-1, units, up.shape[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copy_repeats_the_dense_feed_forward(family):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, num_experts=4)
+    assert difference(sparse) <= EXACT
+    for up, down, block in layers_of(dense, sparse):
+        assert all(torch.equal(expert, up) for expert in up_of(block))
+        assert all(torch.equal(expert, down) for expert in block.experts.down_proj)
+        assert block.gate.weight.std() < 0.1
+        assert block.gate.weight.abs().min(dim=1).values.max() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "fields", [{"scoring_func": "softmax"}, {"scoring_func": "sigmoid", "num_experts_per_tok": 3}]
+)
+def test_copy_is_near_without_normalised_weights(family, fields):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, num_experts=4, norm_topk_prob=False, **fields)
+    # every block gives the dense output times (sum of the token's weights) * E / k, or 2 / k for a sigmoid
+    hidden = torch.randn(5, dense.config.hidden_size)
+    for (_, _, block), feed_forward in zip(layers_of(dense, sparse), find_feed_forwards(dense), strict=True):
+        if feed_forward.layout.inline:
+            continue
+        _, weights, _ = block.gate(hidden)
+        even = 0.25 * sparse.config.num_experts_per_tok if fields["scoring_func"] == "softmax" else 0.5 * 3
+        expected = feed_forward.owner.eval()(hidden) * weights.sum(-1, keepdim=True) / even
+        torch.testing.assert_close(block(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routed_scaling_factor_is_undone(family):
+    assert difference(upcycle(tiny_dense(family), num_experts=4, routed_scaling_factor=2.5)) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noise_has_the_asked_deviation_on_each_matrix(family):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, num_experts=4, method="noise", noise_std=0.1)
+    assert difference(sparse) > EXACT
+    for up, down, block in layers_of(dense, sparse):
+        for experts, matrix in ((up_of(block), up), (block.experts.down_proj.detach(), down)):
+            noise = experts - matrix
+            assert noise.std() / matrix.square().mean().sqrt() == pytest.approx(0.1, rel=0.1)
+            assert abs(noise.mean()) < 0.1 * noise.std()
+            assert not torch.equal(experts[0], experts[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drop_redraws_the_same_units_in_every_projection(family):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, num_experts=4, method="drop", drop_ratio=0.25)
+    redrawn_sets = []
+    for up, down, block in layers_of(dense, sparse):
+        for expert in range(4):
+            parts = unit_rows(up_of(block)[expert], UNITS) != unit_rows(up, UNITS)
+            changed_in_up = parts.any(dim=-1)
+            changed_in_down = (block.experts.down_proj[expert] != down).any(dim=0)
+            assert all(torch.equal(part, changed_in_down) for part in changed_in_up)
+            assert changed_in_down.sum() == round(0.25 * UNITS)
+            redrawn_sets.append(tuple(changed_in_down.nonzero().flatten().tolist()))
+            new = block.experts.down_proj[expert][:, changed_in_down].detach()
+            assert new.std() == pytest.approx(down.std().item(), rel=0.25)
+            assert new.mean() == pytest.approx(down.mean().item(), abs=0.06)
+    assert len(set(redrawn_sets)) > len(redrawn_sets) // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("granularity", [2, 4])
+def test_split_keeps_the_function_with_finer_experts(family, granularity):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, 8, 4, method="split", granularity=granularity)
+    assert difference(sparse) <= EXACT
+    for up, down, block in layers_of(dense, sparse):
+        assert block.experts.intermediate_dim == UNITS // granularity
+        for group in torch.arange(8).split(granularity):
+            rows = torch.cat([unit_rows(up_of(block)[expert], UNITS // granularity) for expert in group], dim=1)
+            assert torch.equal(rows, unit_rows(up, UNITS))  # every unit once a group
+            columns = torch.cat([block.experts.down_proj[expert] for expert in group], dim=1)
+            torch.testing.assert_close(columns, down * granularity)
+            assert all(torch.equal(block.gate.weight[expert], block.gate.weight[group[0]]) for expert in group)
+
+
+def owners(up, block):
+    """For each expert, which dense unit each of its units is."""
+    units, size = UNITS, block.experts.intermediate_dim
+    dense = unit_rows(up, units)[0]
+    return [
+        [(dense == row).all(dim=-1).nonzero().item() for row in unit_rows(expert, size)[0]] for expert in up_of(block)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("partition", ["contiguous", "random", "k_means", "activation"])
+def test_partition_gives_every_unit_to_exactly_one_expert(family, partition):
+    dense = tiny_dense(family)
+    data = [torch.randint(5, 90, (4, 16), generator=torch.Generator().manual_seed(0))]
+    sparse = upcycle(dense, 4, 2, method="partition", partition=partition, data=data)
+    for up, down, block in layers_of(dense, sparse):
+        groups = owners(up, block)
+        assert sorted(unit for group in groups for unit in group) == list(range(UNITS))
+        assert {len(group) for group in groups} == {UNITS // 4}
+        if partition == "contiguous":
+            assert groups[0] == list(range(UNITS // 4))
+        for expert, group in enumerate(groups):
+            torch.testing.assert_close(block.experts.down_proj[expert], down[:, group] * 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_partition_is_exact_when_every_token_uses_all_experts(family):
+    assert difference(upcycle(tiny_dense(family), 4, 4, method="partition")) <= EXACT
+    shared = upcycle(tiny_dense(family), 3, 3, method="partition", shared_units=12)
+    assert shared.config.num_shared_experts == 1
+    assert difference(shared) <= EXACT
+
+
+def test_partition_puts_the_most_active_units_into_the_shared_expert():
+    dense = tiny_dense("decoder")
+    feed_forward = find_feed_forwards(dense)[0]
+    busy = torch.tensor([3, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43])
+    feed_forward.part("up_proj").weight.data[busy] *= 50
+    data = [torch.randint(5, 90, (4, 16), generator=torch.Generator().manual_seed(0))]
+    sparse = upcycle(dense, 3, 1, method="partition", partition="activation", shared_units=12, data=data)
+    block = sparse.sparse_blocks[0]
+    shared = unit_rows(block.shared_experts.up_proj.weight.detach(), 12)[1]
+    assert torch.equal(shared, feed_forward.part("up_proj").weight[busy])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [None, 12])
+def test_graft_keeps_the_function_in_a_shared_expert(family, size):
+    dense = tiny_dense(family)
+    sparse = upcycle(dense, 4, method="graft", moe_intermediate_size=size)
+    assert difference(sparse) <= EXACT
+    for up, down, block in layers_of(dense, sparse):
+        assert torch.equal(block.shared_experts.up_proj.weight, up)
+        assert torch.equal(block.shared_experts.down_proj.weight, down)
+        assert block.experts.down_proj.abs().max() == 0
+        assert block.experts.intermediate_dim == (size or UNITS)
+        assert not torch.equal(up_of(block)[0], up_of(block)[1])
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "experts", "top_k", "options"),
+    [("split", 4, 2, {}), ("graft", 4, 2, {}), ("partition", 4, 4, {})],
+)
+def test_biases_are_added_once(name, method, experts, top_k, options):
+    assert difference(upcycle(tiny_dense(name), experts, top_k, method=method, **options)) <= EXACT
+
+
+@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "partition", "graft"])
+def test_the_same_seed_gives_the_same_bits(method):
+    dense = tiny_dense("decoder")
+    first, second, other = (upcycle(dense, 4, 2, method=method, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "partition", "graft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_trains(method, family):
+    model = upcycle(tiny_dense(family), 4, 2, method=method).train()
+    from tiny_models import tiny_inputs
+
+    loss = model(**tiny_inputs(model)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for block in model.sparse_blocks:
+        assert block.experts.down_proj.grad.abs().max() > 0
+        assert torch.isfinite(block.gate.weight.grad).all()
+
+
+def test_the_dtype_is_kept_or_chosen():
+    dense = tiny_dense("decoder")
+    assert upcycle(dense, 4, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert upcycle(dense.to(torch.bfloat16), 4, method="drop").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", "sss"), ("none", "ddd"), ("every_1", "sss"), ("every_2", "dsd"), ("last_1", "dds"), ("first_2", "ssd"),
+        ([0, -1], "sds"), ((1,), "dsd"), ([], "ddd"),
+    ],
+)  # fmt: skip
+def test_layer_words(layers, expected):
+    assert "".join(kind[0] for kind in layer_types(layers, 3)) == expected
+
+
+@pytest.mark.parametrize("layers", ["some", "every_0", "last_4", [3], [-4]])
+def test_layers_that_do_not_exist_are_refused(layers):
+    with pytest.raises(ValueError, match="layer"):
+        layer_types(layers, 3)
+
+
+def test_layers_of_a_model():
+    decoder = upcycle(tiny_dense("decoder"), 4, layers="last_1")
+    assert decoder.config.mlp_layer_types == ["dense", "sparse"]
+    assert difference(decoder) <= EXACT
+    both = upcycle(tiny_dense("encoder_decoder"), 4, layers={"encoder": "none", "decoder": [0]})
+    assert [block.side for block in both.sparse_blocks] == ["decoder"]
+    assert difference(both) <= EXACT
+
+
+def test_balanced_k_means_finds_the_groups():
+    centres = 10 * torch.eye(4)
+    points = (centres.repeat_interleave(6, dim=0) + 0.1 * torch.randn(24, 4))[torch.randperm(24)]
+    labels = balanced_k_means(points, 4, torch.Generator().manual_seed(3))
+    assert labels.bincount().tolist() == [6, 6, 6, 6]
+    assert points.argmax(dim=1).unique().numel() == 4
+    inertia = sum((points[labels == c] - points[labels == c].mean(0)).square().sum() for c in range(4))
+    assert inertia < 24 * 4 * 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "clone"}, "`method='clone'` is not allowed"),
+        ({"method": "split", "granularity": 3}, "`num_experts=4` is not a multiple"),
+        ({"method": "split", "granularity": 2, "norm_topk_prob": False}, "norm_topk_prob"),
+        ({"method": "partition", "num_experts": 5}, "48 intermediate units cannot be divided by `num_experts=5`"),
+        ({"method": "partition", "partition": "alphabetical"}, "`partition='alphabetical'`"),
+        ({"method": "partition", "partition": "activation"}, "needs `data`"),
+        ({"method": "partition", "shared_units": 48}, "`shared_units=48`"),
+        ({"method": "graft", "moe_intermediate_size": 13}, "cannot be divided"),
+        ({"method": "copy", "moe_intermediate_size": 13}, "`moe_intermediate_size=13`"),
+        ({"method": "copy", "drop_ratio": 0.5}, "`drop_ratio` is no field"),
+        ({"num_experts_per_tok": 5}, "`num_experts_per_tok=5`"),
+        ({"data": [], "method": "partition", "partition": "activation"}, "`data` has no batches"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        upcycle(tiny_dense("decoder"), **{"num_experts": 4, **arguments})
+
+
+def test_a_mixture_is_refused():
+    with pytest.raises(ValueError, match="mixture already"):
+        upcycle(tiny_sparse("decoder"))
