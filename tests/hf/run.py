@@ -32,7 +32,7 @@ FAMILIES = {  # class of suite.py: what the table calls it
 
 
 def fetch_tests(version: str) -> Path:
-    """The `tests/` folder of the sdist of transformers `version`, downloaded on first use. Never part of this project."""
+    """The `tests/` folder of the sdist of transformers `version`, downloaded on first use and never committed."""
     folder = CACHE / f"transformers-{version}" / "tests"
     if not folder.is_dir():
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=transformers"]
@@ -86,10 +86,10 @@ def page(results: dict, reasons: dict) -> str:
         [
             "# transformers' own model tests",
             "",
-            "`ModelTesterMixin` is the suite that every model inside transformers passes through. `make test-hf` fetches it",
-            "from the source distribution of the installed transformers and runs it on one tiny model a family, with every",
-            "class of the family, and on stock Mixtral in the same setting: parts of the suite that the distribution does",
-            "not carry are left empty, so a few tests cannot pass there for any model.",
+            "`ModelTesterMixin` is the suite that every model inside transformers passes through. `make test-hf` fetches",
+            "it from the source distribution of the installed transformers and runs it on one tiny model a family, with",
+            "the classes of the family, and on stock Mixtral in the same setting. Parts of the suite that the",
+            "distribution does not carry are left empty, so one test cannot pass there for any model.",
             "",
             f"This page is written by `make test-hf`; this is the result for transformers {transformers.__version__}.",
             "",

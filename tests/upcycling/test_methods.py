@@ -5,6 +5,7 @@ import torch
 
 from hf_sparse_moe import upcycle
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
+from hf_sparse_moe.upcycling import expand
 from hf_sparse_moe.upcycling.clustering import balanced_k_means
 from hf_sparse_moe.upcycling.layers import layer_types
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse
@@ -277,3 +278,95 @@ def test_wrong_arguments_are_refused_with_a_sentence(arguments, message):
 def test_a_mixture_is_refused():
     with pytest.raises(ValueError, match="mixture already"):
         upcycle(tiny_sparse("decoder"))
+
+
+def branches_of(family, count=3):
+    """Dense models of one shape and other weights."""
+    from tiny_models import enlarge_weights
+
+    return [enlarge_weights(tiny_dense(family), seed=seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_become_the_experts(family):
+    branches = branches_of(family)
+    sparse = upcycle(method="branches", sources=branches, num_experts_per_tok=1)
+    assert sparse.config.num_experts == 3
+    for branch_number, branch in enumerate(branches):
+        for up, down, block in layers_of(branch, sparse):
+            assert torch.equal(up_of(block)[branch_number], up)
+            assert torch.equal(block.experts.down_proj[branch_number], down)
+    embeddings = [branch.get_input_embeddings().weight for branch in branches]
+    torch.testing.assert_close(sparse.get_input_embeddings().weight, torch.stack(embeddings).mean(0))
+    assert len(sparse.receipt["branches"]) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_branches_keep_the_function(family):
+    dense = tiny_dense(family)
+    assert difference(upcycle(method="branches", sources=[dense, dense])) <= EXACT
+
+
+def test_the_trunk_may_be_the_base():
+    base, branches = tiny_dense("decoder"), branches_of("decoder")
+    sparse = upcycle(base, method="branches", sources=branches, trunk="base")
+    assert torch.equal(sparse.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_start_from_each_branch_s_own_text(family):
+    dense = tiny_dense(family)
+    generator = torch.Generator().manual_seed(0)
+    # three "domains" with a vocabulary of their own
+    prompts = [[torch.randint(low, low + 10, (8, 16), generator=generator)] for low in (10, 40, 70)]
+    sparse = upcycle(method="branches", sources=[dense] * 3, prompts=prompts, num_experts_per_tok=1)
+    held_out = [torch.randint(low, low + 10, (8, 16), generator=generator) for low in (10, 40, 70)]
+    first_layer = []
+    for ids in held_out:
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "encoder_decoder" else {})
+        first_layer.append(sparse(**inputs, output_router_logits=True).router_logits[0].argmax(-1))
+    agreement = torch.stack([(chosen == domain).float().mean() for domain, chosen in enumerate(first_layer)])
+    assert agreement.mean() > 0.6  # a random router would give a third
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sources": []}, "at least 2"),
+        ({"sources": ["llama", "qwen3"]}, "is a Qwen3ForCausalLM"),
+        ({"sources": ["llama", "wide"]}, "has the shape"),
+        ({"sources": ["llama", "llama"], "num_experts": 3}, "`num_experts=3`"),
+        ({"sources": ["llama", "llama"], "trunk": "base"}, "needs the base model"),
+        ({"sources": ["llama", "llama"], "trunk": "root"}, "`trunk='root'`"),
+        ({"sources": ["llama", "llama"], "prompts": [[]]}, "`prompts` has 1 entries"),
+    ],
+)
+def test_branches_that_do_not_fit_are_refused(arguments, message):
+    models = {"llama": tiny_dense("llama"), "qwen3": tiny_dense("qwen3"), "wide": tiny_dense("llama", vocab_size=99)}
+    arguments["sources"] = [models[name] for name in arguments["sources"]]
+    with pytest.raises(ValueError, match=message):
+        upcycle(method="branches", num_experts_per_tok=1, **arguments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expand_repeats_experts_and_keeps_the_function(family):
+    from tiny_models import tiny_inputs
+
+    model = tiny_sparse(family)
+    inputs = tiny_inputs(model)
+    larger = expand(model, 3, router_noise=0.0)
+    assert (larger.config.num_experts, larger.config.num_experts_per_tok) == (12, 6)
+    torch.testing.assert_close(larger(**inputs).logits, model(**inputs).logits, rtol=0, atol=EXACT)
+    for block, small in zip(larger.sparse_blocks, model.sparse_blocks, strict=True):
+        assert torch.equal(up_of(block), torch.cat([up_of(small)] * 3))
+    noisy = expand(model, 2, router_noise=0.5)
+    rows = noisy.sparse_blocks[0].gate.weight.detach()
+    assert torch.equal(rows[:4], model.sparse_blocks[0].gate.weight)
+    assert not torch.equal(rows[4:], rows[:4])
+
+
+def test_expand_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="is no mixture"):
+        expand(tiny_dense("decoder"), 2)
+    with pytest.raises(ValueError, match="`factor=1`"):
+        expand(tiny_sparse("decoder"), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class SparseLayer:
         read: Callable[[str], torch.Tensor],
         config: SparseMoeConfig,
         recipe: Recipe,
-        activations: torch.Tensor | None = None,
+        **measured: Any,
     ) -> dict[str, torch.Tensor]:
         """
         The mixture's tensors of this layer, by the mixture's keys.
@@ -64,11 +64,11 @@ class SparseLayer:
             read (`Callable`): The tensor of one of `sources`.
             config ([`SparseMoeConfig`]): The mixture's config.
             recipe ([`Recipe`]): How the experts start.
-            activations (`torch.Tensor`, *optional*): (tokens, I), for methods that measure.
+            **measured: What a method needs besides the weights, as [`LayerContext`] takes it.
         """
         generator = torch.Generator().manual_seed((recipe.seed << 16) + self.position)
-        context = LayerContext(config, generator, recipe.options, activations)
-        dense = self._weights(read)
+        context = LayerContext(config, generator, recipe.options, **measured)
+        dense = self.weights(read)
         start = recipe.initialization.start(dense, context)
         dtype, up_name = dense.down.dtype, "gate_up_proj" if dense.gated else "up_proj"
         tensors = {
@@ -95,7 +95,9 @@ class SparseLayer:
         path = self.feed_forward.path
         return [f"{path}.{name}" for name in ups], [f"{path}.{down}"]
 
-    def _weights(self, read: Callable[[str], torch.Tensor]) -> FeedForwardWeights:
+    def weights(self, read: Callable[[str], torch.Tensor]) -> FeedForwardWeights:
+        """The dense feed-forward, in the experts' layout."""
+
         def take(kind: str) -> list[torch.Tensor]:
             turn = self.feed_forward.transposed and kind == "weight"
             parts = [[read(name) for name in names] for names in self._projections(kind)]
@@ -124,7 +126,7 @@ def sparse_state_dict(
     config: SparseMoeConfig,
     family_side: str,
     recipe: Recipe,
-    data: Iterable[Any] | None = None,
+    measured: Callable[[SparseLayer], dict[str, Any]] = lambda layer: {},
 ) -> dict[str, torch.Tensor]:
     """
     The state of the mixture that `dense` becomes. Tensors other than the experts' are the dense model's own, not
@@ -135,58 +137,12 @@ def sparse_state_dict(
         config ([`SparseMoeConfig`]): The mixture's config.
         family_side (`str`): The side of an encoder-only or decoder-only family.
         recipe ([`Recipe`]): How the experts start.
-        data (`Iterable`, *optional*): Batches for methods that measure, see [`measure_activations`].
+        measured (`Callable`, *optional*): What the method needs besides a layer's weights.
     """
     layers = sparse_layers(dense, config, family_side)
-    activations = {} if data is None else measure_activations(dense, layers, data)
     state = {key: tensor for key, tensor in dense.state_dict().items() if key not in dense.all_tied_weights_keys}
     experts: dict[str, torch.Tensor] = {}
     for layer in layers:
         tensors = {name: state.pop(name).cpu() for name in layer.sources}
-        experts |= layer.convert(tensors.__getitem__, config, recipe, activations.get(layer.position))
+        experts |= layer.convert(tensors.__getitem__, config, recipe, **measured(layer))
     return {f"dense.{key}": tensor for key, tensor in state.items()} | experts
-
-
-@torch.no_grad()
-def measure_activations(
-    dense: PreTrainedModel, layers: list[SparseLayer], data: Iterable[Any], max_tokens: int = 4096
-) -> dict[int, torch.Tensor]:
-    """
-    What the intermediate units of each layer do on real tokens.
-
-    Args:
-        dense (`PreTrainedModel`): The dense model.
-        layers (`list[SparseLayer]`): The layers to watch.
-        data (`Iterable`): Batches, each a dict of the model's inputs, or `input_ids` of shape `(B, S)`.
-        max_tokens (`int`, defaults to 4096): Enough tokens a layer.
-
-    Returns:
-        `dict[int, torch.Tensor]`: by the layer's position, (tokens, I) in float32.
-    """
-    seen: dict[int, list[torch.Tensor]] = {layer.position: [] for layer in layers}
-
-    def watch(position: int):
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen[position].append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
-
-        return hook
-
-    downs = [(layer, layer.feed_forward.part(layer.feed_forward.layout.down)) for layer in layers]
-    hooks = [down.register_forward_pre_hook(watch(layer.position)) for layer, down in downs]
-    training = dense.training
-    try:
-        dense.eval()
-        for batch in data:
-            inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
-            if dense.config.is_encoder_decoder:
-                inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-            dense(**{name: tensor.to(dense.device) for name, tensor in inputs.items() if name != "labels"})
-            if all(sum(map(len, parts)) >= max_tokens for parts in seen.values()):
-                break
-    finally:
-        dense.train(training)
-        for hook in hooks:
-            hook.remove()
-    if not all(seen.values()):
-        raise ValueError("`data` has no batches to measure on. Give at least one batch of token ids.")
-    return {position: torch.cat(parts)[:max_tokens] for position, parts in seen.items()}

@@ -51,9 +51,11 @@ class FeedForwardWeights:
         up_bias = None if self.up_bias is None else self.up_bias[rows]
         return FeedForwardWeights(self.up[rows], self.down[:, units], up_bias, self.down_bias, self.gated)
 
-    def scale_down(self, factor: float) -> FeedForwardWeights:
-        """`down` times `factor`; the bias, which every expert adds once, stays."""
-        return FeedForwardWeights(self.up, self.down * factor, self.up_bias, self.down_bias, self.gated)
+    def scale(self, weight: float, bias: float | None = None) -> FeedForwardWeights:
+        """The output times `weight`; its bias times `bias`, where that is another."""
+        bias = weight if bias is None else bias
+        down_bias = None if self.down_bias is None else self.down_bias * bias
+        return FeedForwardWeights(self.up, self.down * weight, self.up_bias, down_bias, self.gated)
 
 
 def stack(feed_forwards: list[FeedForwardWeights]) -> FeedForwardWeights:
@@ -92,12 +94,16 @@ class LayerContext:
         generator (`torch.Generator`): The layer's own; the same seed draws the same bits.
         options (`dict`): The method's options.
         activations (`torch.Tensor`, *optional*): (tokens, I), measured on the data that the caller gave.
+        branches (`list[FeedForwardWeights]`): The same layer of each branch, for `"branches"`.
+        centroids (`torch.Tensor`, *optional*): (E, H), router rows measured on each branch's own text.
     """
 
     config: SparseMoeConfig
     generator: torch.Generator
     options: dict[str, Any]
     activations: torch.Tensor | None = None
+    branches: list[FeedForwardWeights] = field(default_factory=list)
+    centroids: torch.Tensor | None = None
 
     def random_router(self, rows: int, hidden: int) -> torch.Tensor:
         return torch.empty(rows, hidden).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
@@ -123,13 +129,7 @@ def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
     config = context.config
     router = context.random_router(config.num_experts, dense.down.shape[0])
-    experts = dense.repeat(config.num_experts)
-    scale = output_scale(config)
-    if scale != 1.0:
-        experts = experts.map(lambda tensor: tensor)
-        experts.down = experts.down * scale
-        experts.down_bias = None if experts.down_bias is None else experts.down_bias * scale
-    return LayerStart(experts, router)
+    return LayerStart(dense.scale(output_scale(config)).repeat(config.num_experts), router)
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -176,13 +176,11 @@ def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     holds every shard once, and its G router rows are equal (a virtual group), so that the top k picks whole groups.
     """
     config, granularity = context.config, context.options["granularity"]
+    scale = output_scale(config)  # of the bias, which every shard holds whole
     shards = [
-        dense.take(units).scale_down(granularity * output_scale(config))
+        dense.take(units).scale(granularity * scale, bias=scale)
         for units in torch.arange(dense.num_units).chunk(granularity)
     ]
-    if config.routed_scaling_factor != 1.0:
-        for shard in shards:
-            shard.down_bias = None if shard.down_bias is None else shard.down_bias / config.routed_scaling_factor
     groups = config.num_experts // granularity
     router = context.random_router(groups, dense.down.shape[0]).repeat_interleave(granularity, dim=0)
     return LayerStart(stack(shards * groups), router)
@@ -224,9 +222,8 @@ def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> Layer
         features = torch.nn.functional.normalize(features, dim=-1)
         labels = balanced_k_means(features, experts, context.generator)
         groups = [units[labels == expert] for expert in range(experts)]
-    parts = [dense.take(group.sort().values).scale_down(experts / config.routed_scaling_factor) for group in groups]
-    for part in parts:
-        part.down_bias = None if part.down_bias is None else part.down_bias / config.routed_scaling_factor
+    scale = output_scale(config)
+    parts = [dense.take(group.sort().values).scale(experts * scale, bias=scale) for group in groups]
     hidden = dense.down.shape[0]
     all_chosen = config.num_experts_per_tok == experts
     router = torch.zeros(experts, hidden) if all_chosen else context.random_router(experts, hidden)
@@ -243,6 +240,15 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     experts.down = torch.zeros_like(experts.down)
     experts.down_bias = None if experts.down_bias is None else torch.zeros_like(experts.down_bias)
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)
+
+
+def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """Expert e is the feed-forward of dense checkpoint e (Branch-Train-MiX, arXiv 2403.07816)."""
+    experts = stack(context.branches).scale(output_scale(context.config))
+    router = context.centroids
+    if router is None:
+        router = context.random_router(context.config.num_experts, dense.down.shape[0])
+    return LayerStart(experts, router)
 
 
 def _split_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -321,4 +327,5 @@ INITIALIZATION_METHODS = {
         {"partition": "random", "shared_units": 0},
     ),
     "graft": InitializationMethod(graft_experts, "yes", _graft_fields),
+    "branches": InitializationMethod(branch_experts, "where all branches are equal", options={"trunk": "average"}),
 }

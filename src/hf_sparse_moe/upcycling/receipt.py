@@ -70,6 +70,22 @@ def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) 
     }
 
 
+def name_of(dense: PreTrainedModel, source: Source | None) -> str | None:
+    """What to call a dense model: its Hub id, or its folder's own name."""
+    return source.name if source else Path(dense.config.name_or_path or "").name or None
+
+
+def describe_source(dense: PreTrainedModel, source: Source | None) -> dict[str, Any]:
+    """Where a dense model comes from; hashes only where it was read from files."""
+    return {
+        "name_or_path": name_of(dense, source),
+        "revision": source.revision if source else None,
+        "architecture": type(dense).__name__,
+        "model_type": dense.config.model_type,
+        "sha256": source_files(source.folder) if source else {},
+    }
+
+
 def make_receipt(
     dense: PreTrainedModel,
     sparse: SparseMoePreTrainedModel,
@@ -81,13 +97,7 @@ def make_receipt(
     from hf_sparse_moe import __version__
 
     return {
-        "source": {
-            "name_or_path": source.name if source else Path(dense.config.name_or_path or "").name or None,
-            "revision": source.revision if source else None,
-            "architecture": type(dense).__name__,
-            "model_type": dense.config.model_type,
-            "sha256": source_files(source.folder) if source else {},
-        },
+        "source": describe_source(dense, source),
         "arguments": {"method": recipe.method, "seed": recipe.seed, **recipe.options, **fields},
         "exact": recipe.initialization.exact,
         "versions": {

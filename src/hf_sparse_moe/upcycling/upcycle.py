@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,30 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.feed_forward import feed_forward_side, find_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .conversion import Recipe, sparse_state_dict
+from .branches import check_branches, make_trunk, router_centroids
+from .conversion import Recipe, SparseLayer, sparse_layers, sparse_state_dict
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
 from .layers import layer_types
-from .receipt import make_receipt
-from .source import find_source, load_dense
+from .measuring import unit_activations
+from .receipt import describe_source, make_receipt, name_of
+from .source import Source, find_source, load_dense
 
 
 Layers = str | Sequence[int] | dict[str, str | Sequence[int]]
 
 
 def upcycle(
-    model_or_path: PreTrainedModel | str,
-    num_experts: int = 8,
+    model_or_path: PreTrainedModel | str | None = None,
+    num_experts: int | None = None,
     num_experts_per_tok: int = 2,
     method: str = "copy",
     seed: int = 0,
     *,
     layers: Layers = "all",
     data: Iterable[Any] | None = None,
+    sources: Sequence[PreTrainedModel | str] = (),
+    prompts: Sequence[Iterable[Any]] | None = None,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     allow_pickle: bool = False,
@@ -44,8 +48,9 @@ def upcycle(
     measured difference and is saved beside the weights. The dense model is left as it is.
 
     Args:
-        model_or_path (`PreTrainedModel` or `str`): A dense text model, or the folder or Hub id of one.
-        num_experts (`int`, defaults to 8): Routed experts of a layer.
+        model_or_path (`PreTrainedModel` or `str`): A dense text model, or the folder or Hub id of one. With
+            `method="branches"`, the model that the branches were fine-tuned from; optional.
+        num_experts (`int`, *optional*): Routed experts of a layer. Defaults to 8, or to the number of `sources`.
         num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
         method (`str`, defaults to `"copy"`): How the experts start: a key of `INITIALIZATION_METHODS`.
         seed (`int`, defaults to 0): Of all that is drawn at random; the same seed gives the same bits.
@@ -53,6 +58,9 @@ def upcycle(
             `"every_N"`, `"first_N"`, `"last_N"`, or positions; for an encoder-decoder also one of these a side, as
             `{"encoder": "all", "decoder": "none"}`.
         data (`Iterable`, *optional*): Batches of token ids, for methods that measure activations.
+        sources (`list`, *optional*): With `method="branches"`, the dense models that become the experts.
+        prompts (`list`, *optional*): With `method="branches"`, for each of `sources` batches of token ids of its own
+            text; the router starts from them. Without, it starts at random.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the dense one.
         allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
@@ -73,15 +81,31 @@ def upcycle(
         ```
     """
     recipe, fields = make_recipe(method, seed, options_and_fields)
-    if isinstance(model_or_path, str):
-        source = find_source(model_or_path, revision, allow_pickle)
-        dense = load_dense(source, dtype, allow_pickle)
+
+    def load(dense_or_path: PreTrainedModel | str) -> tuple[PreTrainedModel, Source | None]:
+        if not isinstance(dense_or_path, str):
+            return dense_or_path, None
+        found = find_source(dense_or_path, revision, allow_pickle)
+        return load_dense(found, dtype, allow_pickle), found
+
+    if method == "branches":
+        branches, branch_sources = zip(*map(load, sources), strict=True) if sources else ((), ())
+        check_branches(branches, [name_of(*pair) for pair in zip(branches, branch_sources, strict=True)])
+        base = None if model_or_path is None else load(model_or_path)[0]
+        dense, source = make_trunk(branches, base, recipe.options["trunk"]), None
+        num_experts = num_experts or len(branches)
+        if num_experts != len(branches):
+            raise ValueError(f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches.")
+    elif model_or_path is None:
+        raise ValueError("`model_or_path` is missing. Pass a dense model, or the folder or Hub id of one.")
     else:
-        source, dense = None, model_or_path
+        branches, branch_sources = (), ()
+        dense, source = load(model_or_path)
     target = sparse_class(dense.config, type(dense).__name__)
-    fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
+    fields = {"num_experts": num_experts or 8, "num_experts_per_tok": num_experts_per_tok, **fields}
     config = mixture_config(dense, target, recipe, fields, layers)
-    state = sparse_state_dict(dense, config, target.family_side, recipe, data)
+    measured = _measure(dense, sparse_layers(dense, config, target.family_side), data, branches, prompts)
+    state = sparse_state_dict(dense, config, target.family_side, recipe, measured)
     if source is None:  # the caller keeps the dense model, and must not share memory with the mixture
         shared = {tensor.data_ptr() for tensor in dense.state_dict().values()}
         state = {key: tensor.clone() if tensor.data_ptr() in shared else tensor for key, tensor in state.items()}
@@ -90,7 +114,34 @@ def upcycle(
     if sparse.can_generate():
         sparse.generation_config = dense.generation_config
     sparse.receipt = make_receipt(dense, sparse, source, recipe, fields)
+    if branches:
+        pairs = zip(branches, branch_sources, strict=True)
+        sparse.receipt["branches"] = [describe_source(branch, found) for branch, found in pairs]
     return sparse
+
+
+def _measure(
+    dense: PreTrainedModel,
+    layers: list[SparseLayer],
+    data: Iterable[Any] | None,
+    branches: Sequence[PreTrainedModel],
+    prompts: Sequence[Iterable[Any]] | None,
+) -> Callable[[SparseLayer], dict[str, Any]]:
+    """What a method gets for each layer besides the dense weights, as [`LayerContext`] takes it."""
+    if prompts is not None and len(prompts) != len(branches):
+        raise ValueError(f"`prompts` has {len(prompts)} entries for {len(branches)} `sources`. Give one each.")
+    activations = None if data is None else unit_activations(dense, layers, data)
+    centroids = None if prompts is None else router_centroids(dense, layers, prompts)
+    states = [branch.state_dict() for branch in branches]
+
+    def of(layer: SparseLayer) -> dict[str, Any]:
+        return {
+            "activations": None if activations is None else activations[layer.position],
+            "centroids": None if centroids is None else centroids[layer.position],
+            "branches": [layer.weights(lambda name, state=state: state[name].cpu()) for state in states],
+        }
+
+    return of
 
 
 def make_recipe(method: str, seed: int, options_and_fields: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:

@@ -1,0 +1,134 @@
+"""The command line on real, tiny checkpoints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_client import assert_one_sentence, run_cli
+from tiny_models import tiny_dense
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_moe
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "llama"
+    tiny_dense("llama").save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"bytes": "as they are"}\n')
+    (folder / "LICENSE.txt").write_text("Do what you like.\n")
+    (folder / "thoughts.md").write_text("not part of a checkpoint\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture") / "made"
+    finished = run_cli("upcycle", dense, folder, "--num-experts", 4, "--seed", 7, "--json")
+    assert finished.code == 0, finished.err
+    return folder, json.loads(finished.out)
+
+
+def test_upcycle_makes_what_the_library_makes(dense, mixture):
+    folder, answer = mixture
+    expected = hf_sparse_moe.upcycle(str(dense), num_experts=4, seed=7)
+    made = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(made) is type(expected)
+    for (name, tensor), (_, other) in zip(made.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert answer == {"path": str(folder), "class": type(expected).__name__, "receipt": expected.receipt}
+    assert json.loads((folder / "receipt.json").read_text()) == expected.receipt
+
+
+def test_tokenizer_and_licence_come_along(mixture):
+    folder, _ = mixture
+    assert (folder / "tokenizer.json").read_text() == '{"bytes": "as they are"}\n'
+    assert (folder / "LICENSE.txt").read_text() == "Do what you like.\n"
+    assert (folder / "generation_config.json").exists()
+    assert not (folder / "thoughts.md").exists()
+
+
+def test_upcycle_says_what_it_did(dense, tmp_path):
+    finished = run_cli("upcycle", dense, tmp_path / "made", "--dtype", "bfloat16")
+    assert finished.code == 0
+    assert "SparseMoeDecoderForCausalLM" in finished.out
+    assert "largest difference" in finished.out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").dtype == torch.bfloat16
+
+
+def test_info_as_json(mixture):
+    folder, _ = mixture
+    answer = json.loads(run_cli("info", folder, "--json").out)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert answer["family"] == "decoder"
+    assert answer["dense_architecture"] == "LlamaForCausalLM"
+    assert (answer["num_experts"], answer["num_experts_per_tok"], answer["sparse_layers"]) == (4, 2, 2)
+    assert answer["flops_per_token"] == model.config.flops_per_token()
+    assert answer["parameters"]["total"]["total"] == model.num_parameters()
+    assert answer["receipt"] == model.receipt
+
+
+def test_info_as_a_table(mixture):
+    folder, answer = mixture
+    shown = run_cli("info", folder).out
+    for part in ("LlamaForCausalLM", "attention", "router", f"{answer['receipt']['parameters']['total']:,}", "seed 7"):
+        assert part in shown
+
+
+def test_info_of_what_is_no_mixture(dense, tmp_path):
+    assert_one_sentence(run_cli("info", dense), "is a dense checkpoint", "hf-sparse-moe upcycle")
+    assert_one_sentence(run_cli("info", tmp_path), "no config.json")
+    assert_one_sentence(run_cli("info", tmp_path / "nowhere"), "is no folder")
+
+
+def test_help_has_examples():
+    for command in ("upcycle", "info", "quickstart"):
+        shown = run_cli(command, "--help")
+        assert shown.code == 0
+        assert f"hf-sparse-moe {command} " in shown.out
+
+
+def test_usage_errors_exit_with_2():
+    finished = run_cli("upcycle", "one-argument")
+    assert finished.code == 2
+    assert "Traceback" not in finished.err
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sparse_moe.quickstart.story.find_spec", lambda name: None if name == "peft" else name)
+    assert_one_sentence(run_cli("quickstart", "--output", tmp_path / "out"), "hf-sparse-moe[peft]")
+
+
+def test_as_a_process(dense, tmp_path):
+    """One sentence and nothing else, whatever the libraries underneath would like to say."""
+    command = [
+        sys.executable,
+        "-m",
+        "hf_sparse_moe.cli",
+        "upcycle",
+        dense,
+        tmp_path / "out",
+        "--num-experts-per-tok",
+        "9",
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("Error: `num_experts_per_tok=9` is not allowed")
+    assert finished.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs_data("stories260k")
+def test_a_real_checkpoint_keeps_its_text(data_dir, tmp_path):
+    source = data_dir / "stories260k" / "hf"
+    assert run_cli("upcycle", source, tmp_path / "made").code == 0
+    texts = []
+    for folder in (source, tmp_path / "made"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+        written = AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, max_new_tokens=60, do_sample=False)
+        texts.append(tokenizer.decode(written[0]))
+    assert texts[0] == texts[1]
