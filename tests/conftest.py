@@ -1,4 +1,4 @@
-"""What every test stands on: one seed, one thread, poisoned fresh memory, a Hugging Face home of its own, real data."""
+"""What every test stands on: one seed, one thread, poisoned fresh memory, its own Hugging Face home, real data."""
 
 import os
 import shutil

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from cli_client import assert_one_sentence, run_cli
-from tiny_models import tiny_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_moe
+from cli_client import assert_one_sentence, run_cli
+from tiny_models import tiny_dense
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 STOREYS = (
     {"models"},
     {"registration", "backends", "analysis", "metrics"},
-    {"upcycling", "export", "adapters", "train"},
+    {"upcycling", "adapters", "train"},
+    {"export"},
     {"hub"},
     {"quickstart"},
     {"cli"},

@@ -231,7 +231,10 @@ def tiny_inputs(
         inputs["input_ids"] = random_ids(VOCAB_SIZE, batch, 3, length, low=FIRST_ORDINARY_TOKEN)
         targets = {"labels": random_ids(3, batch)}
     elif head.endswith("ForQuestionAnswering"):
-        targets = {"start_positions": random_ids(length - pads, batch), "end_positions": random_ids(length - pads, batch)}
+        targets = {
+            "start_positions": random_ids(length - pads, batch),
+            "end_positions": random_ids(length - pads, batch),
+        }
     elif head.endswith("ForSequenceClassification"):
         targets = {"labels": random_ids(config.num_labels, batch)}
     else:
@@ -241,7 +244,9 @@ def tiny_inputs(
         targets = {"labels": wanted.masked_fill(attention_mask == 0, -100)}
     if labels and has_head:
         inputs |= targets
-    is_seq2seq_lm = config.is_encoder_decoder and not head.endswith(("ForSequenceClassification", "ForQuestionAnswering"))
+    is_seq2seq_lm = config.is_encoder_decoder and not head.endswith(
+        ("ForSequenceClassification", "ForQuestionAnswering")
+    )
     if is_seq2seq_lm and not (labels and has_head):
         inputs["decoder_input_ids"] = random_ids(VOCAB_SIZE, batch, length - 2, low=FIRST_ORDINARY_TOKEN)
     return inputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+import hf_sparse_moe
 
 
 BAD_INPUT = 2
@@ -35,7 +36,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"hf-sparse-moe {version('hf-sparse-moe')}")
+        typer.echo(f"hf-sparse-moe {hf_sparse_moe.__version__}")
         raise typer.Exit
 
 
@@ -93,7 +94,8 @@ def upcycle(
     if as_json:
         _print_json({"path": str(dst), "class": type(model).__name__, "receipt": model.receipt})
         return
-    parameters, equality = model.receipt["parameters"], model.receipt["equality"]
+    receipt: Any = model.receipt
+    parameters, equality = receipt["parameters"], receipt["equality"]
     console = Console()
     console.print(f"[bold]{escape(str(dst))}[/]: {type(model).__name__}", highlight=False)
     console.print(
@@ -146,8 +148,8 @@ def quickstart(
     num_experts: ExpertsOption = 8,
     num_experts_per_tok: TopKOption = 2,
     dense_steps: Annotated[int, typer.Option(min=1, help="Training steps of the small dense model.")] = 300,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the mixture, and of its dense twin.")] = 200,
-    adapter_steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapter.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the mixture, and of its dense twin.")] = 160,
+    adapter_steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapter.")] = 40,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of mixture and twin; the adapter's is twice that.")] = 1e-3,
@@ -168,7 +170,7 @@ def quickstart(
 
 def main() -> None:
     """The entry point: bad input ends with one sentence and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through `finally`, so that no half folder stays
+    signal.signal(signal.SIGTERM, _leave)
     try:
         _quiet_libraries()
         app()
@@ -177,6 +179,11 @@ def main() -> None:
             raise  # a fault of an installation; an extra that is missing is told by us, and has no `name`
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(BAD_INPUT)
+
+
+def _leave(number: int, _: Any) -> None:
+    """Leave through every `finally`, so that no half-written folder stays."""
+    sys.exit(128 + number)
 
 
 def _quiet_libraries() -> None:

@@ -1,11 +1,11 @@
 """The parts of a mixture add up to what the model counts."""
 
 import pytest
-from tiny_models import ARCHITECTURES, tiny_sparse
 from transformers import AutoModelForSequenceClassification
 
 from hf_sparse_moe.analysis.anatomy import describe_checkpoint, parameters_by_part
 from hf_sparse_moe.models.size import count_parameters
+from tiny_models import ARCHITECTURES, tiny_sparse
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
-from tiny_models import tiny_inputs, tiny_sparse
 
 from hf_sparse_moe.analysis import LayerRouting, routing_statistics
+from tiny_models import tiny_inputs, tiny_sparse
 
 
 def layer(counts):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers as hf
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, tiny_config, tiny_sparse
 
 import hf_sparse_moe
 from hf_sparse_moe.models.size import meta_model
+from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, tiny_config, tiny_sparse
 
 
 FAMILIES = list(CONFIG_CLASSES)

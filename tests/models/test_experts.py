@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models.oracle import block_oracle
-from tiny_models import BACKBONES, enlarge_weights, tiny_config, tiny_inputs, tiny_sparse
 from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
+from models.oracle import block_oracle
+from tiny_models import BACKBONES, enlarge_weights, tiny_config, tiny_inputs, tiny_sparse
 
 
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
@@ -72,7 +72,11 @@ def assert_equals_oracle(block: SparseMoeBlock, x: torch.Tensor) -> None:
         assert result.dtype == x.dtype, name
         scale = expected.abs().max().clamp(min=1e-3).item()
         torch.testing.assert_close(
-            result.double(), expected.double(), rtol=0, atol=TOLERANCE[x.dtype] * scale, msg=lambda m, n=name: f"{n}: {m}"
+            result.double(),
+            expected.double(),
+            rtol=0,
+            atol=TOLERANCE[x.dtype] * scale,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

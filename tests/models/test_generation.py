@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_dense, tiny_inputs, tiny_sparse
 from transformers import GenerationConfig
 
 import hf_sparse_moe
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_dense, tiny_inputs, tiny_sparse
 
 
 WRITERS = [*FAMILIES["decoder"], *FAMILIES["encoder_decoder"]]
@@ -47,7 +47,9 @@ def test_an_upcycled_model_writes_what_the_dense_one_writes(name, strategy):
     dense = tiny_dense(name)
     sparse = hf_sparse_moe.upcycle(dense, num_experts=4)
     inputs = prompts(dense)
-    assert torch.equal(generate(sparse, inputs, **STRATEGIES[strategy]), generate(dense, inputs, **STRATEGIES[strategy]))
+    assert torch.equal(
+        generate(sparse, inputs, **STRATEGIES[strategy]), generate(dense, inputs, **STRATEGIES[strategy])
+    )
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny_models import BACKBONES, FAMILIES, tiny_inputs, tiny_sparse
 
 

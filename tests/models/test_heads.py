@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers as hf
-from tiny_models import FAMILIES, LANGUAGE_MODELS, tiny_inputs, tiny_sparse
 
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from tiny_models import FAMILIES, LANGUAGE_MODELS, tiny_inputs, tiny_sparse
 
 
 # All pairs on one architecture a family; on the others, from the language model and from the bare model.
@@ -15,7 +15,8 @@ PAIRS = [
     for name in FAMILIES[family]
     for source in classes
     for target in classes
-    if source is not target and (name in ("bert", "llama", "bart") or source in (LANGUAGE_MODELS[family], hf.AutoModel))
+    if source is not target
+    and (name in ("bert", "llama", "bart") or source in (LANGUAGE_MODELS[family], hf.AutoModel))
 ]
 
 

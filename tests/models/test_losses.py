@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers as hf
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_dense, tiny_inputs, tiny_sparse
 
 import hf_sparse_moe
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_dense, tiny_inputs, tiny_sparse
 
 
 # BART alone has an encoder-decoder's classification and question-answering heads with a decoder of their own making.
@@ -24,7 +24,6 @@ PROBLEMS = {
     "multi-label": ({"num_labels": 3}, lambda batch: torch.randint(2, (batch, 3)).float()),
     "three classes": ({"num_labels": 3}, lambda batch: torch.randint(3, (batch,))),
 }
-
 
 
 @pytest.mark.parametrize(("name", "auto_class"), HEADS, ids=HEAD_IDS)

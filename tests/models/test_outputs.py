@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers as hf
-from tiny_models import BACKBONES, FAMILIES, tiny_dense, tiny_inputs, tiny_sparse
 
 import hf_sparse_moe
 from hf_sparse_moe.models.balancing import load_balancing_loss
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from tiny_models import BACKBONES, FAMILIES, tiny_dense, tiny_inputs, tiny_sparse
 
 
 ONE_A_FAMILY = [names[0] for names in FAMILIES.values()]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers as hf
-from tiny_models import tiny_sparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tiny_models import tiny_sparse
 
 
 TEXTS = [
@@ -64,9 +65,7 @@ def test_text_generation(name, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])
 def test_text_classification(name, tokenizer, tmp_path):
-    pipe = saved_pipeline(
-        "text-classification", name, hf.AutoModelForSequenceClassification, tokenizer, tmp_path
-    )
+    pipe = saved_pipeline("text-classification", name, hf.AutoModelForSequenceClassification, tokenizer, tmp_path)
     results = pipe(TEXTS)
     assert {result["label"] for result in results} <= {"LABEL_0", "LABEL_1"}
     assert all(0.5 <= result["score"] <= 1.0 for result in results)

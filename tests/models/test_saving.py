@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors import safe_open
+
 from tiny_models import ARCHITECTURES, BACKBONES, FAMILIES, LANGUAGE_MODELS, architecture_of, tiny_inputs, tiny_sparse
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, BACKBONES, tiny_config, tiny_inputs, tiny_sparse
 from torch.utils.flop_counter import FlopCounterMode
+
+from tiny_models import ARCHITECTURES, BACKBONES, tiny_config, tiny_inputs, tiny_sparse
 
 
 VARIANTS = [{}, {"num_experts_per_tok": 1}, {"num_shared_experts": 2}, {"moe_intermediate_size": 20}]
@@ -51,5 +52,7 @@ def measured_flops_per_token(name: str, **fields) -> float:
         inputs["decoder_input_ids"] = input_ids
     with FlopCounterMode(display=False) as counter:
         model(**inputs)
-    flops = {str(operation).removeprefix("aten."): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    flops = {
+        str(operation).removeprefix("aten."): count for operation, count in counter.get_flop_counts()["Global"].items()
+    }
     return sum(count for operation, count in flops.items() if operation in WEIGHT_PRODUCTS) / input_ids.numel()

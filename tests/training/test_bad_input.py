@@ -63,12 +63,19 @@ def test_a_folder_with_other_things_is_left_alone(checkpoints, files, call_recip
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_misspelt_key_in_a_yaml_file(call_recipe, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ntrain_file: y\nlerning_rate: 1.0\n")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model_name_or_path: x\ntrain_file: y\nlerning_rate: 1.0\n", "lerning_rate"),
+        ("model_name_or_path: [x\n", "expected ',' or ']'"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(text, sentence, call_recipe, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as stop:
         call_recipe("run_clm.py", str(tmp_path / "run.yaml"))
     assert stop.value.code == 2
-    assert "lerning_rate" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, tmp_path, capsys):
@@ -79,3 +86,15 @@ def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, 
         call_recipe("run_clm.py", **arguments, output_dir=tmp_path / "out")
     assert stop.value.code == 2
     assert "has 2 experts" in capsys.readouterr().err
+
+
+def test_a_truncated_mixture(checkpoints, files, call_recipe, tmp_path, capsys):
+    upcycle(str(checkpoints["decoder"]), num_experts=2).save_pretrained(tmp_path / "mixture")
+    weights = tmp_path / "mixture" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = {**base(checkpoints, files), "model_name_or_path": tmp_path / "mixture", "num_experts": None}
+    arguments["tokenizer_name"] = checkpoints["tokenizer"]
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **arguments, output_dir=tmp_path / "out")
+    assert stop.value.code == 2
+    assert "truncated or corrupt" in capsys.readouterr().err

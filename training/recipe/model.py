@@ -146,9 +146,8 @@ def load_model(
         unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
         if unknown:
             raise ValueError(f"`{unknown[0]}` in `--config_overrides` is no field of `{config_class.__name__}`.")
-        model = auto_class.from_pretrained(
-            path, revision=args.model_revision, dtype=args.dtype, **fields, **head_fields
-        )
+        folder = find_source(path, args.model_revision).folder
+        model = auto_class.from_pretrained(folder, dtype=args.dtype, **fields, **head_fields)
     else:
         options = {"method": args.upcycling_method, "seed": seed, "dtype": args.dtype, **args.fields}
         if not head_fields and sparse_class(config, architecture) is model_class:

@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from yaml import YAMLError
 
 from hf_sparse_moe.train import BalanceLossCallback, add_leading_callback
 
@@ -23,7 +24,7 @@ def stop_on_bad_input() -> Iterator[None]:
     """End the program with one sentence and exit code 2 where arguments, files or checkpoints are wrong."""
     try:
         yield
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError, YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -22,12 +22,12 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
 
 from .targets import EXPORT_TARGETS, ExportTarget
-from .tensors import ZERO_EXPERT_UNITS, dense_name, to_target
+from .tensors import ZERO_EXPERT_UNITS, target_name, to_target
 from .without_sibling import WITHOUT_SIBLING
 
 
-# Only training reads them, or they name what the target says in another way.
-_TRAINING_FIELDS = {
+# Only training reads them.
+TRAINING_FIELDS = {
     "initializer_range",
     "embedding_initializer_range",
     "pretraining_tp",
@@ -41,7 +41,18 @@ _TRAINING_FIELDS = {
     "expert_dropout",
     "output_router_logits",
 }
-_SAID_OTHERWISE = {"layer_types", "sliding_window", "max_window_layers", "use_sliding_window", "head_dim", "mlp_bias"}
+# A row's needs, or the comparison of tensors, speak for these.
+_SAID_OTHERWISE = {
+    "layer_types",
+    "sliding_window",
+    "max_window_layers",
+    "use_sliding_window",
+    "head_dim",
+    "mlp_bias",
+    "intermediate_size",
+    "d_ff",
+    "feed_forward_proj",
+}
 _OUR_FIELDS = {
     "dense_config",
     "num_experts",
@@ -57,7 +68,14 @@ _OUR_FIELDS = {
     "is_encoder_decoder",
 }
 # What `PreTrainedConfig` itself holds and a checkpoint of the target needs.
-_COMMON_FIELDS = ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "dtype")
+COMMON_FIELDS = (
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "dtype",
+)
 _LANGUAGE_MODELS = ("SparseMoeDecoderForCausalLM", "SparseMoeEncoderDecoderForConditionalGeneration")
 
 
@@ -119,7 +137,7 @@ def explain_export(model_or_config: SparseMoePreTrainedModel | SparseMoeConfig |
         print(explain_export("qwen3-8x"))
         ```
     """
-    config, architecture = _config_of(model_or_config)
+    config, architecture = config_of(model_or_config)
     reports = [check_target(target, config, architecture) for target in EXPORT_TARGETS]
     dense = config.dense_config.model_type
     siblings = {target.model_type for target in EXPORT_TARGETS if dense in target.dense}
@@ -132,7 +150,9 @@ def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: st
     """Whether the mixture of `config`, saved as class `architecture`, is isomorphic to `target`."""
     dense = config.dense_config
     if dense.model_type not in target.dense:
-        return _report(target, [f"it is the sparse sibling of {' and '.join(target.dense)}, not of {dense.model_type}"])
+        return _report(
+            target, [f"it is the sparse sibling of {' and '.join(target.dense)}, not of {dense.model_type}"]
+        )
     obstacles = []
     if architecture is not None and architecture not in _LANGUAGE_MODELS:
         obstacles.append(f"`{architecture}` is no language model: only those are exported")
@@ -141,7 +161,7 @@ def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: st
     for need in target.needs:
         if hasattr(dense, need.field) and not need.holds(getattr(dense, need.field)):
             obstacles.append(f"`{need.field}={getattr(dense, need.field)!r}`: {target.model_type} has {need.why}")
-    obstacles += _unknown_fields(dense, CONFIG_MAPPING[target.model_type], _handled(target))
+    obstacles += _unknown_fields(target, dense)
     if obstacles:
         return _report(target, obstacles)
     target_config = _target_config(target, config, model)
@@ -176,16 +196,17 @@ def in_layer(names: dict[str, Any], layer: str) -> dict[str, Any]:
     return {name.removeprefix(f"{layer}."): value for name, value in names.items() if name.startswith(f"{layer}.")}
 
 
-def _config_of(source: Any) -> tuple[SparseMoeConfig, str | None]:
+def config_of(source: Any) -> tuple[SparseMoeConfig, str | None]:
+    """The config of a mixture, given as model, config, folder or Hub id, and the class that it was saved with."""
     if isinstance(source, SparseMoePreTrainedModel):
         return source.config, type(source).__name__
-    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
+    config: Any = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
     if not isinstance(config, SparseMoeConfig):
         raise ValueError(
             f"`{config.model_type}` is no mixture of this package. Pass one, such as `upcycle` makes; to read a stock "
             "mixture use `import_native`."
         )
-    return config, (config.architectures or [None])[0]
+    return config, (config.architectures or [None])[0]  # type: ignore[list-item]
 
 
 def _report(target: ExportTarget, obstacles: list[str], config: PreTrainedConfig | None = None) -> TargetReport:
@@ -208,12 +229,12 @@ def _router_obstacles(target: ExportTarget, config: SparseMoeConfig) -> list[str
     shared = config.num_shared_experts
     if shared and target.shared is None:
         obstacles.append(f"`num_shared_experts={shared}`: {name} has no shared experts")
-    elif shared > 1 and target.shared.only_one:
+    elif shared > 1 and target.shared is not None and target.shared.only_one:
         obstacles.append(f"`num_shared_experts={shared}`: {name} has exactly one, of a routed expert's size")
-    known = _OUR_FIELDS | _TRAINING_FIELDS
+    known = _OUR_FIELDS | TRAINING_FIELDS
     return obstacles + [
         f"`{field}={getattr(config, field)!r}`: {name} has no such field"
-        for field, default in _defaults(type(config)).items()
+        for field, default in own_fields(type(config)).items()
         if field not in known and getattr(config, field) != default
     ]
 
@@ -231,21 +252,19 @@ def _expert_obstacles(target: ExportTarget, model: SparseMoePreTrainedModel) -> 
     return obstacles
 
 
-def _handled(target: ExportTarget) -> set[str]:
-    return {need.field for need in target.needs} | {"feed_forward_proj"} if target.expert_modules else set()
-
-
-def _unknown_fields(source: PreTrainedConfig, other: type[PreTrainedConfig], handled: set[str]) -> list[str]:
-    """Fields of `source` that the other config lacks, with a value other than their default."""
-    known = handled | _TRAINING_FIELDS | _SAID_OTHERWISE | set(other.__dataclass_fields__)
+def _unknown_fields(target: ExportTarget, dense: PreTrainedConfig) -> list[str]:
+    """Fields of the dense config that the target lacks, with a value other than their default."""
+    known = TRAINING_FIELDS | _SAID_OTHERWISE | {need.field for need in target.needs}
+    known |= set(CONFIG_MAPPING[target.model_type].__dataclass_fields__)
+    known |= set(target.derived(dense)) if target.derived else set()
     return [
-        f"`{field}={getattr(source, field)!r}`: {other.model_type} has no such field"
-        for field, default in _defaults(type(source)).items()
-        if field not in known and getattr(source, field) != default
+        f"`{field}={getattr(dense, field)!r}`: {target.model_type} has no such field"
+        for field, default in own_fields(type(dense)).items()
+        if field not in known and getattr(dense, field) != default
     ]
 
 
-def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields that a config class adds to `PreTrainedConfig`, with their defaults."""
     fields = config_class.__dataclass_fields__
     return {name: fields[name].default for name in fields if name not in PreTrainedConfig.__dataclass_fields__}
@@ -253,10 +272,14 @@ def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def _target_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> PreTrainedConfig:
     dense, config_class = config.dense_config, CONFIG_MAPPING[target.model_type]
-    copied = [*(set(_defaults(type(dense))) & set(config_class.__dataclass_fields__)), *_COMMON_FIELDS, "head_dim"]
+    copied = [*(set(own_fields(type(dense))) & set(config_class.__dataclass_fields__)), *COMMON_FIELDS, "head_dim"]
     fields = {name: getattr(dense, name) for name in copied if getattr(dense, name, None) is not None}
     # None may mean something else than the target's default does.
-    fields |= {name: None for name in _defaults(config_class) if name in _defaults(type(dense)) and name not in fields}
+    fields |= {
+        name: None for name in own_fields(config_class) if name in own_fields(type(dense)) and name not in fields
+    }
+    if "head_dim" in config_class.__dataclass_fields__ and "head_dim" not in fields:
+        fields["head_dim"] = dense.hidden_size // dense.num_attention_heads
     fields |= {**target.fixed, **target.dense[dense.model_type]}
     if target.derived:
         fields |= target.derived(dense)
@@ -275,6 +298,7 @@ def _target_config(target: ExportTarget, config: SparseMoeConfig, model: SparseM
         if target.shared.size_field:
             fields[target.shared.size_field] = count * size or ZERO_EXPERT_UNITS * target.shared.required
     fields |= target.layers(_layers(config, model))
+    fields["dtype"] = config.dtype
     result = config_class(**fields)
     result.architectures = [type(empty_model(result)).__name__]
     return result
@@ -287,9 +311,7 @@ def _layers(config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> dict[st
     }
 
 
-def _structure_obstacles(
-    target: ExportTarget, ours: SparseMoePreTrainedModel, theirs: PreTrainedModel
-) -> list[str]:
+def _structure_obstacles(target: ExportTarget, ours: SparseMoePreTrainedModel, theirs: PreTrainedModel) -> list[str]:
     """Tensors without a place on the other side, or of another shape there."""
     wanted = {name: tensor.shape for name, tensor in stored_tensors(theirs).items()}
     state = stored_tensors(ours)
@@ -298,13 +320,13 @@ def _structure_obstacles(
     routers = sum(name.endswith(f".{target.router_name}") for name in wanted)
     if any(dense_layers) or routers != len(paths):
         return [f"the choice of sparse layers: {target.model_type} cannot leave exactly these layers dense"]
-    found = {}
+    found: dict[str, torch.Size] = {}
     for path in paths:
         layer = layer_path(path)
         block = to_target(target, in_layer(state, path), in_layer(wanted, layer))
         found |= {f"{layer}.{name}": tensor.shape for name, tensor in block.items()}
     inside = tuple(f"{path}." for path in paths)
-    found |= {dense_name(target, name): tensor.shape for name, tensor in state.items() if not name.startswith(inside)}
+    found |= {target_name(target, name): tensor.shape for name, tensor in state.items() if not name.startswith(inside)}
     obstacles = [f"`{name}` has no place in {target.model_type}" for name in sorted(found.keys() - wanted.keys())]
     obstacles += [f"{target.model_type} needs `{name}`" for name in sorted(wanted.keys() - found.keys())]
     obstacles += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 
@@ -32,7 +33,7 @@ def mlp_layer_types(layers: Layers) -> dict[str, Any]:
 def moe_layer_interval(layers: Layers) -> dict[str, Any]:
     """Every n-th layer from a first to a last one (ERNIE 4.5)."""
     sparse = [number for number, kind in enumerate(layers["decoder"]) if kind == "sparse"]
-    steps = {after - before for before, after in zip(sparse, sparse[1:], strict=False)}
+    steps = {after - before for before, after in pairwise(sparse)}
     interval = steps.pop() if len(steps) == 1 else 1
     return {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1], "moe_layer_interval": interval}
 

@@ -77,7 +77,7 @@ class ExportTarget:
         expert_modules (`tuple[str, str]`, *optional*): Names of the up and down weights of expert `{}` where experts
             are modules.
         shared (`SharedNames`, *optional*): Its shared experts.
-        renames (`tuple[tuple[str, str], ...]`): Parts of names outside the experts that differ, ours first.
+        feed_forward (`str`): What the dense siblings call what the target calls `mlp`.
         needs (`tuple[Need, ...]`): Of the dense config.
         fixed (`dict`): Fields that are written so, and that `import_native` requires.
         derived (`Callable`, *optional*): Further fields of the target, of the dense config.
@@ -99,7 +99,7 @@ class ExportTarget:
     score_bias_name: str | None = None
     expert_modules: tuple[str, str] | None = None
     shared: SharedNames | None = None
-    renames: tuple[tuple[str, str], ...] = ()
+    feed_forward: str = "mlp"
     needs: tuple[Need, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     derived: Callable[[Any], dict[str, Any]] | None = None
@@ -188,7 +188,8 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         router_name="block_sparse_moe.router.weight",
         experts_name="block_sparse_moe.experts",
         shared=SharedNames(
-            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"), size_field="shared_intermediate_size"
+            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
+            size_field="shared_intermediate_size",
         ),
     ),
     ExportTarget(
@@ -199,7 +200,8 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         router_name="block_sparse_moe.router.weight",
         experts_name="block_sparse_moe.experts",
         shared=SharedNames(
-            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"), size_field="shared_intermediate_size"
+            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
+            size_field="shared_intermediate_size",
         ),
     ),
     ExportTarget(
@@ -219,11 +221,14 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         scoring_field="expert_selection_fn",
         layers=layer_patterns.mlp_layer_types,
         shared=_shared("mlp.shared_experts", count_field="num_shared_experts"),
-        # A pattern of 1 would turn the rotary embeddings of dense layers on.
         fixed={"shared_expert_combination_strategy": "sum", "rms_norm_eps": None},
         derived=lambda dense: {
-            "prefix_dense_sliding_window_pattern": 4,
+            "prefix_dense_sliding_window_pattern": 4,  # 1 would turn the rotary embeddings of dense layers on
             "prefix_dense_intermediate_size": dense.intermediate_size,
+            "rope_parameters": dense.rope_parameters,
+        },
+        dense_fields=lambda target: {
+            "intermediate_size": target.prefix_dense_intermediate_size or target.intermediate_size
         },
     ),
     ExportTarget(
@@ -308,7 +313,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         layers=layer_patterns.num_sparse_layers,
         router_name="mlp.router.classifier.weight",
         expert_modules=("mlp.experts.expert_{}.wi.weight", "mlp.experts.expert_{}.wo.weight"),
-        renames=((".DenseReluDense.", ".mlp."),),
+        feed_forward="DenseReluDense",
         needs=(Need("scale_decoder_outputs", bool, "the scaled output of tied embeddings"),),
         fixed={"router_bias": False, "router_dtype": "float32"},
         # Tokens above an expert's capacity would be dropped: no sequence is that long.

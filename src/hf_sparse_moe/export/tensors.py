@@ -16,19 +16,14 @@ SCORE_BIAS = "gate.e_score_correction_bias"
 ZERO_EXPERT_UNITS = 64
 
 
-def dense_name(target: ExportTarget, name: str) -> str:
+def target_name(target: ExportTarget, name: str) -> str:
     """The target's name of a tensor outside the sparse blocks."""
-    name = name.removeprefix("dense.")
-    for ours, theirs in target.renames:
-        name = name.replace(ours, theirs)
-    return name
+    return name.removeprefix("dense.").replace(f".{target.feed_forward}.", ".mlp.")
 
 
 def our_name(target: ExportTarget, name: str) -> str:
-    """The way back of [`dense_name`]."""
-    for ours, theirs in target.renames:
-        name = name.replace(theirs, ours)
-    return f"dense.{name}"
+    """The way back of [`target_name`]."""
+    return f"dense.{name.replace('.mlp.', f'.{target.feed_forward}.')}"
 
 
 def to_target(target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> Tensors:
@@ -43,31 +38,32 @@ def to_target(target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: M
     """
     left = dict(block)
     result: Tensors = {target.router_name: left.pop("gate.weight")}
-    if target.score_bias_name in shapes and SCORE_BIAS in left:
-        result[target.score_bias_name] = left.pop(SCORE_BIAS).reshape(shapes[target.score_bias_name])
+    bias_name = target.score_bias_name
+    if bias_name is not None and bias_name in shapes and SCORE_BIAS in left:
+        result[bias_name] = left.pop(SCORE_BIAS).reshape(shapes[bias_name])
     up_name = "gate_up_proj" if target.gated else "up_proj"
     up, down = left.pop(f"experts.{up_name}"), left.pop("experts.down_proj")
     if target.expert_modules:
-        for name, stacked in zip(target.expert_modules, (up, down), strict=True):
-            result |= {name.format(number): tensor for number, tensor in enumerate(stacked)}
+        for pattern, stacked in zip(target.expert_modules, (up, down), strict=True):
+            result |= {pattern.format(number): tensor for number, tensor in enumerate(stacked)}
     else:
         result |= {f"{target.experts_name}.{up_name}": up, f"{target.experts_name}.down_proj": down}
-    if target.shared and "shared_experts.up_proj.weight" in left:
-        up, down = left.pop("shared_experts.up_proj.weight"), left.pop("shared_experts.down_proj.weight")
-        ups = up.chunk(2) if len(target.shared.weights) == 3 else (up,)
-        down = down * 2 if target.shared.gate else down
-        result |= dict(zip(target.shared.weights, (*ups, down), strict=True))
-    zeros = [target.score_bias_name]
+    missing = {bias_name} if bias_name else set()
     if target.shared:
-        zeros += [*target.shared.weights, target.shared.gate]
-    for name in zeros:
-        if name in shapes and name not in result:
-            dtype = torch.float32 if name == target.score_bias_name else down.dtype
-            result[name] = torch.zeros(shapes[name], dtype=dtype, device=down.device)
+        missing |= {*target.shared.weights, *filter(None, [target.shared.gate])}
+        if "shared_experts.up_proj.weight" in left:
+            up, down = left.pop("shared_experts.up_proj.weight"), left.pop("shared_experts.down_proj.weight")
+            ups = up.chunk(2) if len(target.shared.weights) == 3 else (up,)
+            result |= dict(zip(target.shared.weights, (*ups, down * 2 if target.shared.gate else down), strict=True))
+    for name in sorted(missing & shapes.keys() - result.keys()):
+        dtype = torch.float32 if name == bias_name else down.dtype
+        result[name] = torch.zeros(shapes[name], dtype=dtype, device=down.device)
     return result | left
 
 
-def from_target(target: ExportTarget, layer: Mapping[str, torch.Tensor], num_shared_experts: int) -> tuple[Tensors, Tensors]:
+def from_target(
+    target: ExportTarget, layer: Mapping[str, torch.Tensor], num_shared_experts: int
+) -> tuple[Tensors, Tensors]:
     """
     The way back: the block's tensors in our names, and what is left of the layer.
 
@@ -100,8 +96,8 @@ def from_target(target: ExportTarget, layer: Mapping[str, torch.Tensor], num_sha
         if num_shared_experts:
             if gate is not None and gate.any():
                 raise ValueError(
-                    f"The gate of the shared experts (`{target.shared.gate}`) is trained, and shared experts have none "
-                    "here. Only a mixture whose shared experts are not gated can be read."
+                    f"The gate of the shared experts (`{target.shared.gate}`) is trained, and here they have none. "
+                    "Only shared experts without a gate, or with one of zeros, can be read."
                 )
             block["shared_experts.up_proj.weight"] = torch.cat(ups)
             block["shared_experts.down_proj.weight"] = down if gate is None else down / 2

@@ -6,7 +6,9 @@ NO_TEXT_MODEL = "it is no text model of its own: {}"
 
 WITHOUT_SIBLING: dict[str, str] = {
     "afmoe": NO_DENSE_SIBLING.format("gated attention between four norms a layer"),
-    "aria": NO_TEXT_MODEL.format("vision and text; its text part adds to Mixtral only shared experts, as Qwen2-MoE does"),
+    "aria": NO_TEXT_MODEL.format(
+        "vision and text; its text part adds to Mixtral only shared experts, as Qwen2-MoE does"
+    ),
     "axk1": NO_DENSE_SIBLING.format("latent attention with a norm after the feed-forward"),
     "axk2": NO_DENSE_SIBLING.format("sparse latent attention and gated norms"),
     "bailing_hybrid": NO_DENSE_SIBLING.format("delta attention beside latent attention"),

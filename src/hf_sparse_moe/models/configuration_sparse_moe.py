@@ -1,6 +1,6 @@
 """Configurations of the three families: a dense config of transformers plus the fields of the mixture."""
 
-# No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a real type.
+# No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a type.
 
 from typing import Any, ClassVar
 

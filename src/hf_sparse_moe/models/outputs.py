@@ -16,10 +16,13 @@ class RoutingFields:
             1 when balanced. Present in training while a coefficient is above 0, and with `output_router_logits`.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): One entry of shape `(T, E)` a sparse layer, pads
             included, encoder before decoder. Present with `output_router_logits`.
+        task_loss (`torch.FloatTensor`, *optional*): `loss` without the balance losses. Present with labels, in
+            training while a coefficient is above 0; else `loss` is the task loss.
     """
 
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
+    task_loss: torch.FloatTensor | None = None
 
 
 @dataclass

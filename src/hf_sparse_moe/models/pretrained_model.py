@@ -141,6 +141,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             fields["aux_loss"], z_loss = self._router_losses(record, token_masks)
             if balances and labels is not None:
                 extra = config.router_aux_loss_coef * fields["aux_loss"] + config.router_z_loss_coef * z_loss
+                fields["task_loss"] = fields["loss"]
                 weight = batch_weight(self.counted_labels(labels), num_items_in_batch)
                 fields["loss"] = fields["loss"] + (weight * extra).to(fields["loss"].device)
         if wants_logits:
@@ -295,7 +296,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Let a checkpoint of one head load into another: the body's prefix and the head's shape differ between them."""
+        """Let a checkpoint of one head load into another: the body's prefix and the head's shape differ."""
         renaming = model._body_renaming(_checkpoint_keys(state_dict, checkpoint_files))
         if renaming is not None:
             load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), renaming])

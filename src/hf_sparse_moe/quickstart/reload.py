@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from typing import Any
 
 import torch
 from transformers import (
@@ -29,13 +30,13 @@ AUTO_CLASSES = {
 
 
 @torch.no_grad()
-def write_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+def write_on(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """A sampled continuation of `prompt`; of an encoder its first choice for a mask behind the prompt."""
     set_seed(0)
     if model.config.model_type == "sparse_moe_encoder":
         inputs = tokenizer(f"{prompt} {tokenizer.mask_token}", return_tensors="pt")
         place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[-1].item()
-        return tokenizer.decode(model(**inputs).logits[0, place].argmax())
+        return str(tokenizer.decode(model(**inputs).logits[0, place].argmax()))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=model.config.is_encoder_decoder)
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     written = model.generate(
@@ -45,7 +46,7 @@ def write_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt:
         do_sample=True,
         temperature=0.7,
     )
-    return tokenizer.decode(written[0, start:], skip_special_tokens=True)
+    return str(tokenizer.decode(written[0, start:], skip_special_tokens=True))
 
 
 def main() -> None:

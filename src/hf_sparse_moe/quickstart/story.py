@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -62,8 +63,8 @@ class QuickstartOptions:
         num_experts (`int`, defaults to 8): Routed experts of a layer.
         num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
         dense_steps (`int`, defaults to 300): Training steps of the small dense model.
-        steps (`int`, defaults to 200): Training steps of the mixture, and of its dense twin.
-        adapter_steps (`int`, defaults to 50): Training steps of the adapter.
+        steps (`int`, defaults to 160): Training steps of the mixture, and of its dense twin.
+        adapter_steps (`int`, defaults to 40): Training steps of the adapter.
         batch_size (`int`, defaults to 16): Sequences of a step.
         sequence_length (`int`, defaults to 128): Tokens of a sequence.
         learning_rate (`float`, defaults to 1e-3): Of mixture and twin; the adapter's is twice that.
@@ -77,8 +78,8 @@ class QuickstartOptions:
     num_experts: int = 8
     num_experts_per_tok: int = 2
     dense_steps: int = 300
-    steps: int = 200
-    adapter_steps: int = 50
+    steps: int = 160
+    adapter_steps: int = 40
     batch_size: int = 16
     sequence_length: int = 128
     learning_rate: float = 1e-3
@@ -129,6 +130,8 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
         from huggingface_hub import HfApi
 
         HfApi().whoami()  # a missing token is better heard of now than in five minutes
+    if options.model is not None:
+        find_source(options.model)
     target = check_target(options.output or _free_name())
     story = Story(console or Console())
     with new_folder(target) as folder, tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +153,12 @@ def _make(
     options: QuickstartOptions, story: Story, folder: Path, scratch: Path, target: Path
 ) -> tuple[SparseMoePreTrainedModel, PreTrainedTokenizerBase, dict[str, float], str]:
     """Everything until the mixture, the adapter and the picture are in `folder`."""
-    training = {"batch_size": options.batch_size, "seed": options.seed, "folder": scratch, "console": story.console}
+    training: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "folder": scratch,
+        "console": story.console,
+    }
     with story.chapter("Text, and a dense model"):
         corpus = load_corpus(options.data, options.seed)
         source, tokenizer, examples = _dense_start(options, story, corpus, folder, training)
@@ -178,10 +186,11 @@ def _make(
         for name, model in (("dense twin", dense), ("mixture", mixture)):
             seconds[name] = train(model, lesson, learning_rate=options.learning_rate, name=name, **training)
         # One expert for all is the dense model but for a router of one row.
-        single = type(mixture.config).from_dense(dense.config, num_experts=1, num_experts_per_tok=1)
+        config: Any = mixture.config
+        single = type(config).from_dense(dense.config, num_experts=1, num_experts_per_tok=1)
         story.say(
             f"{len(lesson) * options.sequence_length:,} tokens each. The mixture computes "
-            f"{mixture.config.flops_per_token() / single.flops_per_token():.2f} times the FLOPs a token and took "
+            f"{config.flops_per_token() / single.flops_per_token():.2f} times the FLOPs a token and took "
             f"{seconds['mixture'] / seconds['dense twin']:.1f} times as long."
         )
 
@@ -223,7 +232,7 @@ def _make(
 
 
 def _dense_start(
-    options: QuickstartOptions, story: Story, corpus: Corpus, folder: Path, training: dict
+    options: QuickstartOptions, story: Story, corpus: Corpus, folder: Path, training: dict[str, Any]
 ) -> tuple[Source, PreTrainedTokenizerBase, dict[str, list[Example]]]:
     """The dense checkpoint, its tokenizer and the training examples; trains one where none is given."""
     blocks = max(options.steps, options.adapter_steps) * options.batch_size
@@ -260,7 +269,9 @@ def _examples(
     }
 
 
-def _adapt(mixture, folder: Path, target: Path, options: QuickstartOptions, pool: list[Example], training: dict):
+def _adapt(
+    mixture, folder: Path, target: Path, options: QuickstartOptions, pool: list[Example], training: dict[str, Any]
+):
     from peft import get_peft_model
 
     from hf_sparse_moe.adapters import expert_lora_config
@@ -291,7 +302,7 @@ def _save(
 def _look_inside(
     mixture: SparseMoePreTrainedModel, held_out: dict[str, list[Example]], batch_size: int
 ) -> RoutingStatistics:
-    sequences = [example for examples in held_out.values() for example in examples]
+    sequences: Any = [example for examples in held_out.values() for example in examples]
     groups = [domain for domain, examples in held_out.items() for _ in examples]
     return routing_statistics(mixture, DataLoader(sequences, batch_size, collate_fn=default_data_collator), groups)
 
@@ -307,7 +318,8 @@ def _describe(
 
 
 def _describe_receipt(story: Story, dense: PreTrainedModel, mixture: SparseMoePreTrainedModel) -> None:
-    equality = mixture.receipt["equality"]
+    receipt: Any = mixture.receipt
+    equality = receipt["equality"]
     story.say(
         f"{type(dense).__name__} with {dense.num_parameters():,} parameters -> {type(mixture).__name__} with "
         f"{count_parameters(mixture):,}, {count_parameters(mixture, only_active=True):,} of them active for a token.\n"

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import ModelOutput
 
+from hf_sparse_moe.models.outputs import RoutingFields
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.task_losses import batch_weight
 
@@ -31,9 +32,8 @@ class BalanceLossCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._model: SparseMoePreTrainedModel | None = None
+        self._handle: RemovableHandle | None = None
         self._sums = torch.zeros(3)  # task loss, aux loss, shares
-        self._task_loss: torch.Tensor | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
@@ -51,9 +51,10 @@ class BalanceLossCallback(TrainerCallback):
                 f"`label_smoothing_factor={args.label_smoothing_factor}` makes Trainer compute the loss itself, "
                 "without the balance loss, and the experts would collapse. Set it to 0."
             )
-        self._model = found[0]
+        if found[0].compute_task_loss is None:
+            raise ValueError(f"`{type(found[0]).__name__}` has no head and so no loss. Train a `For...` class.")
         self._sums = torch.zeros(3, device=args.device)
-        self._attach(self._model)
+        self._handle = found[0].register_forward_hook(self._add, with_kwargs=True)
 
     def on_log(
         self,
@@ -63,7 +64,7 @@ class BalanceLossCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        if self._model is None or logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+        if self._handle is None or logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
             return
         sums = self._sums.clone()
         self._sums.zero_()
@@ -78,33 +79,19 @@ class BalanceLossCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._detach()
 
-    def _attach(self, model: SparseMoePreTrainedModel) -> None:
-        compute_task_loss = model.compute_task_loss
-        if compute_task_loss is None:
-            raise ValueError(f"`{type(model).__name__}` has no head and so no loss. Train a `For...` class.")
-
-        def remembered(*args) -> torch.Tensor:
-            self._task_loss = compute_task_loss(*args)
-            return self._task_loss
-
-        # Shadows the class's function: the outputs hold the sum of the losses only.
-        model.compute_task_loss = remembered
-        self._handle = model.register_forward_hook(self._add, with_kwargs=True)
-
     def _detach(self) -> None:
-        if self._model is not None:
-            del self._model.compute_task_loss
+        if self._handle is not None:
             self._handle.remove()
-            self._model = self._task_loss = None
+            self._handle = None
 
     @torch.no_grad()
-    def _add(self, model: SparseMoePreTrainedModel, args: tuple, kwargs: dict, outputs: ModelOutput) -> None:
-        task_loss, self._task_loss = self._task_loss, None
-        if not model.training or task_loss is None or outputs.aux_loss is None:
+    def _add(self, model: SparseMoePreTrainedModel, args: tuple, kwargs: dict, outputs: RoutingFields) -> None:
+        if outputs.task_loss is None or outputs.aux_loss is None:  # an evaluation, or a forward pass without labels
             return
         labels = kwargs.get("labels")
-        share = 1.0
-        if labels is not None:
-            share = batch_weight(model.counted_labels(labels), kwargs.get("num_items_in_batch"))
-        share = torch.as_tensor(share, device=task_loss.device)
-        self._sums += torch.stack([task_loss.float(), share * outputs.aux_loss.float(), share]).to(self._sums.device)
+        counted = None if labels is None else model.counted_labels(labels)
+        share = torch.as_tensor(
+            batch_weight(counted, kwargs.get("num_items_in_batch")), device=outputs.task_loss.device
+        )
+        sums = torch.stack([outputs.task_loss.float(), share * outputs.aux_loss.float(), share])
+        self._sums += sums.to(self._sums.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,27 @@ class SparseLayer:
         recipe: Recipe,
         **measured: Any,
     ) -> dict[str, torch.Tensor]:
+        """The mixture's tensors of this layer, by the mixture's keys; takes what [`pieces`] takes."""
+        tensors: dict[str, torch.Tensor] = {}
+        for key, expert, tensor in self.pieces(read, config, recipe, **measured):
+            if expert is None:
+                tensors[key] = tensor.contiguous()
+                continue
+            if expert == 0:
+                tensors[key] = tensor.new_empty(config.num_experts, *tensor.shape)
+            tensors[key][expert] = tensor
+        return tensors
+
+    def pieces(
+        self,
+        read: Callable[[str], torch.Tensor],
+        config: SparseMoeConfig,
+        recipe: Recipe,
+        **measured: Any,
+    ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
         """
-        The mixture's tensors of this layer, by the mixture's keys.
+        The mixture's tensors of this layer as (key, expert, tensor). The tensors of the routed experts come one expert
+        after the other, each a row of the key's tensor; with the others `expert` is None.
 
         Args:
             read (`Callable`): The tensor of one of `sources`.
@@ -70,25 +89,30 @@ class SparseLayer:
         context = LayerContext(config, generator, recipe.options, **measured)
         dense = self.weights(read)
         start = recipe.initialization.start(dense, context)
-        dtype, up_name = dense.down.dtype, "gate_up_proj" if dense.gated else "up_proj"
-        tensors = {
-            "gate.weight": start.router.to(dtype),
-            f"experts.{up_name}": start.experts.up,
-            "experts.down_proj": start.experts.down,
-            f"experts.{up_name}_bias": start.experts.up_bias,
-            "experts.down_proj_bias": start.experts.down_bias,
-        }
-        if start.shared is not None:
-            tensors |= {
-                "shared_experts.up_proj.weight": start.shared.up,
-                "shared_experts.down_proj.weight": start.shared.down,
-                "shared_experts.up_proj.bias": start.shared.up_bias,
-                "shared_experts.down_proj.bias": start.shared.down_bias,
+        prefix, up_name = f"dense.{self.feed_forward.block_path}", "gate_up_proj" if dense.gated else "up_proj"
+        yield f"{prefix}.gate.weight", None, start.router.to(dense.down.dtype)
+        for number, expert in enumerate(start.experts):
+            parts = {
+                up_name: expert.up,
+                "down_proj": expert.down,
+                f"{up_name}_bias": expert.up_bias,
+                "down_proj_bias": expert.down_bias,
             }
+            for name, tensor in parts.items():
+                if tensor is not None:
+                    yield f"{prefix}.experts.{name}", number, tensor
+        if start.shared is not None:
+            shared = {
+                "up_proj.weight": start.shared.up,
+                "down_proj.weight": start.shared.down,
+                "up_proj.bias": start.shared.up_bias,
+                "down_proj.bias": start.shared.down_bias,
+            }
+            for name, tensor in shared.items():
+                if tensor is not None:
+                    yield f"{prefix}.shared_experts.{name}", None, tensor
         for key, name in self._activation_keys().items():
-            tensors[f"experts.act_fn.{name}"] = read(key)
-        prefix = f"dense.{self.feed_forward.block_path}"
-        return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+            yield f"{prefix}.experts.act_fn.{name}", None, read(key)
 
     def _projections(self, kind: str) -> tuple[list[str], list[str]]:
         ups, down = self.feed_forward.parameter_names(kind)

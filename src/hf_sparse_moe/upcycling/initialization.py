@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from .clustering import balanced_k_means
 @dataclass
 class FeedForwardWeights:
     """
-    One feed-forward, or E of them with a leading dimension.
+    One feed-forward.
 
     Args:
         up (`torch.Tensor`): (2I, H) with the gate's rows first where gated, else (I, H).
@@ -41,10 +41,6 @@ class FeedForwardWeights:
         up_bias, down_bias = (None if bias is None else function(bias) for bias in (self.up_bias, self.down_bias))
         return FeedForwardWeights(function(self.up), function(self.down), up_bias, down_bias, self.gated)
 
-    def repeat(self, count: int) -> FeedForwardWeights:
-        """`count` copies along a new leading dimension."""
-        return self.map(lambda tensor: tensor.unsqueeze(0).repeat(count, *[1] * tensor.dim()))
-
     def take(self, units: torch.Tensor) -> FeedForwardWeights:
         """The feed-forward of these intermediate units alone, the whole second bias included."""
         rows = torch.cat([units, units + self.num_units]) if self.gated else units
@@ -54,18 +50,10 @@ class FeedForwardWeights:
     def scale(self, weight: float, bias: float | None = None) -> FeedForwardWeights:
         """The output times `weight`; its bias times `bias`, where that is another."""
         bias = weight if bias is None else bias
+        if weight == bias == 1.0:
+            return self
         down_bias = None if self.down_bias is None else self.down_bias * bias
         return FeedForwardWeights(self.up, self.down * weight, self.up_bias, down_bias, self.gated)
-
-
-def stack(feed_forwards: list[FeedForwardWeights]) -> FeedForwardWeights:
-    """E feed-forwards as one with a leading dimension."""
-    first = feed_forwards[0]
-
-    def stacked(name: str) -> Any:
-        return None if getattr(first, name) is None else torch.stack([getattr(each, name) for each in feed_forwards])
-
-    return FeedForwardWeights(stacked("up"), stacked("down"), stacked("up_bias"), stacked("down_bias"), first.gated)
 
 
 @dataclass
@@ -74,12 +62,13 @@ class LayerStart:
     What one sparse layer starts from.
 
     Args:
-        experts ([`FeedForwardWeights`]): With a leading dimension E.
+        experts (`Iterable[FeedForwardWeights]`): E of them; those that are drawn are drawn as they are asked for, so
+            that a stream never holds a whole layer.
         router (`torch.Tensor`): (E, H).
         shared ([`FeedForwardWeights`], *optional*): The shared experts, as one feed-forward.
     """
 
-    experts: FeedForwardWeights
+    experts: Iterable[FeedForwardWeights]
     router: torch.Tensor
     shared: FeedForwardWeights | None = None
 
@@ -129,7 +118,7 @@ def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
     config = context.config
     router = context.random_router(config.num_experts, dense.down.shape[0])
-    return LayerStart(dense.scale(output_scale(config)).repeat(config.num_experts), router)
+    return LayerStart([dense.scale(output_scale(config))] * config.num_experts, router)
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -138,11 +127,10 @@ def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     relative = context.options["noise_std"]
 
     def shake(tensor: torch.Tensor) -> torch.Tensor:
-        rms = tensor[0].float().square().mean().sqrt().item()
-        return tensor + context.normal_like(tensor, 0.0, relative * rms)
+        rms = tensor.float().square().mean().sqrt().item()
+        return context.normal_like(tensor, 0.0, relative * rms).add_(tensor)
 
-    start.experts = start.experts.map(shake)
-    return start
+    return LayerStart((expert.map(shake) for expert in start.experts), start.router)
 
 
 def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -151,23 +139,26 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
     start = copy_experts(dense, context)
-    units, count = dense.num_units, round(context.options["drop_ratio"] * dense.num_units)
-    experts = start.experts
-    for expert in range(context.config.num_experts):
-        redrawn = torch.randperm(units, generator=context.generator)[:count]
-        for part in range(2 if dense.gated else 1):
+    return LayerStart(_redrawn(start.experts, context), start.router)
+
+
+def _redrawn(copies: Iterable[FeedForwardWeights], context: LayerContext) -> Iterator[FeedForwardWeights]:
+    for copied in copies:
+        expert, units = copied.map(torch.clone), copied.num_units
+        redrawn = torch.randperm(units, generator=context.generator)[: round(context.options["drop_ratio"] * units)]
+        for part in range(2 if copied.gated else 1):
             rows = redrawn + part * units
             whole = slice(part * units, (part + 1) * units)
-            _redraw(experts.up[expert], (rows,), dense.up[whole], context)
-            if experts.up_bias is not None and dense.up_bias is not None:
-                _redraw(experts.up_bias[expert], (rows,), dense.up_bias[whole], context)
-        _redraw(experts.down[expert], (slice(None), redrawn), experts.down[expert].clone(), context)
-    return start
+            _redraw(expert.up, (rows,), copied.up[whole], context)
+            if expert.up_bias is not None and copied.up_bias is not None:
+                _redraw(expert.up_bias, (rows,), copied.up_bias[whole], context)
+        _redraw(expert.down, (slice(None), redrawn), copied.down, context)
+        yield expert
 
 
 def _redraw(target: torch.Tensor, index: tuple, source: torch.Tensor, context: LayerContext) -> None:
-    values = source.float()
-    target[index] = context.normal_like(target[index], values.mean().item(), values.std().item())
+    std, mean = torch.std_mean(source.float())
+    target[index] = context.normal_like(target[index], mean.item(), std.item())
 
 
 def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -183,7 +174,7 @@ def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     ]
     groups = config.num_experts // granularity
     router = context.random_router(groups, dense.down.shape[0]).repeat_interleave(granularity, dim=0)
-    return LayerStart(stack(shards * groups), router)
+    return LayerStart(shards * groups, router)
 
 
 def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -227,7 +218,7 @@ def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> Layer
     hidden = dense.down.shape[0]
     all_chosen = config.num_experts_per_tok == experts
     router = torch.zeros(experts, hidden) if all_chosen else context.random_router(experts, hidden)
-    return LayerStart(stack(parts), router, shared)
+    return LayerStart(parts, router, shared)
 
 
 def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -235,16 +226,22 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     config = context.config
     size = config.moe_intermediate_size or dense.num_units
     units = torch.arange(size)
-    experts = dense.take(units).repeat(config.num_experts)
-    experts.up = context.normal_like(experts.up, dense.up.float().mean().item(), dense.up.float().std().item())
-    experts.down = torch.zeros_like(experts.down)
-    experts.down_bias = None if experts.down_bias is None else torch.zeros_like(experts.down_bias)
+    routed = dense.take(units).map(torch.zeros_like)
+    std, mean = (value.item() for value in torch.std_mean(dense.up.float()))
+    up_bias = None if dense.up_bias is None else dense.take(units).up_bias
+    experts = (
+        FeedForwardWeights(
+            context.normal_like(routed.up, mean, std), routed.down, up_bias, routed.down_bias, dense.gated
+        )
+        for _ in range(config.num_experts)
+    )
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)
 
 
 def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Expert e is the feed-forward of dense checkpoint e (Branch-Train-MiX, arXiv 2403.07816)."""
-    experts = stack(context.branches).scale(output_scale(context.config))
+    scale = output_scale(context.config)
+    experts = [branch.scale(scale) for branch in context.branches]
     router = context.centroids
     if router is None:
         router = context.random_router(context.config.num_experts, dense.down.shape[0])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -31,7 +34,9 @@ COMPANIONS = (
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_checkpoint(model: SparseMoePreTrainedModel, target: str | Path, source: Path | None = None) -> Path:
+def write_checkpoint(
+    model: SparseMoePreTrainedModel, target: str | Path, source: Path | None = None, **save_arguments: Any
+) -> Path:
     """
     Save a mixture with the tokenizer and licence of its dense source; the folder appears when it is complete.
 
@@ -39,6 +44,7 @@ def write_checkpoint(model: SparseMoePreTrainedModel, target: str | Path, source
         model (`SparseMoePreTrainedModel`): The mixture.
         target (`str` or `Path`): A folder that does not exist yet, or is empty.
         source (`Path`, *optional*): The folder of the dense checkpoint.
+        **save_arguments: As `save_pretrained` takes them, such as `max_shard_size="4GB"`.
 
     Returns:
         `Path`: the folder.
@@ -48,7 +54,7 @@ def write_checkpoint(model: SparseMoePreTrainedModel, target: str | Path, source
     """
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with new_folder(target, needed_bytes=needed) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **save_arguments)
         if source is not None:
             copy_companions(source, folder)
     return Path(target)
@@ -92,34 +98,142 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     complete = False
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise OSError(
-                f"`{target}` cannot be created ({error.strerror}). Choose a folder where you may write."
-            ) from error
-        free = shutil.disk_usage(partial).free
-        if free < needed_bytes:
-            raise OSError(
-                f"`{target}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free "
-                "some space, or choose another disk."
-            )
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
+        with _told_in_one_sentence(target):
+            _make(partial, target)
+            check_free_space(partial, needed_bytes, target)
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
         complete = True
+    finally:
+        if not complete:
+            _remove(partial, missing)
+
+
+@contextmanager
+def resumable_folder(target: str | Path, journal: dict[str, Any] | None = None) -> Iterator[Path]:
+    """
+    As [`new_folder`], but what is written so far stays where the block is interrupted (by a signal, by Ctrl-C, by
+    power), for another call to go on with. An error removes it.
+
+    Args:
+        target (`str` or `Path`): A folder that does not exist yet, or is empty.
+        journal (`dict`, *optional*): Go on with what a call left that had [`write_journal`] write the same. Without,
+            start afresh.
+
+    Raises:
+        ValueError: another journal.
+        OSError: the target is taken, being written by another process or may not be written, or the disk is full.
+    """
+    path = check_target(target)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    partial = path.with_name(f".{path.name}.partial")
+    _make(partial, target)
+    lock = FileLock(partial / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OSError(f"Another process is writing `{target}`. Wait for it, or choose another folder.") from None
+    removable = False
+    try:
+        begun = None if journal is None else _read_journal(partial)
+        if journal is not None and begun is not None:
+            different = _first_difference(begun, journal)
+            if different is not None:
+                raise ValueError(
+                    f"What was written of `{target}` cannot be gone on with: {different}. Give the same arguments, or "
+                    "start afresh without `resume` (`--resume`)."
+                )
+        _clear(partial, keep=(_LOCK,) if begun is None else (_LOCK, _JOURNAL, "*.safetensors"))
+        removable = True
+        with _told_in_one_sentence(target):
+            yield partial
+            (partial / _JOURNAL).unlink()
+            _flush(partial)
+            lock.release()
+            (partial / _LOCK).unlink(missing_ok=True)
+            os.replace(partial, path)
+        removable = False
+    except (KeyboardInterrupt, SystemExit):
+        removable = False
+        raise
+    finally:
+        lock.release()
+        if removable:
+            _remove(partial, missing)
+
+
+def write_journal(folder: Path, journal: dict[str, Any]) -> None:
+    """Say what a [`resumable_folder`] is being written from, so that the finished files in it may be used again."""
+    new = folder / f"{_JOURNAL}.new"
+    new.write_text(json.dumps(journal), encoding="utf-8")
+    os.replace(new, folder / _JOURNAL)
+
+
+_JOURNAL, _LOCK = ".journal.json", ".lock"
+
+
+def check_free_space(folder: Path, needed_bytes: int, target: str | Path) -> None:
+    """Raise an `OSError` unless the disk of `folder` has room for what `target` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(
+            f"`{target}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free some space, "
+            "or choose another disk."
+        )
+
+
+def _make(partial: Path, target: str | Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"`{target}` cannot be created ({error.strerror}). Choose a folder where you may write."
+        ) from error
+
+
+@contextmanager
+def _told_in_one_sentence(target: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if not _is_full_disk(error):
             raise
         raise OSError(
             f"The disk of `{target}` is full, so nothing was written there. Free some space, or choose another disk."
         ) from error
-    finally:
-        if not complete:
-            shutil.rmtree(partial, ignore_errors=True)
-            for folder in missing:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+
+
+def _remove(partial: Path, missing: list[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in missing:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _clear(partial: Path, keep: tuple[str, ...]) -> None:
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not any(path.match(pattern) for pattern in keep):
+            path.unlink()
+
+
+def _read_journal(partial: Path) -> dict[str, Any] | None:
+    path = partial / _JOURNAL
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _first_difference(begun: dict[str, Any], now: dict[str, Any]) -> str | None:
+    now = json.loads(json.dumps(now))  # as the file has it: no tuples
+    for name in begun | now:
+        then, here = begun.get(name), now.get(name)
+        if then == here:
+            continue
+        if isinstance(then, dict) and isinstance(here, dict):
+            return _first_difference(then, here)
+        return f"`{name}` was {then!r} and is {here!r}"
+    return None
 
 
 def _is_full_disk(error: OSError | SafetensorError) -> bool:

@@ -19,6 +19,7 @@ from .source import Source
 
 
 PROBE_LENGTH = 32
+NOT_MEASURED = {"note": "not measured here: run `hf-sparse-moe verify`"}
 
 
 def source_files(folder: str | Path) -> dict[str, str]:
@@ -75,14 +76,18 @@ def name_of(dense: PreTrainedModel, source: Source | None) -> str | None:
     return source.name if source else Path(dense.config.name_or_path or "").name or None
 
 
-def describe_source(dense: PreTrainedModel, source: Source | None) -> dict[str, Any]:
-    """Where a dense model comes from; hashes only where it was read from files."""
+def describe_source(
+    dense: PreTrainedModel, source: Source | None, sha256: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Where a dense model comes from; hashes, unless they are given, only where it was read from files."""
+    if sha256 is None:
+        sha256 = source_files(source.folder) if source else {}
     return {
         "name_or_path": name_of(dense, source),
         "revision": source.revision if source else None,
         "architecture": type(dense).__name__,
         "model_type": dense.config.model_type,
-        "sha256": source_files(source.folder) if source else {},
+        "sha256": sha256,
     }
 
 
@@ -92,12 +97,23 @@ def make_receipt(
     source: Source | None,
     recipe: Recipe,
     fields: dict[str, Any],
+    sha256: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse`."""
+    """
+    The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse`.
+
+    Args:
+        dense (`PreTrainedModel`): The dense model; without storage it is not compared with the mixture.
+        sparse ([`SparseMoePreTrainedModel`]): The mixture.
+        source ([`Source`], *optional*): The dense checkpoint.
+        recipe ([`Recipe`]): How the experts started.
+        fields (`dict`): The config's fields that were asked for.
+        sha256 (`dict`, *optional*): Of the source's files, where they are known already.
+    """
     from hf_sparse_moe import __version__
 
     return {
-        "source": describe_source(dense, source),
+        "source": describe_source(dense, source, sha256),
         "arguments": {"method": recipe.method, "seed": recipe.seed, **recipe.options, **fields},
         "exact": recipe.initialization.exact,
         "versions": {
@@ -111,5 +127,5 @@ def make_receipt(
             "active": count_parameters(sparse, only_active=True),
         },
         "flops_per_token": count_flops_per_token(sparse),
-        "equality": output_difference(dense, sparse),
+        "equality": NOT_MEASURED if dense.device.type == "meta" else output_difference(dense, sparse),
     }

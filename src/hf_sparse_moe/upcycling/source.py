@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .families import sparse_class
+
+
+# What a config with values of the wrong kind ends in, somewhere inside transformers or torch.
+_NONSENSE = (
+    StrictDataclassError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -57,18 +79,92 @@ def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: 
     Raises:
         ValueError: a mixture already, no text model, or an incomplete checkpoint.
     """
-    config = AutoConfig.from_pretrained(source.folder)
+    config = read_config(source)
     auto_class = sparse_class(config, (config.architectures or [None])[0]).dense_auto_class
     use_safetensors = None if allow_pickle else True
-    model, info = auto_class.from_pretrained(
-        source.folder, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"`{source.name}` lacks weights that `{type(model).__name__}` needs, such as "
-            f"`{sorted(info['missing_keys'])[0]}`. Pass a complete checkpoint."
+    with sensible_config(source):
+        model, info = auto_class.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
+    if info["missing_keys"]:
+        raise missing_weight(source, model, sorted(info["missing_keys"])[0])
     return model
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The config of a checkpoint; no code of it is run. Raises a `ValueError` where it is none."""
+    with sensible_config(source):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        # A model of a billion layers would fill the memory before any weight is missed.
+        depth = max([getattr(config, name, None) or 0 for name in _DEPTHS])
+        stored = sum(len(tensor_names(path)) for path in source.folder.glob("*.safetensors"))
+        if stored and depth > stored:
+            raise ValueError(
+                f"`{source.name}` has {stored} tensors, but its config.json names {depth} layers. Fetch it again."
+            )
+    return config
+
+
+_DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+
+
+@contextmanager
+def sensible_config(source: Source) -> Iterator[None]:
+    """Say in one sentence that a config makes no model, whatever it breaks inside transformers."""
+    try:
+        yield
+    except _NONSENSE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The config.json of `{source.name}` does not describe a model that transformers can build with its "
+            f"weights ({type(error).__name__}: {reason[:300]}). Fetch it again."
+        ) from error
+
+
+def missing_weight(source: Source, model: PreTrainedModel, key: str) -> ValueError:
+    """The error for a checkpoint without a tensor that the model needs."""
+    return ValueError(
+        f"`{source.name}` lacks weights that `{type(model).__name__}` needs, such as `{key}`. Pass a complete "
+        "checkpoint."
+    )
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The safetensors files that transformers would load, the first one first; none where the weights are a pickle."""
+    single, index = source.folder / SAFE_WEIGHTS_NAME, source.folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    corrupt = ValueError(f"`{index}` is no index of safetensors files in its folder. Fetch it again.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise corrupt from error
+    if not names or any(Path(name).name != name for name in names):
+        raise corrupt
+    for name in names:
+        if not (source.folder / name).is_file():
+            raise ValueError(f"`{source.name}` lacks `{name}`, which its index names. Fetch it again.")
+    return [source.folder / name for name in names]
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file. Raises a `ValueError` where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: SafetensorError) -> ValueError:
+    """The error for a safetensors file that cannot be read."""
+    return ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.")
 
 
 def _fetch(repo_id: str, revision: str | None, allow_pickle: bool) -> Source:
@@ -100,8 +196,4 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
             "safetensors, or pass `allow_pickle=True` (`--allow-pickle`) if you trust where it comes from."
         )
     for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.") from error
+        tensor_names(path)

@@ -1,0 +1,202 @@
+"""The tensors of a dense checkpoint, by the dense model's keys, read piece by piece."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .source import Source, missing_weight, unreadable, weight_files
+
+
+CHUNK_BYTES = 32 * 2**20
+
+
+class NotStreamableError(Exception):
+    """The checkpoint must be loaded as a model; the message says why."""
+
+
+class TensorFiles:
+    """
+    The tensors of some safetensors files. Nothing is mapped into memory: what was read is gone with its tensor, and a
+    file that is cut short ends in an error and not in a signal.
+
+    Args:
+        paths (`list[Path]`): The files.
+
+    Raises:
+        ValueError: a file that is no safetensors file.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self._files = {}
+        self._path_of: dict[str, Path] = {}
+        for path in paths:
+            with _in_one_sentence(path):
+                self._files[path] = safe_open(path, framework="pt", backend="pread")
+                self._path_of |= dict.fromkeys(self._files[path].keys(), path)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._path_of)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Reads nothing but an empty piece."""
+        with _in_one_sentence(self._path_of[name]):
+            return self._slice(name)[:0].dtype if self.shape(name) else self._whole(name).dtype
+
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """One tensor, in rows that take at most about `CHUNK_BYTES`."""
+        shape = self.shape(name)
+        with _in_one_sentence(self._path_of[name]):
+            if not shape:
+                yield self._whole(name).to(dtype)
+                return
+            rows = max(1, CHUNK_BYTES // max(1, prod(shape[1:]) * 8))
+            for start in range(0, shape[0], rows):
+                yield self._slice(name)[start : min(start + rows, shape[0])].to(dtype)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor."""
+        shape, start = self.shape(name), 0
+        tensor = torch.empty(shape, dtype=dtype)
+        for piece in self.pieces(name, dtype):
+            if not shape:
+                return piece
+            tensor[start : start + len(piece)] = piece
+            start += len(piece)
+        return tensor
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
+        dtype = self.dtype(name)
+        if dtype != self.dtype(other) or self.shape(name) != self.shape(other):
+            return False
+        return all(
+            torch.equal(*pair) for pair in zip(self.pieces(name, dtype), self.pieces(other, dtype), strict=True)
+        )
+
+    def _slice(self, name: str):
+        return self._files[self._path_of[name]].get_slice(name)
+
+    def _whole(self, name: str) -> torch.Tensor:
+        return self._files[self._path_of[name]].get_tensor(name)
+
+
+class DenseTensors:
+    """
+    The tensors that `dense.state_dict()` would hold were the checkpoint loaded, tied ones once.
+
+    Args:
+        source ([`Source`]): The checkpoint.
+        dense (`PreTrainedModel`): Its model, without storage.
+        dtype (`torch.dtype`): What it would be loaded in.
+
+    Raises:
+        ValueError: a missing weight, one of another shape, or a corrupt file.
+        NotStreamableError: loading does more than renaming.
+    """
+
+    def __init__(self, source: Source, dense: PreTrainedModel, dtype: torch.dtype):
+        self._files = TensorFiles(weight_files(source))
+        self._dtypes = loaded_dtypes(dense, dtype)
+        state = dense.state_dict()
+        self._names = _renamed(self._files.names, dense)
+        self._tie(dense)
+        missing = sorted(state.keys() - self._names.keys() - dense.all_tied_weights_keys.keys())
+        computed = dense._keys_to_ignore_on_load_missing or []
+        for key in missing:
+            if not any(re.search(pattern, key) for pattern in computed):
+                raise missing_weight(source, dense, key)
+        if missing:
+            raise NotStreamableError(f"`{missing[0]}` is not stored but computed")
+        for key, name in self._names.items():
+            if self._files.shape(name) != list(state[key].shape):
+                raise ValueError(
+                    f"`{name}` has the shape {self._files.shape(name)} in `{source.name}`, but its config.json asks "
+                    f"for {list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
+                )
+        self.keys = [key for key in state if key not in dense.all_tied_weights_keys]
+
+    def read(self, key: str) -> torch.Tensor:
+        return self._files.read(self._names[key], self._dtypes[key])
+
+    def pieces(self, key: str) -> Iterator[torch.Tensor]:
+        return self._files.pieces(self._names[key], self._dtypes[key])
+
+    def _tie(self, dense: PreTrainedModel) -> None:
+        """Tied weights may be stored under any of their names; stored twice and different, they are not tied."""
+        groups: dict[str, list[str]] = {}
+        for target, first in dense.all_tied_weights_keys.items():
+            groups.setdefault(first, [first]).append(target)
+        for first, keys in groups.items():
+            stored = [key for key in keys if key in self._names]
+            if any(not self._files.equal(self._names[stored[0]], self._names[key]) for key in stored[1:]):
+                raise NotStreamableError(f"`{stored[0]}` and `{stored[1]}` should be one weight, but differ")
+            if stored:
+                self._names[first] = self._names[stored[0]]
+
+
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What `from_pretrained(dtype=dtype)` gives each tensor of a model that was built in `dtype`."""
+    dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        kept, by_group, _ = build_glob_alternation(list(plan))
+        for key in dtypes:
+            match = kept.search(key)
+            if match is not None and match.lastgroup is not None:
+                dtypes[key] = plan[by_group[match.lastgroup]]
+    return dtypes
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The first floating-point dtype in a checkpoint, which is the model's where the config names none."""
+    files = TensorFiles(weight_files(source)[:1])
+    return next((dtype for name in files.names if (dtype := files.dtype(name)).is_floating_point), torch.float32)
+
+
+def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
+    """The checkpoint's name of each of the model's keys, by transformers' own rules."""
+    state, prefix = dense.state_dict(), dense.base_model_prefix
+    transforms = get_model_conversion_mapping(dense)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    found: dict[str, str] = {}
+    for name in sorted(names, key=dot_natural_key):
+        key, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, converted = rename_source_key(name, [], [], prefix, state)
+        if key not in state:
+            continue
+        if converted is not None:
+            raise NotStreamableError(f"`{name}` is stored in another form than the model has it")
+        if key in found:
+            raise NotStreamableError(f"`{name}` and `{found[key]}` are the same weight of the model")
+        found[key] = name
+    return found
+
+
+@contextmanager
+def _in_one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise unreadable(path, error) from error

@@ -1,0 +1,279 @@
+"""`stream_upcycle`: from a dense checkpoint on disk to a mixture on disk, with neither ever in memory."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+
+from .checkpoint_reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
+from .conversion import Recipe, SparseLayer, sparse_layers
+from .families import sparse_class
+from .output import check_free_space, check_target, copy_companions, resumable_folder, write_checkpoint, write_journal
+from .receipt import make_receipt, source_files
+from .shard_writer import ShardWriter
+from .source import Source, find_source, read_config, sensible_config, weight_files
+from .upcycle import Layers, make_recipe, mixture_config, upcycle
+
+
+logger = logging.get_logger(__name__)
+
+MAX_SHARD_SIZE = "4GB"
+_NEEDS_A_MODEL = ("data", "sources", "prompts")
+
+
+def stream_upcycle(
+    source: str | Path,
+    target: str | Path,
+    num_experts: int | None = None,
+    num_experts_per_tok: int = 2,
+    method: str = "copy",
+    seed: int = 0,
+    *,
+    layers: Layers = "all",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    resume: bool = False,
+    show_progress: bool = False,
+    **options_and_fields,
+) -> dict[str, Any]:
+    """
+    Make a mixture of experts of a dense checkpoint, from disk to disk, tensor by tensor.
+
+    The result is bit for bit that of [`upcycle`] and `save_pretrained`, but memory holds one layer's dense weights and
+    one expert, whatever the checkpoint's size. It is written beside `target`, which appears when it is complete. What
+    cannot be streamed (a pickle, a method that measures on data, weights that loading transforms) is upcycled in memory,
+    and the log says so.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id of a dense checkpoint.
+        target (`str` or `Path`): A folder that does not exist yet, or is empty.
+        num_experts, num_experts_per_tok, method, seed, layers, dtype, revision, allow_pickle: As in [`upcycle`].
+        max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights; a larger tensor gets its own.
+        resume (`bool`, defaults to `False`): Go on with the finished shards of a call that was killed. The source's
+            files and the arguments must be the same; where there is nothing to go on with, start.
+        show_progress (`bool`, defaults to `False`): A bar with rate and time left, on stderr.
+        **options_and_fields: As in [`upcycle`], `data`, `sources` and `prompts` included.
+
+    Returns:
+        `dict`: the receipt. It holds no measured difference to the dense model, which was never loaded: see
+        [`verify`].
+
+    Raises:
+        ValueError: as [`upcycle`], and a source that changes while it is read, or a `resume` with other arguments.
+        OSError: the target is taken, or its disk is too small.
+
+    Example:
+        ```python
+        stream_upcycle("Qwen/Qwen3-0.6B", "qwen3-8x", num_experts=8)
+        ```
+    """
+    check_target(target)
+    arguments = {"layers": layers, "dtype": dtype, "revision": revision, "allow_pickle": allow_pickle}
+    given = options_and_fields.keys() & set(_NEEDS_A_MODEL)
+    try:
+        if given or method == "branches":
+            raise NotStreamableError(f"`{min(given, default='sources')}` needs the model itself")
+        found = find_source(str(source), revision, allow_pickle)
+        stamps = _stamps(found)
+        fields = {"num_experts": num_experts or 8, "num_experts_per_tok": num_experts_per_tok}
+        plan = _plan(found, method, seed, layers, dtype, fields | options_and_fields)
+    except NotStreamableError as reason:
+        logger.warning(f"`{source}` is upcycled in memory, not streamed: {reason}.")
+        model = upcycle(
+            str(source), num_experts, num_experts_per_tok, method, seed, **arguments, **options_and_fields
+        )
+        folder = None if method == "branches" else find_source(str(source), revision, allow_pickle).folder
+        write_checkpoint(model, target, folder, max_shard_size=max_shard_size)
+        return model.receipt
+    made_from = {"recipe": plan.asked_for | {"max_shard_size": max_shard_size}}
+    known = source_files(found.folder) if resume else None
+    with resumable_folder(target, made_from | {"sha256": known} if resume else None) as folder:
+        return _stream(plan, folder, Path(target), made_from, known, stamps, max_shard_size, show_progress)
+
+
+@dataclass
+class StreamPlan:
+    """All that is known before the first weight is read. Both models are without storage."""
+
+    source: Source
+    dense: PreTrainedModel
+    sparse: SparseMoePreTrainedModel
+    recipe: Recipe
+    fields: dict[str, Any]
+    layers: list[SparseLayer]
+    tensors: DenseTensors
+    outputs: dict[str, torch.Tensor]
+
+    @property
+    def asked_for(self) -> dict[str, Any]:
+        """What decides the bits of the result, beside the source's."""
+        return {
+            "method": self.recipe.method,
+            "seed": self.recipe.seed,
+            **self.recipe.options,
+            **self.fields,
+            "dtype": str(self.sparse.dtype),
+            "torch": torch.__version__,
+        }
+
+
+def _plan(
+    source: Source,
+    method: str,
+    seed: int,
+    layers: Layers,
+    dtype: str | torch.dtype,
+    options_and_fields: dict[str, Any],
+) -> StreamPlan:
+    recipe, fields = make_recipe(method, seed, options_and_fields)
+    if not weight_files(source):
+        raise NotStreamableError("its weights are no safetensors")
+    dense_config = read_config(source)
+    if getattr(dense_config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantised")
+    target = sparse_class(dense_config, (dense_config.architectures or [None])[0])
+    with sensible_config(source):
+        chosen = (dense_config.dtype or stored_dtype(source)) if dtype == "auto" else dtype
+        chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+        _set_dtype(dense_config, chosen)
+        with torch.device("meta"):
+            dense = target.dense_auto_class.from_config(dense_config, dtype=chosen, trust_remote_code=False)
+    config = mixture_config(dense, target, recipe, fields, layers)
+    with sensible_config(source):
+        tensors = DenseTensors(source, dense, chosen)
+        result_dtype = loaded_dtypes(dense, chosen)[next(_floating(dense))] if dtype == "auto" else chosen
+        sparse = _without_storage(target, config, result_dtype)
+    if sparse.can_generate():
+        stored = (source.folder / GENERATION_CONFIG_NAME).is_file()
+        sparse.generation_config = (
+            GenerationConfig.from_pretrained(source.folder) if stored else dense.generation_config
+        )
+    dtypes = loaded_dtypes(sparse, result_dtype)
+    outputs = {
+        key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta")
+        for key, tensor in sparse.state_dict().items()
+        if key not in sparse.all_tied_weights_keys
+    }
+    sparse_ones = sparse_layers(dense, config, target.family_side)
+    return StreamPlan(source, dense, sparse, recipe, fields, sparse_ones, tensors, outputs)
+
+
+def _without_storage(
+    target: type[SparseMoePreTrainedModel], config: SparseMoeConfig, dtype: torch.dtype
+) -> SparseMoePreTrainedModel:
+    _set_dtype(config, dtype)
+    with torch.device("meta"):
+        return target._from_config(config, dtype=dtype)
+
+
+def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """As `from_pretrained` does it."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if (sub_config := getattr(config, name)) is not None:
+            sub_config.dtype = dtype
+
+
+def _floating(model: PreTrainedModel):
+    return (name for name, parameter in model.named_parameters() if parameter.is_floating_point())
+
+
+def _stream(
+    plan: StreamPlan,
+    folder: Path,
+    target: Path,
+    made_from: dict[str, Any],
+    sha256: dict[str, str] | None,
+    stamps: dict[str, tuple[int, int]],
+    max_shard_size: int | str,
+    show_progress: bool,
+) -> dict[str, Any]:
+    writer = ShardWriter(folder, plan.outputs, max_shard_size)
+    check_free_space(folder, writer.missing_bytes, target)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # The hash of the source takes a second core, not time. Without it there is nothing to resume from.
+    with ThreadPoolExecutor(max_workers=1) as hashing, Progress(*columns, disable=not show_progress) as progress:
+        task = progress.add_task("upcycle", total=writer.total_bytes)
+        progress.advance(task, writer.total_bytes - writer.missing_bytes)
+
+        def hash_source() -> dict[str, str]:
+            digests = source_files(plan.source.folder) if sha256 is None else sha256
+            write_journal(folder, made_from | {"sha256": digests})
+            return digests
+
+        hashed = hashing.submit(hash_source)
+        try:
+            for written in _write_tensors(plan, writer):
+                progress.advance(task, written)
+                _check_unchanged(plan.source, stamps)
+            writer.close()
+        finally:
+            writer.abandon()
+        digests = hashed.result()
+    _check_unchanged(plan.source, stamps)
+    sparse, source = plan.sparse, plan.source
+    sparse.receipt = make_receipt(plan.dense, sparse, source, plan.recipe, plan.fields, digests)
+    with TemporaryDirectory(dir=folder) as described:
+        sparse.save_pretrained(described, state_dict={})
+        for path in Path(described).iterdir():
+            if path.name != SAFE_WEIGHTS_NAME:
+                path.replace(folder / path.name)
+    copy_companions(source.folder, folder)
+    return sparse.receipt
+
+
+def _write_tensors(plan: StreamPlan, writer: ShardWriter):
+    """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
+    layer_of = {f"dense.{layer.feed_forward.block_path}.gate.weight": layer for layer in plan.layers}
+    inside = tuple(f"dense.{layer.feed_forward.block_path}." for layer in plan.layers)
+    for key, output in plan.outputs.items():
+        if key in layer_of:
+            yield from _write_layer(plan, layer_of[key], writer)
+        elif not key.startswith(inside) and writer.wants(key):
+            begin = 0
+            for piece in plan.tensors.pieces(key.removeprefix("dense.")):
+                written = writer.write(key, piece.to(output.dtype), begin)
+                begin += written
+                yield written
+
+
+def _write_layer(plan: StreamPlan, layer: SparseLayer, writer: ShardWriter):
+    prefix = f"dense.{layer.feed_forward.block_path}."
+    wanted = {key for key in plan.outputs if key.startswith(prefix) and writer.wants(key)}
+    if not wanted:
+        return
+    for key, expert, piece in layer.pieces(plan.tensors.read, plan.sparse.config, plan.recipe):
+        if key in wanted:
+            output = plan.outputs[key]
+            row = 0 if expert is None else output[0].numel() * output.element_size()
+            yield writer.write(key, piece.to(output.dtype), row * (expert or 0))
+
+
+def _stamps(source: Source) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the files that the result is made of."""
+    files = [*source.folder.glob("*.safetensors"), *source.folder.glob("*.json")]
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def _check_unchanged(source: Source, stamps: dict[str, tuple[int, int]]) -> None:
+    now = _stamps(source)
+    changed = sorted(name for name in stamps | now if stamps.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"`{source.name}` changed while it was read (`{changed[0]}`), so nothing was written. Wait until it is "
+            "complete, and start again."
+        )
