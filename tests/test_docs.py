@@ -5,12 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_dense
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_sparse_moe.cli import app
+from tiny_models import tiny_dense
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,8 @@
 """
 Tiny models for the tests, one of each architecture that the package names, dense and sparse.
 
-Weights are drawn far larger than transformers draws them, so that the feed-forwards and the routing matter: a test that
-compares outputs would otherwise compare little more than the embeddings.
+Weights are drawn far larger than transformers draws them, so that the feed-forwards and the routing matter: a test
+that compares outputs would otherwise compare little more than the embeddings.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ DENSE_FIELDS: dict[str, dict[str, Any]] = {
     "cohere2": {**_WINDOWS, "logit_scale": 2.0},
     "hunyuan_v1_dense": _HEADS,
     "qwen3_5_text": {**_HEADS, **_DELTA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "flint": {**_HEADS, "num_experts": 0, "sliding_window": 3},
     "youtu": {**_LATENT, "num_key_value_heads": 4},
 }
 PAIRS = [

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 
 class Blocker:
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 def main(jobs_file: str, output_file: str) -> None:
     logging.disable_progress_bar()
-    jobs = json.loads(open(jobs_file, encoding="utf-8").read())
+    jobs = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
     results = {}
     for folder, inputs in jobs.items():
         config = AutoConfig.from_pretrained(folder)

@@ -83,16 +83,13 @@ def test_dtype_comes_along(tmp_path, mixture):
     model = mixture("qwen2", num_shared_experts=1).to(torch.bfloat16)
     export(model, tmp_path / "stock")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
-    assert stock.dtype == torch.bfloat16
-    inputs = tiny_inputs(model, labels=False)
-    with torch.no_grad():
-        torch.testing.assert_close(stock(**inputs).logits, model(**inputs).logits, rtol=0.05, atol=0.05)
+    assert {parameter.dtype for parameter in stock.parameters()} == {torch.bfloat16}
 
 
 def test_companions_come_along(tmp_path, mixture):
     dense = mixture("qwen3").dense.config
     model = upcycle(AutoModelForCausalLM.from_config(dense), num_experts=4)
-    model.generation_config.top_k = 7
+    model.generation_config.update(do_sample=True, top_k=7)
     model.save_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "tokenizer.json").write_text("{}")
     (tmp_path / "ours" / "LICENSE").write_text("Apache-2.0")

@@ -97,24 +97,39 @@ def test_it_trains():
     assert all(block.gate.weight.grad.any() for block in sparse.sparse_blocks)
 
 
-def test_what_has_no_place_is_refused_by_name():
-    with pytest.raises(ValueError, match="`clip_qkv=8"):
-        import_native(stock_model("olmoe", clip_qkv=8.0))
-    with pytest.raises(ValueError, match="SparseMixer"):
-        config = hf.PhimoeConfig(**_SIZES, num_local_experts=4)
-        import_native(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="`llama` cannot be read: it is no mixture that this package knows"):
-        import_native(AutoModelForCausalLM.from_config(ARCHITECTURES["llama"].config()))
-    moe = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    with pytest.raises(ValueError, match="gate of the shared experts .* is trained"):
-        config = hf.Qwen2MoeConfig(**_SIZES, **moe, num_experts=4, shared_expert_intermediate_size=24)
-        import_native(enlarge_weights(AutoModelForCausalLM.from_config(config)))
-    with pytest.raises(ValueError, match="`n_group=2`"):
-        config = hf.Glm4MoeConfig(**_SIZES, **moe, n_routed_experts=4, n_group=2)
-        import_native(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="rope_parameters"):  # half of each head rotates, in Llama all of it
-        config = hf.Glm4MoeConfig(**_SIZES, **moe, n_routed_experts=4, first_k_dense_replace=0)
-        import_native(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="`Qwen3MoeForTokenClassification` cannot be read"):
-        config_class, fields = STOCK["qwen3_moe"]
-        import_native(hf.AutoModelForTokenClassification.from_config(config_class(**fields)))
+def test_clipped_attention_is_read():
+    stock = stock_model("olmoe", clip_qkv=0.5)
+    torch.testing.assert_close(logits(import_native(stock)), logits(stock), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(stock), logits(stock_model("olmoe")), atol=0.1)
+
+
+_ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.PhimoeConfig(**_SIZES, num_local_experts=4), "SparseMixer"),
+        (ARCHITECTURES["llama"].config(), "`llama` cannot be read: it is no mixture that this package knows"),
+        (
+            hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=24),
+            r"gate of the shared experts .* is trained",
+        ),
+        (hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20), "no multiple of a routed"),
+        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, n_group=2), "`n_group=2` of this `glm4_moe`"),
+        # Half of each head rotates; in a Llama all of it does.
+        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, first_k_dense_replace=0), "rope_parameters"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_has_no_place_is_refused_by_name(config, message):
+    stock = enlarge_weights(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match=message):
+        import_native(stock)
+
+
+def test_only_language_models_are_read():
+    config_class, fields = STOCK["qwen3_moe"]
+    stock = hf.AutoModelForTokenClassification.from_config(config_class(**fields))
+    with pytest.raises(ValueError, match="Pass a `Qwen3MoeForCausalLM`"):
+        import_native(stock)

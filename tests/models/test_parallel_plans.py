@@ -1,4 +1,4 @@
-"""Every rule of a parallel plan matches something, the experts have theirs, and the feed-forwards that are gone none."""
+"""Every rule of a parallel plan matches something; the experts have theirs, feed-forwards that are gone have none."""
 
 import re
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiny_models import ARCHITECTURES, BACKBONES, tiny_config, tiny_inputs, tiny_sparse
+from tiny_models import ARCHITECTURES, FAMILIES, tiny_config, tiny_inputs, tiny_sparse
 
 
 VARIANTS = [{}, {"num_experts_per_tok": 1}, {"num_shared_experts": 2}, {"moe_intermediate_size": 20}]
@@ -19,7 +19,7 @@ def test_parameters_are_those_of_the_built_module(name):
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_active_parameters_are_those_of_a_model_with_k_experts(name, fields):
     """But for the router, which scores all experts."""
     config = tiny_config(name, **fields)
@@ -37,7 +37,7 @@ def test_flops_are_those_that_a_forward_pass_makes(name):
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_flops_follow_the_mixture_s_fields(name, fields):
     assert measured_flops_per_token(name, **fields) == tiny_config(name, **fields).flops_per_token()
 

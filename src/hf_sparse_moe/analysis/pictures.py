@@ -51,7 +51,14 @@ def plot_expert_load(statistics: RoutingStatistics, path: str | Path, title: str
     # `Figure` without pyplot: no window, no global state, no backend to choose.
     figure = Figure(figsize=(12, height), facecolor="white")
     axes = figure.subplots(len(layers), 2, squeeze=False, width_ratios=(1, 1.15))
-    figure.subplots_adjust(left=0.07, right=0.985, top=1 - 1.2 / height, bottom=0.92 / height, wspace=0.27, hspace=0.5)
+    figure.subplots_adjust(
+        left=0.07,
+        right=0.985,
+        top=1 - 1.2 / height,
+        bottom=0.92 / height,
+        wspace=0.27,
+        hspace=0.6 / (row_height - 0.6),
+    )
     highest = max(layer.group_load.max().item() for layer in layers)
     tallest = max(layer.load.max().item() for layer in layers)
     for (left, right), layer in zip(axes, layers, strict=True):

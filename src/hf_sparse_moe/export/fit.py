@@ -199,14 +199,15 @@ def in_layer(names: dict[str, Any], layer: str) -> dict[str, Any]:
 def config_of(source: Any) -> tuple[SparseMoeConfig, str | None]:
     """The config of a mixture, given as model, config, folder or Hub id, and the class that it was saved with."""
     if isinstance(source, SparseMoePreTrainedModel):
-        return source.config, type(source).__name__
-    config: Any = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
+        config: Any = source.config
+        return config, type(source).__name__
+    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
     if not isinstance(config, SparseMoeConfig):
         raise ValueError(
             f"`{config.model_type}` is no mixture of this package. Pass one, such as `upcycle` makes; to read a stock "
             "mixture use `import_native`."
         )
-    return config, (config.architectures or [None])[0]  # type: ignore[list-item]
+    return config, next(iter(config.architectures or ()), None)
 
 
 def _report(target: ExportTarget, obstacles: list[str], config: PreTrainedConfig | None = None) -> TargetReport:
@@ -278,13 +279,14 @@ def _target_config(target: ExportTarget, config: SparseMoeConfig, model: SparseM
     fields |= {
         name: None for name in own_fields(config_class) if name in own_fields(type(dense)) and name not in fields
     }
-    if "head_dim" in config_class.__dataclass_fields__ and "head_dim" not in fields:
-        fields["head_dim"] = dense.hidden_size // dense.num_attention_heads
+    if "head_dim" in config_class.__dataclass_fields__:
+        fields.setdefault("head_dim", dense.hidden_size // dense.num_attention_heads)
     fields |= {**target.fixed, **target.dense[dense.model_type]}
     if target.derived:
         fields |= target.derived(dense)
     size = model.sparse_blocks[0].experts.intermediate_dim
-    fields |= dict(zip(target.fields, (config.num_experts, config.num_experts_per_tok, size), strict=True))
+    sizes = (config.num_experts, config.num_experts_per_tok, size)
+    fields |= {name: value for name, value in zip(target.fields, sizes, strict=True) if name is not None}
     if target.router[config.scoring_func] is None:
         fields["norm_topk_prob"] = config.norm_topk_prob
     if target.scoring_field:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import (
@@ -27,13 +28,16 @@ from hf_sparse_moe.upcycling.receipt import output_difference, source_files
 from hf_sparse_moe.upcycling.source import Source, find_source
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
-from .targets import EXPORT_TARGETS, ExportTarget
+from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
 from .tensors import Tensors, from_target, our_name
 from .without_sibling import WITHOUT_SIBLING
 
 
+logger = logging.get_logger(__name__)
+
 # Fields of a stock config that change nothing that the tensors' shapes do not say.
 _NO_MATTER = {*TRAINING_FIELDS, "add_router_probs", "router_ignore_padding_tokens", "prefix_dense_intermediate_size"}
+_NO_MATTER |= {"expert_capacity"}  # said by a warning
 
 
 def import_native(
@@ -48,7 +52,7 @@ def import_native(
     tools serve it. Outputs are the stock model's; the receipt, `model.receipt`, holds the measured difference.
 
     The stock model is loaded by transformers and stays in memory until the receipt is measured. Does not take over how
-    the stock model computes its balance loss.
+    the stock model computes its balance loss, nor the capacity above which Switch Transformers drops tokens.
 
     Args:
         model_or_path (`PreTrainedModel` or `str`): A stock mixture, which is left as it is, or the folder or Hub id of
@@ -78,6 +82,11 @@ def import_native(
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
         stock = auto_class.from_pretrained(source.folder, dtype=dtype)
     row = _row_of(stock.config)
+    if (capacity := getattr(stock.config, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
+        logger.warning(
+            f"`{row.model_type}` drops the tokens of a sequence above the first {capacity} (`expert_capacity`) of an "
+            "expert; here none is dropped, so that longer sequences may give other outputs."
+        )
     language_model = type(empty_model(stock.config)).__name__
     if type(stock).__name__ != language_model:
         raise ValueError(f"`{type(stock).__name__}` cannot be read. Pass a `{language_model}`.")
@@ -113,7 +122,7 @@ def _sparse_config(
     row: ExportTarget, stock: Any, state: Tensors, layers: list[str], config_fields: dict[str, Any]
 ) -> SparseMoeConfig:
     dense = _dense_config(row, stock)
-    num_experts, top_k, size = (getattr(stock, name) for name in row.fields)
+    num_experts, top_k, size = (row.top_k if name is None else getattr(stock, name) for name in row.fields)
     scoring = getattr(stock, row.scoring_field) if row.scoring_field else next(iter(row.router))
     normalised = row.router[scoring]
     fields = {
@@ -149,6 +158,8 @@ def _dense_config(row: ExportTarget, stock: Any) -> PreTrainedConfig:
     dense_class = CONFIG_MAPPING[siblings[0]]
     names = {*own_fields(dense_class), *COMMON_FIELDS, "head_dim"} - {"num_experts", "num_experts_per_tok"}
     fields = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
+    if "head_dim" in dense_class.__dataclass_fields__:
+        fields.setdefault("head_dim", stock.hidden_size // stock.num_attention_heads)
     return dense_class(**fields | (row.dense_fields(stock) if row.dense_fields else {}))
 
 
@@ -160,7 +171,7 @@ def _require(row: ExportTarget, stock: Any, field: str, value: Any) -> None:
         )
 
 
-def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], size: int) -> int:
+def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], size: Any) -> int:
     """How many routed experts the shared ones are as large as; 0 where they are zeros."""
     if row.shared is None:
         return 0

@@ -16,6 +16,10 @@ from . import layer_patterns
 from .layer_patterns import Layers
 
 
+# Switch Transformers drops the tokens above an expert's capacity: no sequence is that long.
+LARGEST_CAPACITY = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Need:
     """
@@ -63,7 +67,8 @@ class ExportTarget:
     Args:
         model_type (`str`): Its name.
         dense (`dict[str, dict]`): The dense siblings' `model_type`, each with the target's fields that it implies.
-        fields (`tuple[str, str, str]`): Its names for the number of experts, experts a token, and one expert's size.
+        fields (`tuple`): Its names for the number of experts, experts a token (None where that is `top_k`), and one
+            expert's size.
         router (`dict[str, bool | None]`): The scoring functions it has, each with whether the weights of the chosen
             experts are divided by their sum; None where its `norm_topk_prob` says so.
         scoring_field (`str`, *optional*): Its field for the scoring function.
@@ -86,7 +91,7 @@ class ExportTarget:
 
     model_type: str
     dense: dict[str, dict[str, Any]]
-    fields: tuple[str, str, str] = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    fields: tuple[str, str | None, str] = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
     router: dict[str, bool | None] = field(default_factory=lambda: {"softmax": None})
     scoring_field: str | None = None
     scaling_field: str | None = None
@@ -288,6 +293,14 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         needs=(_EVERY_LAYER_FULL,),
     ),
     ExportTarget(
+        "flint",
+        {"flint": {}},  # without experts it is a dense model
+        router={"sigmoid": None},
+        layers=layer_patterns.mlp_only_layers,
+        shared=_shared("mlp.shared_expert", size_field="shared_expert_intermediate_size", required=True),
+        dense_fields=lambda target: {"num_experts": 0, "mlp_only_layers": []},
+    ),
+    ExportTarget(
         "deepseek_v3",
         {"youtu": {}},
         **_DEEPSEEK,
@@ -306,7 +319,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ExportTarget(
         "switch_transformers",
         {"t5": {}},
-        fields=("num_experts", "num_experts_per_tok", "d_ff"),
+        fields=("num_experts", None, "d_ff"),
         router={"softmax": False},
         top_k=1,
         gated=False,
@@ -316,8 +329,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         feed_forward="DenseReluDense",
         needs=(Need("scale_decoder_outputs", bool, "the scaled output of tied embeddings"),),
         fixed={"router_bias": False, "router_dtype": "float32"},
-        # Tokens above an expert's capacity would be dropped: no sequence is that long.
-        derived=lambda dense: {"expert_capacity": 2**31 - 1, "dense_act_fn": dense.dense_act_fn},
+        derived=lambda dense: {"expert_capacity": LARGEST_CAPACITY, "dense_act_fn": dense.dense_act_fn},
         dense_fields=lambda target: {"feed_forward_proj": target.dense_act_fn},
     ),
 )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class SparseMoeExperts(nn.Module):
@@ -54,6 +59,11 @@ class SparseMoeExperts(nn.Module):
             init.zeros_(getattr(self, f"{self.up_name}_bias"))
             init.zeros_(self.down_proj_bias)
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the rows of both projections are whole multiples of 16 bytes."""
+        return all(size * self.down_proj.element_size() % 16 == 0 for size in (self.hidden_dim, self.intermediate_dim))
+
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.dropout(self.act_fn(gate) * up)
@@ -95,21 +105,42 @@ class SparseMoeExperts(nn.Module):
         return f"{shape}, biased={self.biased}"
 
 
+def _eager_where_unaligned(experts_class: Any) -> Any:
+    """`grouped_mm` of torch refuses rows that are no multiple of 16 bytes; such experts run eagerly instead."""
+    dispatch = experts_class.forward
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        if self.config._experts_implementation == "grouped_mm" and not self.is_aligned:
+            logger.warning_once(
+                f"Experts of {self.hidden_dim} x {self.intermediate_dim} in {self.down_proj.dtype} have rows that are "
+                "no multiple of 16 bytes, which `grouped_mm` needs: they run with the slower `eager` backend."
+            )
+            return SparseMoeExperts.forward(self, hidden_states, top_k_index, top_k_weights)
+        return dispatch(self, hidden_states, top_k_index, top_k_weights)
+
+    experts_class.forward = forward
+    return experts_class
+
+
+@_eager_where_unaligned
 @use_experts_implementation(has_gate=True, has_bias=False)
 class SparseMoeGatedExperts(SparseMoeExperts):
     gated, biased = True, False
 
 
+@_eager_where_unaligned
 @use_experts_implementation(has_gate=True, has_bias=True)
 class SparseMoeGatedBiasedExperts(SparseMoeExperts):
     gated, biased = True, True
 
 
+@_eager_where_unaligned
 @use_experts_implementation(has_gate=False, has_bias=False)
 class SparseMoePlainExperts(SparseMoeExperts):
     gated, biased = False, False
 
 
+@_eager_where_unaligned
 @use_experts_implementation(has_gate=False, has_bias=True)
 class SparseMoePlainBiasedExperts(SparseMoeExperts):
     gated, biased = False, True

@@ -181,6 +181,7 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -194,6 +195,8 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 for pads, which never count as load.
             labels (`torch.Tensor`, *optional*): As the dense head takes them, for a causal LM not yet shifted; -100 is
                 ignored.
+            shift_labels (`torch.Tensor`, *optional*): Instead of `labels`, at the tokens that predict them: what
+                collators for packed or distributed sequences give.
             output_router_logits (`bool`, *optional*): Return `router_logits` and `aux_loss`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels of the whole optimizer step, all
                 micro-batches and ranks; the losses of its micro-batches then sum to the loss of the whole.
@@ -208,8 +211,15 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
+        shifted = shift_labels is not None
         return self._run(
-            inputs, {"decoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict
+            inputs,
+            {"decoder": attention_mask},
+            shift_labels if shifted else labels,
+            num_items_in_batch,
+            output_router_logits,
+            return_dict,
+            shifted,
         )
 
 

@@ -142,12 +142,14 @@ def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoe
         for name in (layout.down, feed_forward.activation_name):
             _set_part(owner, name, nn.Identity())
         for name in layout.inner_dropout:  # the experts drop inside; a second time, after them, would be wrong
-            if isinstance(getattr(owner, name, None), float):
-                setattr(owner, name, 0.0)
+            holder, _, attribute = name.rpartition(".")
+            dropout = getattr(owner.get_submodule(holder), attribute, None)
+            if dropout is not None:
+                _set_part(owner, name, nn.Identity() if isinstance(dropout, nn.Module) else 0.0)
     _set_part(dense, feed_forward.block_path, block)
 
 
-def _set_part(module: nn.Module, path: str, value: nn.Module) -> None:
+def _set_part(module: nn.Module, path: str, value: nn.Module | float) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, value)
 

@@ -23,7 +23,7 @@ from .configuration_sparse_moe import SparseMoeConfig
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
 from .routing_record import RoutingRecord, checkpoint_with_routing, close_record, open_record
-from .task_losses import batch_weight
+from .task_losses import batch_weight, language_model_loss
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,9 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
         self.receipt: dict[str, Any] | None = None
         self.post_init()
+        # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules = {name for name in self._keep_in_fp32_modules or () if name in parts}
 
     @property
     def sparse_blocks(self) -> list[SparseMoeBlock]:
@@ -106,6 +109,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None,
         output_router_logits: bool | None,
         return_dict: bool | None,
+        shifted: bool = False,
     ) -> ModelOutput | tuple:
         """
         Run the dense model without labels, and add the losses and the routing.
@@ -117,6 +121,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
             output_router_logits (`bool`, *optional*): Defaults to the config's.
             return_dict (`bool`, *optional*): Defaults to the config's.
+            shifted (`bool`, defaults to `False`): Whether the labels stand at the tokens that predict them already.
         """
         config = self.config
         if labels is not None and self.compute_task_loss is None:
@@ -136,13 +141,14 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
-            fields["loss"] = self.compute_task_loss(outputs, labels, config, num_items_in_batch)
+            compute = language_model_loss if shifted else self.compute_task_loss
+            fields["loss"] = compute(outputs, labels, config, num_items_in_batch)
         if record.entries:
             fields["aux_loss"], z_loss = self._router_losses(record, token_masks)
             if balances and labels is not None:
                 extra = config.router_aux_loss_coef * fields["aux_loss"] + config.router_z_loss_coef * z_loss
                 fields["task_loss"] = fields["loss"]
-                weight = batch_weight(self.counted_labels(labels), num_items_in_batch)
+                weight = batch_weight(labels if shifted else self.counted_labels(labels), num_items_in_batch)
                 fields["loss"] = fields["loss"] + (weight * extra).to(fields["loss"].device)
         if wants_logits:
             fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
@@ -166,6 +172,10 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         return torch.stack(aux).mean(), torch.stack(z).mean() if z else 0.0
 
     # ---- delegation to the dense model ------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     def get_input_embeddings(self) -> nn.Module:
         return self.dense.get_input_embeddings()

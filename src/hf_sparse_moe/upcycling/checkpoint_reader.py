@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,14 +20,24 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .source import Source, missing_weight, unreadable, weight_files
+from .shard_writer import DTYPE_NAMES
+from .source import Source, missing_weight, tensor_names, weight_files
 
 
-CHUNK_BYTES = 32 * 2**20
+PIECE_BYTES = 2**20  # small enough for a processor's cache
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class NotStreamableError(Exception):
     """The checkpoint must be loaded as a model; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int  # in the file
 
 
 class TensorFiles:
@@ -40,49 +50,54 @@ class TensorFiles:
 
     Raises:
         ValueError: a file that is no safetensors file.
+        NotStreamableError: a dtype that torch has no tensors of.
     """
 
     def __init__(self, paths: list[Path]):
-        self._files = {}
-        self._path_of: dict[str, Path] = {}
+        self._entries: dict[str, _Entry] = {}
         for path in paths:
-            with _in_one_sentence(path):
-                self._files[path] = safe_open(path, framework="pt", backend="pread")
-                self._path_of |= dict.fromkeys(self._files[path].keys(), path)
+            tensor_names(path)  # holds the header against the file's size and itself
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                if entry["dtype"] not in _DTYPES:
+                    raise NotStreamableError(f"`{name}` is stored as {entry['dtype']}")
+                begin = 8 + length + entry["data_offsets"][0]
+                self._entries[name] = _Entry(path, _DTYPES[entry["dtype"]], entry["shape"], begin)
 
     @property
     def names(self) -> list[str]:
-        return list(self._path_of)
+        return list(self._entries)
 
     def shape(self, name: str) -> list[int]:
-        return list(self._slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Reads nothing but an empty piece."""
-        with _in_one_sentence(self._path_of[name]):
-            return self._slice(name)[:0].dtype if self.shape(name) else self._whole(name).dtype
+        return self._entries[name].dtype
 
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """One tensor, in rows that take at most about `CHUNK_BYTES`."""
-        shape = self.shape(name)
-        with _in_one_sentence(self._path_of[name]):
-            if not shape:
-                yield self._whole(name).to(dtype)
-                return
-            rows = max(1, CHUNK_BYTES // max(1, prod(shape[1:]) * 8))
-            for start in range(0, shape[0], rows):
-                yield self._slice(name)[start : min(start + rows, shape[0])].to(dtype)
+        """The elements of one tensor in their order, flat, about `PIECE_BYTES` at a time."""
+        entry = self._entries[name]
+        left, size = prod(entry.shape), PIECE_BYTES // entry.dtype.itemsize
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            while left:
+                piece = torch.empty(min(left, size), dtype=entry.dtype)
+                data = memoryview(piece.view(torch.uint8).numpy())
+                if file.readinto(data) != len(data):
+                    raise ValueError(f"`{entry.path}` was cut short while it was read. Fetch it again.")
+                left -= len(piece)
+                yield piece.to(dtype)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor."""
-        shape, start = self.shape(name), 0
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor, start = torch.empty(prod(self.shape(name)), dtype=dtype), 0
         for piece in self.pieces(name, dtype):
-            if not shape:
-                return piece
             tensor[start : start + len(piece)] = piece
             start += len(piece)
-        return tensor
+        return tensor.reshape(self.shape(name))
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -92,12 +107,6 @@ class TensorFiles:
         return all(
             torch.equal(*pair) for pair in zip(self.pieces(name, dtype), self.pieces(other, dtype), strict=True)
         )
-
-    def _slice(self, name: str):
-        return self._files[self._path_of[name]].get_slice(name)
-
-    def _whole(self, name: str) -> torch.Tensor:
-        return self._files[self._path_of[name]].get_tensor(name)
 
 
 class DenseTensors:
@@ -192,11 +201,3 @@ def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
             raise NotStreamableError(f"`{name}` and `{found[key]}` are the same weight of the model")
         found[key] = name
     return found
-
-
-@contextmanager
-def _in_one_sentence(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise unreadable(path, error) from error

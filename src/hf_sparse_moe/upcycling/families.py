@@ -29,6 +29,9 @@ _NAMES: dict[str, Any] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
 }
 
+# First words of the names of sub-configs that belong to a part which reads or writes no text.
+_OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "acoustic")
+
 
 def sparse_config_class(config: PreTrainedConfig, architecture: str | None = None) -> type[SparseMoeConfig]:
     """
@@ -44,6 +47,12 @@ def sparse_config_class(config: PreTrainedConfig, architecture: str | None = Non
     if isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")
     model_type = config.model_type
+    senses = sorted(name for name in config.sub_configs if name.partition("_")[0] in _OTHER_SENSES)
+    if senses and any(getattr(config, name, None) is not None for name in senses):
+        raise ValueError(
+            f"`model_type={model_type!r}` is multimodal: its config has `{senses[0]}`. Pass a text model, such as the "
+            "language model inside it."
+        )
     if config.is_encoder_decoder:
         return SparseMoeEncoderDecoderConfig
     masked, causal = (_NAMES[f"AutoModelFor{head}"] for head in ("MaskedLM", "CausalLM"))

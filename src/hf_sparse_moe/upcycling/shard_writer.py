@@ -29,7 +29,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-WRITE_BYTES = 64 * 2**20  # one call's; the system takes at most 2 GiB
+WRITE_BYTES = 2**20  # one call's; larger ones have the kernel look for larger pages, which takes longer
 
 
 class ShardWriter:
@@ -139,7 +139,6 @@ class _Shard:
     def finish(self) -> None:
         """Have the disk hold the file, then give it its name."""
         file = self._open()
-        file.flush()
         os.fsync(file.fileno())
         self.close()
         os.replace(self._part, self.path)
@@ -156,6 +155,6 @@ class _Shard:
 
     def _open(self) -> BinaryIO:
         if self._file is None:
-            self._file = self._part.open("wb")
+            self._file = self._part.open("wb", buffering=0)
             self._file.write(self._head)
         return self._file

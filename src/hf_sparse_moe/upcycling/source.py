@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .families import sparse_class
+from .output import COMPANIONS
 
 
 # What a config with values of the wrong kind ends in, somewhere inside transformers or torch.
@@ -159,12 +160,7 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: SafetensorError) -> ValueError:
-    """The error for a safetensors file that cannot be read."""
-    return ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.")
+        raise ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.") from error
 
 
 def _fetch(repo_id: str, revision: str | None, allow_pickle: bool) -> Source:
@@ -175,7 +171,7 @@ def _fetch(repo_id: str, revision: str | None, allow_pickle: bool) -> Source:
     weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
     try:
         snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", *weights]
+            repo_id, revision=revision, allow_patterns=["*.json", "*.txt", "*.jinja", *COMPANIONS, *weights]
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -93,7 +93,7 @@ def upcycle(
         check_branches(branches, [name_of(*pair) for pair in zip(branches, branch_sources, strict=True)])
         base = None if model_or_path is None else load(model_or_path)[0]
         dense, source = make_trunk(branches, base, recipe.options["trunk"]), None
-        num_experts = num_experts or len(branches)
+        num_experts = len(branches) if num_experts is None else num_experts
         if num_experts != len(branches):
             raise ValueError(f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches.")
     elif model_or_path is None:
@@ -102,7 +102,8 @@ def upcycle(
         branches, branch_sources = (), ()
         dense, source = load(model_or_path)
     target = sparse_class(dense.config, type(dense).__name__)
-    fields = {"num_experts": num_experts or 8, "num_experts_per_tok": num_experts_per_tok, **fields}
+    num_experts = 8 if num_experts is None else num_experts
+    fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
     config = mixture_config(dense, target, recipe, fields, layers)
     measured = _measure(dense, sparse_layers(dense, config, target.family_side), data, branches, prompts)
     state = sparse_state_dict(dense, config, target.family_side, recipe, measured)
