@@ -132,3 +132,22 @@ def test_a_real_checkpoint_keeps_its_text(data_dir, tmp_path):
         written = AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, max_new_tokens=60, do_sample=False)
         texts.append(tokenizer.decode(written[0]))
     assert texts[0] == texts[1]
+
+
+def test_export_and_back(mixture, tmp_path):
+    folder, _ = mixture
+    stock, back = tmp_path / "stock", tmp_path / "back"
+    finished = run_cli("export", folder, stock)
+    assert finished.code == 0, finished.err
+    assert json.loads((stock / "config.json").read_text())["model_type"] == "mixtral"
+    assert (stock / "tokenizer.json").exists()
+    finished = run_cli("import-native", stock, back)
+    assert finished.code == 0, finished.err
+    ours, again = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(back)
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_export_that_does_not_fit_says_why(mixture, tmp_path):
+    assert_one_sentence(run_cli("export", mixture[0], tmp_path / "stock", "--target", "qwen3_moe"), "qwen3_moe")
+    assert not (tmp_path / "stock").exists()

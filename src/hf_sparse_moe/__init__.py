@@ -42,7 +42,10 @@ register_auto_classes(AUTO_CLASSES)
 
 # Found on first use, so that importing the package needs torch and transformers only.
 _LAZY = {
+    "expand": ".upcycling",
     "expert_lora_config": ".adapters",
+    "explain_export": ".export",
+    "import_native": ".export",
     "push_to_hub": ".hub",
     "render_model_card": ".hub",
     "upcycle": ".upcycling",
@@ -76,7 +79,10 @@ __all__ = [
     "SparseMoeEncoderForTokenClassification",
     "SparseMoeEncoderModel",
     "SparseMoePreTrainedModel",
+    "expand",
     "expert_lora_config",
+    "explain_export",
+    "import_native",
     "list_feed_forward_layouts",
     "push_to_hub",
     "render_model_card",

@@ -308,6 +308,22 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         fixed=_ONE_GROUP,
     ),
     ExportTarget(
+        "glm4_moe_lite",
+        {"youtu": {}},
+        **_DEEPSEEK,
+        layers=layer_patterns.mlp_layer_types,
+        fixed=_ONE_GROUP,
+    ),
+    ExportTarget(
+        "deepseek_v2",
+        {"youtu": {}},
+        **{**_DEEPSEEK, "router": {"softmax": False}, "score_bias_name": None, "min_experts": 1},
+        layers=layer_patterns.first_k_dense_replace,
+        needs=(Need("rope_interleave", bool, "rotary embeddings that turn neighbouring units"),),
+        fixed={"topk_method": "greedy"},
+        dense_fields=lambda target: {"rope_interleave": True},
+    ),
+    ExportTarget(
         "mellum",
         {"qwen3": {}},
         layers=layer_patterns.mlp_layer_types,

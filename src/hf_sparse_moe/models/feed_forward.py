@@ -10,177 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
-
-@dataclass(frozen=True)
-class FeedForwardLayout:
-    """
-    One way of naming the parts of a feed-forward. Names are attributes of its owner; dots descend.
-
-    A layout is data: to support a new one, add a row to `FEED_FORWARD_LAYOUTS`.
-
-    Args:
-        name (`str`): How `list_feed_forward_layouts` calls it.
-        up (`tuple[str, ...]`): The first projection; two where gate and up are apart, the gate first.
-        down (`str`): The second projection.
-        activations (`tuple[str, ...]`):
-            Where the activation may be. Where it is a function in the code of the module that holds the first
-            projection: that module, `""` for the owner.
-        packed (`bool`): Whether one first projection holds gate and up, the gate's rows first.
-        inner_dropout (`tuple[str, ...]`): Dropout between activation and `down`: a module, or a probability.
-        outer_dropout (`tuple[str, ...]`): Dropout after `down`, inside the owner.
-        inline (`bool`):
-            Whether the owner is the whole layer. Then the block takes the place of the first projection, and
-            activation and `down` become identities, so that the layer's own dropout and residual stay in place.
-            Else the owner is nothing but the feed-forward, and the block takes its place.
-        forbidden (`tuple[str, ...]`):
-            Attributes that, where they are set, make the owner compute more than `down(act(up(x)))`.
-        example (`str`): Architectures that use it.
-    """
-
-    name: str
-    up: tuple[str, ...]
-    down: str
-    activations: tuple[str, ...]
-    packed: bool = False
-    inner_dropout: tuple[str, ...] = ()
-    outer_dropout: tuple[str, ...] = ()
-    inline: bool = False
-    forbidden: tuple[str, ...] = ()
-    example: str = ""
-
-    @property
-    def gated(self) -> bool:
-        return self.packed or len(self.up) == 2
-
-
-FEED_FORWARD_LAYOUTS = (
-    FeedForwardLayout(
-        "gate_up_down",
-        ("gate_proj", "up_proj"),
-        "down_proj",
-        ("act_fn", "activation_fn", "act"),
-        inner_dropout=("dropout",),
-        forbidden=("activation_sparsity",),
-        example="Llama, Qwen, Mistral, Gemma, OLMo, SmolLM3, EuroBERT, T5Gemma",
-    ),
-    FeedForwardLayout("w1_w3_w2", ("w1", "w3"), "w2", ("act_fn", "activation_fn", "act", ""), example="LFM2"),
-    FeedForwardLayout(
-        "w_0_w_1_w_out",
-        ("w_in.w_0", "w_in.w_1"),
-        "w_out",
-        ("w_in.act",),
-        inner_dropout=("dropout",),
-        example="CPM-Ant",
-    ),
-    FeedForwardLayout("wi_0_wi_1_wo", ("wi_0", "wi_1"), "wo", ("act",), inner_dropout=("dropout",), example="T5 v1.1"),
-    FeedForwardLayout(
-        "packed_gate_up", ("gate_up_proj",), "down_proj", ("activation_fn", "act_fn"), packed=True, example="Phi-3"
-    ),
-    FeedForwardLayout(
-        "packed_wi_wo", ("Wi",), "Wo", ("act",), packed=True, inner_dropout=("drop",), example="ModernBERT"
-    ),
-    FeedForwardLayout("packed_fc1_fc2", ("fc1",), "fc2", ("activation_fn",), packed=True, example="Moshi"),
-    FeedForwardLayout(
-        "packed_input_output",
-        ("input_linear",),
-        "output_linear",
-        ("activation",),
-        packed=True,
-        example="Granite 4.0 without experts",
-    ),
-    FeedForwardLayout("wi_wo", ("wi",), "wo", ("act",), inner_dropout=("dropout",), example="T5"),
-    FeedForwardLayout(
-        "c_fc_c_proj",
-        ("c_fc",),
-        "c_proj",
-        ("act", "act_fn"),
-        outer_dropout=("dropout", "residual_dropout"),
-        example="GPT-2, StarCoder2",
-    ),
-    FeedForwardLayout("dense_4h", ("dense_h_to_4h",), "dense_4h_to_h", ("act", "act_fn"), example="GPT-NeoX, Falcon"),
-    FeedForwardLayout("up_down", ("up_proj",), "down_proj", ("act_fn", "activation_fn", "act"), example="Nemotron"),
-    FeedForwardLayout(
-        "fc_in_fc_out", ("fc_in",), "fc_out", ("act",), outer_dropout=("dropout",), example="GPT-J, CodeGen"
-    ),
-    FeedForwardLayout(
-        "lin1_lin2", ("lin1",), "lin2", ("activation", "act"), outer_dropout=("dropout",), example="DistilBERT"
-    ),
-    FeedForwardLayout("fc1_fc2", ("fc1",), "fc2", ("activation_fn", "act", "act_fn"), example="Phi"),
-    FeedForwardLayout(
-        "fc1_dropout_fc2", ("fc1",), "fc2", ("act",), inner_dropout=("dropout",), example="SeamlessM4T, dense NLLB-MoE"
-    ),
-    FeedForwardLayout(
-        "intermediate_output",
-        ("intermediate",),
-        "output",
-        ("activation_fn",),
-        inner_dropout=("activation_dropout",),
-        outer_dropout=("dropout",),
-        example="ProphetNet",
-    ),
-    FeedForwardLayout("dense1_dense2", ("dense1",), "dense2", ("intermediate_act_fn",), example="Perceiver"),
-    FeedForwardLayout("sequential", ("0",), "2", ("1",), example="CTRL"),
-    FeedForwardLayout(
-        "inline_fc1_fc2",
-        ("fc1",),
-        "fc2",
-        ("activation_fn",),
-        inner_dropout=("activation_dropout",),
-        inline=True,
-        example="BART, mBART, Marian, Pegasus, M2M-100, OPT",
-    ),
-    FeedForwardLayout(
-        "split_intermediate_output",
-        ("intermediate.dense",),
-        "output.dense",
-        ("intermediate.intermediate_act_fn",),
-        inline=True,
-        example="BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa",
-    ),
-    FeedForwardLayout(
-        "split_activation_in_code",
-        ("intermediate.dense",),
-        "output.dense",
-        ("intermediate",),
-        inline=True,
-        example="ESM",
-    ),
-    FeedForwardLayout(
-        "split_dense_output",
-        ("dense.dense",),
-        "output.dense",
-        ("dense.act_fn",),
-        inner_dropout=("dense.dropout",),
-        inline=True,
-        example="Reformer",
-    ),
-    FeedForwardLayout(
-        "inline_dense_4h", ("dense_h_to_4h",), "dense_4h_to_h", ("gelu_impl",), inline=True, example="Bloom"
-    ),
-    FeedForwardLayout("inline_up_down", ("up_proj",), "down_proj", ("act",), inline=True, example="MPT"),
-    FeedForwardLayout("inline_ffn_output", ("ffn",), "ffn_output", ("activation",), inline=True, example="ALBERT"),
-    FeedForwardLayout(
-        "inline_linear_1_linear_2",
-        ("linear_1",),
-        "linear_2",
-        ("activation_function",),
-        inner_dropout=("activation_dropout",),
-        inline=True,
-        example="Funnel",
-    ),
-    # One dropout serves both places: it stays, and acts twice on the output in training.
-    FeedForwardLayout(
-        "inline_layer_1_layer_2", ("layer_1",), "layer_2", ("activation_function",), inline=True, example="XLNet"
-    ),
-)
-
-
-def list_feed_forward_layouts() -> dict[str, str]:
-    """The known layouts: name to the architectures that use it."""
-    return {layout.name: layout.example for layout in FEED_FORWARD_LAYOUTS}
+from .feed_forward_layouts import FEED_FORWARD_LAYOUTS, FeedForwardLayout, list_feed_forward_layouts
 
 
 @dataclass(frozen=True)
@@ -254,27 +94,120 @@ def find_feed_forwards(dense: nn.Module) -> list[FeedForward]:
     The feed-forwards of a dense model, in the order of its modules.
 
     Raises:
-        ValueError: the model is a mixture already, or has no feed-forward of a known layout.
+        ValueError: the model is a mixture already, has no feed-forward of a known layout, or one that computes more.
     """
-    found = list(_matches(dense))
-    sparse = next((name for name, _ in dense.named_modules() if name.rpartition(".")[2] == "experts"), None)
-    name = type(dense).__name__
-    if sparse is not None:
-        raise ValueError(f"`{name}` is a mixture of experts already (`{sparse}`). Pass a dense model.")
-    for feed_forward in found:
-        forbidden = next((name for name in feed_forward.layout.forbidden if getattr(feed_forward.owner, name, None)), None)
-        if forbidden is not None:
-            raise ValueError(
-                f"`{name}` cannot become a mixture: `{feed_forward.path}.{forbidden}` changes what the feed-forward "
-                "computes in a way that experts cannot follow."
-            )
+    found, obstacle = list(_matches(dense)), _obstacle(dense)
+    if obstacle is not None:
+        raise ValueError(obstacle)
     if not found:
         raise ValueError(
-            f"`{name}` has no feed-forward of a known layout. Known are {', '.join(list_feed_forward_layouts())}; "
-            "architectures without feed-forward layers (Mamba, RWKV, ...) cannot become a mixture. For another "
-            "naming, add a row to `FEED_FORWARD_LAYOUTS` in feed_forward.py."
+            f"`{type(dense).__name__}` has no feed-forward of a known layout. Known are "
+            f"{', '.join(list_feed_forward_layouts())}; architectures without feed-forward layers (Mamba, RWKV, ...) "
+            "cannot become a mixture. For another naming, add a row to `FEED_FORWARD_LAYOUTS` in feed_forward_layouts.py; "
+            "`explain` tells how close the model comes."
         )
     return found
+
+
+def _obstacle(dense: nn.Module) -> str | None:
+    """Why a model with known feed-forwards cannot become a mixture all the same."""
+    name = type(dense).__name__
+    sparse = next((path for path, _ in dense.named_modules() if path.rpartition(".")[2] == "experts"), None)
+    if sparse is not None:
+        return f"`{name}` is a mixture of experts already (`{sparse}`). Pass a dense model."
+    tied = getattr(dense, "all_tied_weights_keys", {})
+    tied = {*tied, *tied.values()}
+    for feed_forward in _matches(dense):
+        if f"{feed_forward.path}.{feed_forward.layout.down}.weight" in tied:
+            return (
+                f"`{feed_forward.path}` of `{name}` is tied to the feed-forward of another layer. Pass a model whose "
+                "layers have feed-forwards of their own, or share the whole module."
+            )
+        for attribute in feed_forward.layout.forbidden:
+            if getattr(feed_forward.owner, attribute, None):
+                return (
+                    f"`{feed_forward.path}.{attribute}` of `{name}` makes the feed-forward compute what experts do not. "
+                    "Pass a model without it."
+                )
+    return None
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    """
+    What [`explain`] found.
+
+    Args:
+        model (`str`): The class of the model.
+        matches (`dict[str, list[str]]`): Layout names to the paths of the feed-forwards that have it.
+        obstacle (`str`, *optional*): Why the model cannot become a mixture, whatever matches.
+        nearest (`list[tuple[str, str, list[str]]]`):
+            Where nothing matches: path, layout and differences of the modules that come closest, one of each class.
+    """
+
+    model: str
+    matches: dict[str, list[str]]
+    obstacle: str | None
+    nearest: list[tuple[str, str, list[str]]]
+
+    @property
+    def supported(self) -> bool:
+        """Whether the model can become a mixture."""
+        return bool(self.matches) and self.obstacle is None
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {'can' if self.supported else 'cannot'} become a mixture of experts"]
+        if self.obstacle is not None:
+            lines.append(f"  {self.obstacle}")
+        for layout, paths in self.matches.items():
+            lines.append(f"  layout {layout}: {len(paths)} feed-forwards, {paths[0]} to {paths[-1]}")
+        for path, layout, differences in self.nearest:
+            lines.append(f"  nearest: `{path}` is not {layout}, because {' and '.join(differences)}")
+        if not self.matches and not self.nearest:
+            lines.append("  no module has projections of a known name")
+        return "\n".join(lines)
+
+
+def explain(model_or_config: PreTrainedModel | PreTrainedConfig) -> LayoutReport:
+    """
+    Tell where which layout matches, and where none does, which comes nearest and what differs.
+
+    Args:
+        model_or_config (`PreTrainedModel` or `PreTrainedConfig`):
+            A dense model; of a config the language model, or else the bare model, is built without storage.
+
+    Example:
+        ```python
+        print(explain(AutoConfig.from_pretrained("gpt2")))
+        ```
+    """
+    dense = model_or_config if isinstance(model_or_config, nn.Module) else _build_without_storage(model_or_config)
+    matches: dict[str, list[str]] = {}
+    for feed_forward in _matches(dense):
+        matches.setdefault(feed_forward.layout.name, []).append(feed_forward.path)
+    nearest = [] if matches else _nearest(dense)
+    return LayoutReport(type(dense).__name__, matches, _obstacle(dense), nearest)
+
+
+def _build_without_storage(config: PreTrainedConfig) -> PreTrainedModel:
+    mappings = ((AutoModelForSeq2SeqLM, config.is_encoder_decoder), (AutoModelForMaskedLM, True))
+    heads = [auto for auto, wanted in (*mappings, (AutoModelForCausalLM, True)) if wanted]
+    auto_class = next((auto for auto in heads if type(config) in auto._model_mapping), AutoModel)
+    with torch.device("meta"):
+        return auto_class.from_config(config)
+
+
+def _nearest(dense: nn.Module) -> list[tuple[str, str, list[str]]]:
+    """The modules that have the most projections of a layout, at least half of them, one of each class."""
+    found: dict[type, tuple[float, str, str, list[str]]] = {}
+    for path, module in dense.named_modules():
+        for layout in FEED_FORWARD_LAYOUTS:
+            names = (*layout.up, layout.down)
+            share = sum(isinstance(_part(module, name), nn.Module) for name in names) / len(names)
+            if share >= 0.5 and share > found.get(type(module), (0.0,))[0]:
+                found[type(module)] = (share, path, layout.name, list(_differences(module, layout)))
+    best = max((entry[0] for entry in found.values()), default=0.0)
+    return [(path, layout, differences) for share, path, layout, differences in found.values() if share == best]
 
 
 def feed_forward_side(dense: PreTrainedModel, feed_forward: FeedForward, family_side: str) -> str:

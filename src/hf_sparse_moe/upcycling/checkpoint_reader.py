@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -85,19 +87,24 @@ class TensorFiles:
             file.seek(entry.begin)
             while left:
                 piece = torch.empty(min(left, size), dtype=entry.dtype)
-                data = memoryview(piece.view(torch.uint8).numpy())
-                if file.readinto(data) != len(data):
-                    raise ValueError(f"`{entry.path}` was cut short while it was read. Fetch it again.")
+                _fill(piece, file)
                 left -= len(piece)
                 yield piece.to(dtype)
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor."""
-        tensor, start = torch.empty(prod(self.shape(name)), dtype=dtype), 0
-        for piece in self.pieces(name, dtype):
-            tensor[start : start + len(piece)] = piece
-            start += len(piece)
-        return tensor.reshape(self.shape(name))
+    def read(self, name: str, dtype: torch.dtype, memory: torch.Tensor) -> torch.Tensor:
+        """One tensor, in `memory` that holds at least its bytes."""
+        entry, start = self._entries[name], 0
+        tensor = memory[: prod(entry.shape) * dtype.itemsize].view(dtype)
+        if dtype == entry.dtype:
+            with entry.path.open("rb", buffering=0) as file:
+                file.seek(entry.begin)
+                for piece in tensor.split(PIECE_BYTES // dtype.itemsize):
+                    _fill(piece, file)
+        else:
+            for piece in self.pieces(name, dtype):
+                tensor[start : start + len(piece)] = piece
+                start += len(piece)
+        return tensor.reshape(entry.shape)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -142,10 +149,25 @@ class DenseTensors:
                     f"`{name}` has the shape {self._files.shape(name)} in `{source.name}`, but its config.json asks "
                     f"for {list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
                 )
-        self.keys = [key for key in state if key not in dense.all_tied_weights_keys]
+        self._memory: list[torch.Tensor] = []
 
-    def read(self, key: str) -> torch.Tensor:
-        return self._files.read(self._names[key], self._dtypes[key])
+    def reader(self) -> Callable[[str], torch.Tensor]:
+        """
+        A function that reads a tensor by its key. The next reader takes the memory of what this one read: memory that
+        is new to a process costs it more time than the reading.
+        """
+        position = itertools.count()
+
+        def read(key: str) -> torch.Tensor:
+            name, dtype, place = self._names[key], self._dtypes[key], next(position)
+            size = prod(self._files.shape(name)) * dtype.itemsize
+            if place == len(self._memory):
+                self._memory.append(torch.empty(0, dtype=torch.uint8))
+            if len(self._memory[place]) < size:
+                self._memory[place] = torch.empty(size, dtype=torch.uint8)
+            return self._files.read(name, dtype, self._memory[place])
+
+        return read
 
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
         return self._files.pieces(self._names[key], self._dtypes[key])
@@ -201,3 +223,9 @@ def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
             raise NotStreamableError(f"`{name}` and `{found[key]}` are the same weight of the model")
         found[key] = name
     return found
+
+
+def _fill(piece: torch.Tensor, file: FileIO) -> None:
+    data = memoryview(piece.view(torch.uint8).numpy())
+    if file.readinto(data) != len(data):
+        raise ValueError(f"`{file.name}` was cut short while it was read. Fetch it again.")

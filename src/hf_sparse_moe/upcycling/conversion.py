@@ -125,7 +125,8 @@ class SparseLayer:
         def take(kind: str) -> list[torch.Tensor]:
             turn = self.feed_forward.transposed and kind == "weight"
             parts = [[read(name) for name in names] for names in self._projections(kind)]
-            return [torch.cat([tensor.T if turn else tensor for tensor in part]).contiguous() for part in parts]
+            turned = [[tensor.T if turn else tensor for tensor in part] for part in parts]
+            return [(torch.cat(part) if len(part) > 1 else part[0]).contiguous() for part in turned]
 
         up, down = take("weight")
         up_bias, down_bias = take("bias") if self.feed_forward.biased else (None, None)

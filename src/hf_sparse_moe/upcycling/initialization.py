@@ -303,26 +303,39 @@ class InitializationMethod:
         start (`Callable`): A layer's dense weights and its context to a [`LayerStart`].
         fields (`Callable`): Config fields that the method decides, from the given ones, the units and the options.
         options (`dict`): Its options with their defaults.
-        exact (`str`): When the mixture computes what the dense model computes.
+        exact (`str`): When the mixture computes what the dense model computes, in words.
+        is_exact (`Callable`): The same, asked of a mixture's config.
     """
 
     start: Callable[[FeedForwardWeights, LayerContext], LayerStart]
     exact: str
+    is_exact: Callable[[SparseMoeConfig], bool]
     fields: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _no_fields
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def _always(config: SparseMoeConfig) -> bool:
+    return True
+
+
+def _never(config: SparseMoeConfig) -> bool:
+    return False
+
+
 INITIALIZATION_METHODS = {
-    "copy": InitializationMethod(copy_experts, "with normalised weights"),
-    "noise": InitializationMethod(noise_experts, "no, near", options={"noise_std": 0.01}),
-    "drop": InitializationMethod(drop_experts, "no", options={"drop_ratio": 0.5}),
-    "split": InitializationMethod(split_experts, "yes", _split_fields, {"granularity": 2}),
+    "copy": InitializationMethod(copy_experts, "with normalised weights", lambda config: config.norm_topk_prob),
+    "noise": InitializationMethod(noise_experts, "no, near", _never, options={"noise_std": 0.01}),
+    "drop": InitializationMethod(drop_experts, "no", _never, options={"drop_ratio": 0.5}),
+    "split": InitializationMethod(split_experts, "yes", _always, _split_fields, {"granularity": 2}),
     "partition": InitializationMethod(
         partition_experts,
         "only where every token uses all experts",
+        lambda config: config.num_experts_per_tok == config.num_experts,
         _partition_fields,
         {"partition": "random", "shared_units": 0},
     ),
-    "graft": InitializationMethod(graft_experts, "yes", _graft_fields),
-    "branches": InitializationMethod(branch_experts, "where all branches are equal", options={"trunk": "average"}),
+    "graft": InitializationMethod(graft_experts, "yes", _always, _graft_fields),
+    "branches": InitializationMethod(
+        branch_experts, "where all branches are equal", _never, options={"trunk": "average"}
+    ),
 }

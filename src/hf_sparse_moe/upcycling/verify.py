@@ -1,0 +1,126 @@
+"""`verify`: does a mixture still do what its receipt says, measured against the dense checkpoint?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+
+from .initialization import INITIALIZATION_METHODS
+from .receipt import output_difference, source_files
+from .source import Source, find_source, load_dense
+
+
+# Relative to the largest output. float32 rounds some hundred times on its way through a model.
+TOLERANCE = 1e-5
+
+
+def verify(
+    checkpoint: str | Path, dense: str | Path, *, revision: str | None = None, dense_revision: str | None = None
+) -> dict[str, Any]:
+    """
+    Measure the largest and mean difference between a mixture and its dense model on the receipt's probe, and compare
+    with the receipt: its numbers, its promise of equality, its hashes of the source.
+
+    Both models are loaded, in float32; where the receipt was measured in another dtype, that is measured too.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
+        dense (`str` or `Path`): Folder or Hub id of the dense checkpoint that it was made of.
+        revision, dense_revision (`str`, *optional*): Branch, tag or commit of Hub ids.
+
+    Returns:
+        `dict`: `passed`; `findings`, a sentence each; `measured` and `recorded`; `promise`, the method's own words.
+
+    Raises:
+        ValueError: no mixture, no receipt, or a dense checkpoint of another architecture.
+
+    Example:
+        ```python
+        report = verify("qwen3-8x", "Qwen/Qwen3-0.6B")
+        assert report["passed"], report["findings"]
+        ```
+    """
+    sparse = _load_sparse(find_source(str(checkpoint), revision))
+    source = find_source(str(dense), dense_revision)
+    receipt = sparse.receipt
+    if receipt is None or "arguments" not in receipt:
+        raise ValueError(f"`{checkpoint}` has no receipt of an upcycling, so there is nothing to verify it by.")
+    dense_model = load_dense(source, torch.float32)
+    if type(dense_model).__name__ != receipt["source"]["architecture"]:
+        raise ValueError(
+            f"`{dense}` is a {type(dense_model).__name__}, but `{checkpoint}` was made of a "
+            f"{receipt['source']['architecture']}. Pass the dense checkpoint that the receipt names."
+        )
+    stored_dtype = sparse.dtype
+    measured = [output_difference(dense_model, sparse.float())]
+    recorded = receipt["equality"]
+    recorded = recorded if "max_abs_difference" in recorded else None
+    if recorded is not None and recorded["dtype"] != measured[0]["dtype"]:
+        dtype = getattr(torch, recorded["dtype"])
+        measured.append(output_difference(dense_model.to(dtype), sparse.to(dtype)))
+    method = INITIALIZATION_METHODS[receipt["arguments"]["method"]]
+    findings = [
+        _equality(measured[0], method.is_exact(sparse.config), method.exact, stored_dtype),
+        _reproduction(measured[-1], recorded),
+        _hashes(receipt["source"]["sha256"], source_files(source.folder)),
+    ]
+    return {
+        "passed": all(kept for kept, _ in findings),
+        "findings": [sentence for _, sentence in findings],
+        "promise": method.exact,
+        "measured": measured,
+        "recorded": recorded,
+    }
+
+
+def _load_sparse(source: Source) -> SparseMoePreTrainedModel:
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    if not isinstance(config, SparseMoeConfig):
+        raise ValueError(f"`{source.name}` is a `{config.model_type}`, no mixture of this package. Pass one.")
+    classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
+    architecture = (config.architectures or [None])[0]
+    if architecture not in classes:
+        raise ValueError(f"`{source.name}` names no class of its family in `architectures`: {architecture!r}.")
+    return classes[architecture].from_pretrained(source.folder, dtype="auto")
+
+
+def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: torch.dtype) -> tuple[bool, str]:
+    allowed = _tolerance(dtype) * measured["max_abs_output"]
+    difference = measured["max_abs_difference"]
+    told = f"the outputs differ by at most {difference:.1e} (on average {measured['mean_abs_difference']:.1e})"
+    if not promised:
+        return True, f"The method does not promise equality ({promise}); {told}, where they reach {measured['max_abs_output']:.1f}."
+    kept = difference <= allowed
+    verdict = "as promised" if kept else f"but should differ by at most {allowed:.1e}"
+    return kept, f"The method promises equality ({promise}): {told}, {verdict}."
+
+
+def _reproduction(measured: dict[str, Any], recorded: dict[str, Any] | None) -> tuple[bool, str]:
+    if recorded is None:
+        return True, "The receipt holds no measurement to compare with."
+    slack = _tolerance(getattr(torch, recorded["dtype"])) * recorded["max_abs_output"]
+    pairs = [(measured[name], recorded[name]) for name in ("max_abs_difference", "mean_abs_difference")]
+    kept = all(abs(here - there) <= slack + 1e-3 * there for here, there in pairs)
+    told = f"{recorded['max_abs_difference']:.1e} in {recorded['dtype']}; here it is {measured['max_abs_difference']:.1e}"
+    return kept, f"The receipt says {told}{'' if kept else ', which is not the same'}."
+
+
+def _hashes(recorded: dict[str, str], now: dict[str, str]) -> tuple[bool, str]:
+    if not recorded:
+        return True, "The receipt holds no hashes: the dense model was not read from files."
+    different = sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
+    if different:
+        return False, f"The dense checkpoint is not the one of the receipt: `{different[0]}` differs."
+    return True, f"The dense checkpoint's {len(now)} files have the hashes of the receipt."
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """float32 keeps the function; in fewer bits a factor on the weights, such as a granularity, may round."""
+    return max(TOLERANCE, torch.finfo(dtype).eps)
