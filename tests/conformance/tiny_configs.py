@@ -18,8 +18,8 @@ _NAMES_BY_SIZE = {
     "max_encoder_position_embeddings max_decoder_position_embeddings",
     32: "hidden_size d_model n_embd n_embed dim emb_dim embedding_size attention_hidden_size word_embed_proj_dim "
     "moe_intermediate_size",
-    48: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size hidden_dim d_inner dff "
-    "inner_dim feed_forward_size dim_ff",
+    48: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size hidden_dim d_inner "
+    "dff inner_dim feed_forward_size dim_ff",
     2: "num_hidden_layers num_layer n_layer n_layers num_layers num_decoder_layers num_encoder_layers encoder_layers "
     "decoder_layers num_key_value_heads num_kv_heads",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "

@@ -112,7 +112,10 @@ class SparseMoeConfig(PreTrainedConfig):
         dense = self.__dict__.get("dense_config")
         if name.startswith("_") or not isinstance(dense, PreTrainedConfig):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(dense, name)
+        try:
+            return getattr(dense, name)
+        except RuntimeError as error:  # transformers' way to say that the layers differ in it
+            raise AttributeError(f"'{type(self).__name__}' object has no single '{name}': {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         dense = self.__dict__.get("dense_config")

@@ -103,8 +103,8 @@ def find_feed_forwards(dense: nn.Module) -> list[FeedForward]:
         raise ValueError(
             f"`{type(dense).__name__}` has no feed-forward of a known layout. Known are "
             f"{', '.join(list_feed_forward_layouts())}; architectures without feed-forward layers (Mamba, RWKV, ...) "
-            "cannot become a mixture. For another naming, add a row to `FEED_FORWARD_LAYOUTS` in feed_forward_layouts.py; "
-            "`explain` tells how close the model comes."
+            "cannot become a mixture. `explain` tells how close the model comes; for another naming, add a row to "
+            "`FEED_FORWARD_LAYOUTS` in feed_forward_layouts.py."
         )
     return found
 
@@ -126,8 +126,8 @@ def _obstacle(dense: nn.Module) -> str | None:
         for attribute in feed_forward.layout.forbidden:
             if getattr(feed_forward.owner, attribute, None):
                 return (
-                    f"`{feed_forward.path}.{attribute}` of `{name}` makes the feed-forward compute what experts do not. "
-                    "Pass a model without it."
+                    f"`{feed_forward.path}.{attribute}` of `{name}` makes the feed-forward compute what experts do "
+                    "not. Pass a model without it."
                 )
     return None
 
@@ -201,6 +201,8 @@ def _nearest(dense: nn.Module) -> list[tuple[str, str, list[str]]]:
     """The modules that have the most projections of a layout, at least half of them, one of each class."""
     found: dict[type, tuple[float, str, str, list[str]]] = {}
     for path, module in dense.named_modules():
+        if isinstance(module, nn.ModuleList):
+            continue
         for layout in FEED_FORWARD_LAYOUTS:
             names = (*layout.up, layout.down)
             share = sum(isinstance(_part(module, name), nn.Module) for name in names) / len(names)
@@ -233,7 +235,8 @@ def _differences(module: nn.Module, layout: FeedForwardLayout) -> Iterator[str]:
     for name, part in wrong.items():
         yield f"it has no `{name}`" if part is None else f"`{name}` is no linear layer but `{type(part).__name__}`"
     activation = _first(module, layout.activations)
-    if activation is None:
+    if activation is None or isinstance(_part(module, activation), nn.Linear):
+        activation = None
         yield f"its activation is none of {', '.join(f'`{name}`' for name in layout.activations)}"
     if wrong or activation is None:
         return
@@ -246,7 +249,8 @@ def _differences(module: nn.Module, layout: FeedForwardLayout) -> Iterator[str]:
         yield "only some of its projections have a bias"
     yield from (f"it also has `{name}`" for name in _lost_parts(module, layout, activation))
     arguments = inspect.signature(module.forward).parameters.values()
-    if not layout.inline and sum(argument.default is argument.empty for argument in arguments) != 1:
+    required = [a for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    if not layout.inline and len(required) != 1:  # none at all: a list of modules
         names = ", ".join(f"`{argument.name}`" for argument in arguments)
         yield f"it is called with {names} instead of the hidden states alone"
 
@@ -259,11 +263,17 @@ def _lost_parts(module: nn.Module, layout: FeedForwardLayout, activation: str) -
     def is_known(name: str) -> bool:
         return any(f"{name}.".startswith(f"{part}.") for part in known)
 
-    if layout.inline and not in_code:  # the rest of the layer stays; a norm between the projections cannot
+    if layout.inline and not in_code:  # the rest of the layer stays, but a norm between the projections cannot
         intermediate, hidden = _features(_part(module, layout.down))
-        for name, parameter in module.named_parameters():
-            if parameter.shape == (intermediate,) and intermediate != hidden and not is_known(name):
-                yield name
+        for holder in dict.fromkeys(name.rpartition(".")[0] for name in (layout.up[0], layout.down)):
+            for name, child in module.get_submodule(holder).named_children():
+                shapes = {parameter.shape for parameter in child.parameters()}
+                if (
+                    shapes == {(intermediate,)}
+                    and intermediate != hidden
+                    and not is_known(f"{holder}.{name}".strip("."))
+                ):
+                    yield f"{holder}.{name}".strip(".")
         return
     prefix = f"{activation}." if layout.inline else ""
     for name, child in module.named_modules():

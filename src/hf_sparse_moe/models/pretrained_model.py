@@ -227,6 +227,11 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         # functions of `initialization` leave alone each parameter that a checkpoint filled; the flag keeps those
         # that were drawn here before from being drawn again.
         super().initialize_weights()
+        # In custom code transformers takes a module without tensors of its own for initialised, but that is where a
+        # model may fill buffers of its layers that no checkpoint holds (Falcon-H1's multipliers).
+        for module in self.dense.modules():
+            if isinstance(module, PreTrainedModel) and not module._parameters:
+                module._init_weights(module)
         for block in self.sparse_blocks:
             if not block.is_initialized:
                 block.reset_parameters()

@@ -226,6 +226,6 @@ def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
 
 
 def _fill(piece: torch.Tensor, file: FileIO) -> None:
-    data = memoryview(piece.view(torch.uint8).numpy())
+    data = memoryview(piece.view(torch.uint8).numpy().data)
     if file.readinto(data) != len(data):
         raise ValueError(f"`{file.name}` was cut short while it was read. Fetch it again.")

@@ -47,11 +47,11 @@ def sparse_config_class(config: PreTrainedConfig, architecture: str | None = Non
     if isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")
     model_type = config.model_type
-    senses = sorted(name for name in config.sub_configs if name.partition("_")[0] in _OTHER_SENSES)
-    if senses and any(getattr(config, name, None) is not None for name in senses):
+    other_sense = _other_sense(config)
+    if other_sense is not None:
         raise ValueError(
-            f"`model_type={model_type!r}` is multimodal: its config has `{senses[0]}`. Pass a text model, such as the "
-            "language model inside it."
+            f"`model_type={model_type!r}` is multimodal: its config has `{other_sense}`. Pass a text model, such as "
+            "the language model inside it."
         )
     if config.is_encoder_decoder:
         return SparseMoeEncoderDecoderConfig
@@ -75,6 +75,18 @@ def sparse_class(config: PreTrainedConfig, architecture: str | None) -> type[Spa
         if auto_name in by_name and architecture in _values(names):
             return by_name[auto_name]
     return next(by_name[name] for name in _NAMES if name in by_name)
+
+
+def _other_sense(config: PreTrainedConfig) -> str | None:
+    """The name of a sub-config, at any depth, of a part that reads or writes no text."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None and name.partition("_")[0] in _OTHER_SENSES:
+            return name
+        inside = _other_sense(part) if isinstance(part, PreTrainedConfig) else None
+        if inside is not None:
+            return inside
+    return None
 
 
 def _values(names: dict) -> set[str]:

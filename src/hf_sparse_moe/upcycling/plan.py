@@ -15,6 +15,7 @@ from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
+from .source import named_architecture
 from .upcycle import Layers, make_recipe, mixture_config
 
 
@@ -44,9 +45,9 @@ TRAINING_MEMORY = {
 }
 DECODE_BATCHES = (1, 8, 32, 128)
 RULE_OF_THUMB = (
-    "Skywork-MoE (arXiv 2406.06563) gives a rule of thumb, from its own experiments: where the budget for training the "
-    "mixture is far below what the dense model cost to train, upcycle; where it is at least twice that cost, training "
-    "the mixture from scratch came out ahead; in between it depends. No measurement of yours went into this."
+    "Skywork-MoE (arXiv 2406.06563) gives a rule of thumb, from its own experiments: where the budget for training "
+    "the mixture is far below what the dense model cost to train, upcycle; where it is at least twice that cost, "
+    "training the mixture from scratch came out ahead; in between it depends. No measurement of yours went into this."
 )
 
 
@@ -70,8 +71,8 @@ def plan(
 
     Returns:
         `dict`: `config`, the mixture's; `class`; `exact`, when the method keeps the function; `parameters` (`dense`,
-        `total`, `active`); `checkpoint_bytes`; `training_bytes`, by optimizer and precision; `flops_per_token` (`dense`,
-        `mixture`); `decode_slowdown`, by batch size; `rule_of_thumb`.
+        `total`, `active`); `checkpoint_bytes`; `training_bytes`, by optimizer and precision; `flops_per_token`
+        (`dense`, `mixture`); `decode_slowdown`, by batch size; `rule_of_thumb`.
 
     Raises:
         ValueError: as [`upcycle`].
@@ -85,7 +86,7 @@ def plan(
     recipe, fields = make_recipe(method, 0, options_and_fields)
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
     dense_config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    target = sparse_class(dense_config, (dense_config.architectures or [None])[0])
+    target = sparse_class(dense_config, named_architecture(dense_config))
     chosen = (dense_config.dtype or torch.float32) if dtype == "auto" else dtype
     chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
     with torch.device("meta"):

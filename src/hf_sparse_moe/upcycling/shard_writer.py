@@ -70,7 +70,7 @@ class ShardWriter:
     def write(self, key: str, piece: torch.Tensor, begin: int = 0) -> int:
         """Write a piece of a tensor, from its byte `begin` on; returns how many bytes that are."""
         shard = self._shard_of[key]
-        data = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         shard.write(key, data, begin)
         if shard.left == 0:
             self._finish(shard)
@@ -109,7 +109,9 @@ class _Shard:
     """One file: 8 bytes with the header's length, the header in JSON, the tensors one after the other."""
 
     def __init__(self, path: Path, keys: list[str], tensors: Mapping[str, torch.Tensor]):
-        self.path, self.begins, header = path, {}, {"__metadata__": {"format": "pt"}}
+        self.path = path
+        self.begins: dict[str, int] = {}
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for key in sorted(keys, key=lambda key: -tensors[key].element_size()):  # which keeps every one aligned
             tensor = tensors[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: 
         ValueError: a mixture already, no text model, or an incomplete checkpoint.
     """
     config = read_config(source)
-    auto_class = sparse_class(config, (config.architectures or [None])[0]).dense_auto_class
+    auto_class = sparse_class(config, named_architecture(config)).dense_auto_class
     use_safetensors = None if allow_pickle else True
     with sensible_config(source):
         model, info = auto_class.from_pretrained(
@@ -96,10 +97,18 @@ def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: 
     return model
 
 
+def named_architecture(config: PreTrainedConfig) -> str | None:
+    """The class that a checkpoint's config names, if it names one."""
+    return config.architectures[0] if config.architectures else None
+
+
 def read_config(source: Source) -> PreTrainedConfig:
     """The config of a checkpoint; no code of it is run. Raises a `ValueError` where it is none."""
     with sensible_config(source):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        architectures = config.architectures or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise TypeError(f"`architectures` is {architectures!r}")
         # A model of a billion layers would fill the memory before any weight is missed.
         depth = max([getattr(config, name, None) or 0 for name in _DEPTHS])
         stored = sum(len(tensor_names(path)) for path in source.folder.glob("*.safetensors"))
@@ -110,6 +119,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     return config
 
 
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
@@ -146,7 +156,7 @@ def weight_files(source: Source) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise corrupt from error
-    if not names or any(Path(name).name != name for name in names):
+    if not names or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
         raise corrupt
     for name in names:
         if not (source.folder / name).is_file():

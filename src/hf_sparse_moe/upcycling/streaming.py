@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
@@ -22,7 +25,7 @@ from .families import sparse_class
 from .output import check_free_space, check_target, copy_companions, resumable_folder, write_checkpoint, write_journal
 from .receipt import make_receipt, source_files
 from .shard_writer import ShardWriter
-from .source import Source, find_source, read_config, sensible_config, weight_files
+from .source import Source, find_source, named_architecture, read_config, sensible_config, weight_files
 from .upcycle import Layers, make_recipe, mixture_config, upcycle
 
 
@@ -54,8 +57,8 @@ def stream_upcycle(
 
     The result is bit for bit that of [`upcycle`] and `save_pretrained`, but memory holds one layer's dense weights and
     one expert, whatever the checkpoint's size. It is written beside `target`, which appears when it is complete. What
-    cannot be streamed (a pickle, a method that measures on data, weights that loading transforms) is upcycled in memory,
-    and the log says so.
+    cannot be streamed (a pickle, a method that measures on data, weights that loading transforms) is upcycled in
+    memory, and the log says so.
 
     Args:
         source (`str` or `Path`): Folder or Hub id of a dense checkpoint.
@@ -81,23 +84,26 @@ def stream_upcycle(
         ```
     """
     check_target(target)
-    arguments = {"layers": layers, "dtype": dtype, "revision": revision, "allow_pickle": allow_pickle}
+    arguments: dict[str, Any] = {
+        "layers": layers,
+        "dtype": dtype,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+    }
     given = options_and_fields.keys() & set(_NEEDS_A_MODEL)
     try:
         if given or method == "branches":
             raise NotStreamableError(f"`{min(given, default='sources')}` needs the model itself")
         found = find_source(str(source), revision, allow_pickle)
         stamps = _stamps(found)
-        fields = {"num_experts": num_experts or 8, "num_experts_per_tok": num_experts_per_tok}
+        fields = {"num_experts": 8 if num_experts is None else num_experts, "num_experts_per_tok": num_experts_per_tok}
         plan = _plan(found, method, seed, layers, dtype, fields | options_and_fields)
     except NotStreamableError as reason:
         logger.warning(f"`{source}` is upcycled in memory, not streamed: {reason}.")
-        model = upcycle(
-            str(source), num_experts, num_experts_per_tok, method, seed, **arguments, **options_and_fields
-        )
+        model = upcycle(str(source), num_experts, num_experts_per_tok, method, seed, **arguments, **options_and_fields)
         folder = None if method == "branches" else find_source(str(source), revision, allow_pickle).folder
         write_checkpoint(model, target, folder, max_shard_size=max_shard_size)
-        return model.receipt
+        return model.receipt or {}
     made_from = {"recipe": plan.asked_for | {"max_shard_size": max_shard_size}}
     known = source_files(found.folder) if resume else None
     with resumable_folder(target, made_from | {"sha256": known} if resume else None) as folder:
@@ -116,6 +122,7 @@ class StreamPlan:
     layers: list[SparseLayer]
     tensors: DenseTensors
     outputs: dict[str, torch.Tensor]
+    config: SparseMoeConfig
 
     @property
     def asked_for(self) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _plan(
     dense_config = read_config(source)
     if getattr(dense_config, "quantization_config", None) is not None:
         raise NotStreamableError("its weights are quantised")
-    target = sparse_class(dense_config, (dense_config.architectures or [None])[0])
+    target = sparse_class(dense_config, named_architecture(dense_config))
     with sensible_config(source):
         chosen = (dense_config.dtype or stored_dtype(source)) if dtype == "auto" else dtype
         chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
@@ -154,7 +161,9 @@ def _plan(
     config = mixture_config(dense, target, recipe, fields, layers)
     with sensible_config(source):
         tensors = DenseTensors(source, dense, chosen)
-        result_dtype = loaded_dtypes(dense, chosen)[next(_floating(dense))] if dtype == "auto" else chosen
+        loaded = loaded_dtypes(dense, chosen)
+        floating = (loaded[name] for name, parameter in dense.named_parameters() if parameter.is_floating_point())
+        result_dtype = next(floating) if dtype == "auto" else chosen
         sparse = _without_storage(target, config, result_dtype)
     if sparse.can_generate():
         stored = (source.folder / GENERATION_CONFIG_NAME).is_file()
@@ -168,7 +177,7 @@ def _plan(
         if key not in sparse.all_tied_weights_keys
     }
     sparse_ones = sparse_layers(dense, config, target.family_side)
-    return StreamPlan(source, dense, sparse, recipe, fields, sparse_ones, tensors, outputs)
+    return StreamPlan(source, dense, sparse, recipe, fields, sparse_ones, tensors, outputs, config)
 
 
 def _without_storage(
@@ -187,10 +196,6 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             sub_config.dtype = dtype
 
 
-def _floating(model: PreTrainedModel):
-    return (name for name, parameter in model.named_parameters() if parameter.is_floating_point())
-
-
 def _stream(
     plan: StreamPlan,
     folder: Path,
@@ -205,7 +210,10 @@ def _stream(
     check_free_space(folder, writer.missing_bytes, target)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # The hash of the source takes a second core, not time. Without it there is nothing to resume from.
-    with ThreadPoolExecutor(max_workers=1) as hashing, Progress(*columns, disable=not show_progress) as progress:
+    with (
+        ThreadPoolExecutor(max_workers=1) as hashing,
+        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
+    ):
         task = progress.add_task("upcycle", total=writer.total_bytes)
         progress.advance(task, writer.total_bytes - writer.missing_bytes)
 
@@ -225,7 +233,7 @@ def _stream(
     _check_unchanged(plan.source, stamps)
     sparse, source = plan.sparse, plan.source
     sparse.receipt = make_receipt(plan.dense, sparse, source, plan.recipe, plan.fields, digests)
-    with TemporaryDirectory(dir=folder) as described:
+    with TemporaryDirectory(dir=folder) as described, _without_bars():
         sparse.save_pretrained(described, state_dict={})
         for path in Path(described).iterdir():
             if path.name != SAFE_WEIGHTS_NAME:
@@ -234,7 +242,19 @@ def _stream(
     return sparse.receipt
 
 
-def _write_tensors(plan: StreamPlan, writer: ShardWriter):
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for the weights that it saves, even where there are none."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _write_tensors(plan: StreamPlan, writer: ShardWriter) -> Iterator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
     layer_of = {f"dense.{layer.feed_forward.block_path}.gate.weight": layer for layer in plan.layers}
     inside = tuple(f"dense.{layer.feed_forward.block_path}." for layer in plan.layers)
@@ -249,12 +269,12 @@ def _write_tensors(plan: StreamPlan, writer: ShardWriter):
                 yield written
 
 
-def _write_layer(plan: StreamPlan, layer: SparseLayer, writer: ShardWriter):
+def _write_layer(plan: StreamPlan, layer: SparseLayer, writer: ShardWriter) -> Iterator[int]:
     prefix = f"dense.{layer.feed_forward.block_path}."
     wanted = {key for key in plan.outputs if key.startswith(prefix) and writer.wants(key)}
     if not wanted:
         return
-    for key, expert, piece in layer.pieces(plan.tensors.reader(), plan.sparse.config, plan.recipe):
+    for key, expert, piece in layer.pieces(plan.tensors.reader(), plan.config, plan.recipe):
         if key in wanted:
             output = plan.outputs[key]
             row = 0 if expert is None else output[0].numel() * output.element_size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig
@@ -14,7 +14,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS
 from .receipt import output_difference, source_files
-from .source import Source, find_source, load_dense
+from .source import Source, find_source, load_dense, named_architecture
 
 
 # Relative to the largest output. float32 rounds some hundred times on its way through a model.
@@ -28,7 +28,7 @@ def verify(
     Measure the largest and mean difference between a mixture and its dense model on the receipt's probe, and compare
     with the receipt: its numbers, its promise of equality, its hashes of the source.
 
-    Both models are loaded, in float32; where the receipt was measured in another dtype, that is measured too.
+    Both models are loaded, and measured in the mixture's own dtype, as the receipt was, and in float32.
 
     Args:
         checkpoint (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
@@ -52,30 +52,28 @@ def verify(
     receipt = sparse.receipt
     if receipt is None or "arguments" not in receipt:
         raise ValueError(f"`{checkpoint}` has no receipt of an upcycling, so there is nothing to verify it by.")
-    dense_model = load_dense(source, torch.float32)
+    stored_dtype = sparse.dtype  # what the dense weights were rounded to
+    dense_model = load_dense(source, stored_dtype)
     if type(dense_model).__name__ != receipt["source"]["architecture"]:
         raise ValueError(
             f"`{dense}` is a {type(dense_model).__name__}, but `{checkpoint}` was made of a "
             f"{receipt['source']['architecture']}. Pass the dense checkpoint that the receipt names."
         )
-    stored_dtype = sparse.dtype
-    measured = [output_difference(dense_model, sparse.float())]
-    recorded = receipt["equality"]
-    recorded = recorded if "max_abs_difference" in recorded else None
-    if recorded is not None and recorded["dtype"] != measured[0]["dtype"]:
-        dtype = getattr(torch, recorded["dtype"])
-        measured.append(output_difference(dense_model.to(dtype), sparse.to(dtype)))
-    method = INITIALIZATION_METHODS[receipt["arguments"]["method"]]
+    # First as stored: `float` leaves a model's float32 buffers as they are, the way back would not.
+    as_stored = output_difference(dense_model, sparse)
+    exactly = output_difference(dense_model.float(), sparse.float())
+    recorded = receipt["equality"] if "max_abs_difference" in receipt["equality"] else None
+    method, config = INITIALIZATION_METHODS[receipt["arguments"]["method"]], cast(SparseMoeConfig, sparse.config)
     findings = [
-        _equality(measured[0], method.is_exact(sparse.config), method.exact, stored_dtype),
-        _reproduction(measured[-1], recorded),
+        _equality(exactly, method.is_exact(config), method.exact, stored_dtype),
+        _reproduction(as_stored, recorded),
         _hashes(receipt["source"]["sha256"], source_files(source.folder)),
     ]
     return {
         "passed": all(kept for kept, _ in findings),
         "findings": [sentence for _, sentence in findings],
         "promise": method.exact,
-        "measured": measured,
+        "measured": {"float32": exactly, "as_stored": as_stored},
         "recorded": recorded,
     }
 
@@ -85,8 +83,8 @@ def _load_sparse(source: Source) -> SparseMoePreTrainedModel:
     if not isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{source.name}` is a `{config.model_type}`, no mixture of this package. Pass one.")
     classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
-    architecture = (config.architectures or [None])[0]
-    if architecture not in classes:
+    architecture = named_architecture(config)
+    if architecture is None or architecture not in classes:
         raise ValueError(f"`{source.name}` names no class of its family in `architectures`: {architecture!r}.")
     return classes[architecture].from_pretrained(source.folder, dtype="auto")
 
@@ -96,7 +94,8 @@ def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: tor
     difference = measured["max_abs_difference"]
     told = f"the outputs differ by at most {difference:.1e} (on average {measured['mean_abs_difference']:.1e})"
     if not promised:
-        return True, f"The method does not promise equality ({promise}); {told}, where they reach {measured['max_abs_output']:.1f}."
+        reach = f"where they reach {measured['max_abs_output']:.1f}"
+        return True, f"The method does not promise equality ({promise}); {told}, {reach}."
     kept = difference <= allowed
     verdict = "as promised" if kept else f"but should differ by at most {allowed:.1e}"
     return kept, f"The method promises equality ({promise}): {told}, {verdict}."
@@ -108,7 +107,9 @@ def _reproduction(measured: dict[str, Any], recorded: dict[str, Any] | None) -> 
     slack = _tolerance(getattr(torch, recorded["dtype"])) * recorded["max_abs_output"]
     pairs = [(measured[name], recorded[name]) for name in ("max_abs_difference", "mean_abs_difference")]
     kept = all(abs(here - there) <= slack + 1e-3 * there for here, there in pairs)
-    told = f"{recorded['max_abs_difference']:.1e} in {recorded['dtype']}; here it is {measured['max_abs_difference']:.1e}"
+    told = (
+        f"{recorded['max_abs_difference']:.1e} in {recorded['dtype']}; here it is {measured['max_abs_difference']:.1e}"
+    )
     return kept, f"The receipt says {told}{'' if kept else ', which is not the same'}."
 
 
