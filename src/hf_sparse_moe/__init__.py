@@ -46,9 +46,12 @@ _LAZY = {
     "expert_lora_config": ".adapters",
     "explain_export": ".export",
     "import_native": ".export",
+    "plan": ".upcycling",
     "push_to_hub": ".hub",
     "render_model_card": ".hub",
+    "stream_upcycle": ".upcycling",
     "upcycle": ".upcycling",
+    "verify": ".upcycling",
 }
 
 
@@ -85,7 +88,10 @@ __all__ = [
     "explain_export",
     "import_native",
     "list_feed_forward_layouts",
+    "plan",
     "push_to_hub",
     "render_model_card",
+    "stream_upcycle",
     "upcycle",
+    "verify",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,16 @@ app = typer.Typer(
 
 ExpertsOption = Annotated[int, typer.Option(help="Routed experts of a layer.")]
 TopKOption = Annotated[int, typer.Option(help="Experts that serve one token.")]
+MethodOption = Annotated[str, typer.Option(help="How the experts start; `copy` keeps the function.")]
+LayersOption = Annotated[
+    str, typer.Option(help="Which layers become sparse: `all`, `none`, `every_N`, `first_N` or `last_N`.")
+]
+SettingsOption = Annotated[
+    list[str],
+    typer.Option("--set", help="NAME=VALUE, once or more: an option of the method, or a field of the config."),
+]
+DtypeOption = Annotated[str, typer.Option(help="Of the result, such as `bfloat16`; `auto` keeps the source's.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
@@ -52,17 +63,23 @@ def options(
 @app.command(
     epilog="Examples:\n\n"
     "`hf-sparse-moe upcycle gpt2 gpt2-8x`\n\n"
-    "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`"
+    "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
+    "`hf-sparse-moe upcycle ./llama ./llama-64x --method split --num-experts 64 --num-experts-per-tok 8 "
+    "--set granularity=8 --layers every_2`"
 )
 def upcycle(
     src: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
     num_experts: ExpertsOption = 8,
     num_experts_per_tok: TopKOption = 2,
-    method: Annotated[str, typer.Option(help="How the experts start; `copy` keeps the function.")] = "copy",
+    method: MethodOption = "copy",
     seed: SeedOption = 0,
-    dtype: Annotated[str, typer.Option(help="Of the result, such as `bfloat16`; `auto` keeps the source's.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    layers: LayersOption = "all",
+    settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "4GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a call that was killed left.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read weights in a pickle (*.bin), which may run code.")
     ] = False,
@@ -72,38 +89,98 @@ def upcycle(
     Make a mixture of experts of a dense checkpoint.
 
     Weights, config, remote code, tokenizer, generation config, licence and receipt go into a new folder that
-    `AutoModelFor...from_pretrained` loads.
+    `AutoModelFor...from_pretrained` loads. It is written tensor by tensor: neither model is ever in memory.
     """
-    from hf_sparse_moe.upcycling import upcycle as make_mixture
-    from hf_sparse_moe.upcycling.output import check_target, write_checkpoint
-    from hf_sparse_moe.upcycling.source import find_source
+    from hf_sparse_moe.upcycling import stream_upcycle
 
-    check_target(dst)
-    source = find_source(src, revision, allow_pickle)
-    model = make_mixture(
+    receipt = stream_upcycle(
         src,
+        dst,
         num_experts,
         num_experts_per_tok,
         method,
         seed,
-        revision=revision,
+        layers=layers,
         dtype=_dtype(dtype),
+        revision=revision,
         allow_pickle=allow_pickle,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        show_progress=sys.stderr.isatty(),
+        **_settings(settings),
     )
-    write_checkpoint(model, dst, source.folder)
+    architecture = json.loads((dst / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     if as_json:
-        _print_json({"path": str(dst), "class": type(model).__name__, "receipt": model.receipt})
+        _print_json({"path": str(dst), "class": architecture, "receipt": receipt})
         return
-    receipt: Any = model.receipt
-    parameters, equality = receipt["parameters"], receipt["equality"]
+    parameters = receipt["parameters"]
     console = Console()
-    console.print(f"[bold]{escape(str(dst))}[/]: {type(model).__name__}", highlight=False)
+    console.print(f"[bold]{escape(str(dst))}[/]: {architecture}", highlight=False)
     console.print(
         f"parameters {parameters['dense']:,} dense -> {parameters['total']:,}, {parameters['active']:,} active\n"
-        f"largest difference to the dense outputs {equality['max_abs_difference']:.1e} on {equality['probe_tokens']} "
-        f"tokens in {equality['dtype']}, where they reach {equality['max_abs_output']:.1f}",
+        f"{_difference(receipt['equality'])}",
         highlight=False,
     )
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe verify ./gpt2-8x --against gpt2`\n\n"
+    "Exit code 1 where the mixture is not what its receipt says."
+)
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
+    against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made of.")],
+    revision: RevisionOption = None,
+    dense_revision: Annotated[str | None, typer.Option(help="The same of the dense checkpoint.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a mixture against its dense checkpoint, and compare with its receipt. Loads both."""
+    from hf_sparse_moe.upcycling import verify as measure
+
+    report = measure(checkpoint, against, revision=revision, dense_revision=dense_revision)
+    if as_json:
+        _print_json(report)
+    else:
+        verdict = "[green]verified[/]" if report["passed"] else "[red]not verified[/]"
+        Console().print("\n".join([verdict, *map(escape, report["findings"])]), highlight=False)
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16`\n\n"
+    "`hf-sparse-moe plan ./llama --method split --num-experts 64 --num-experts-per-tok 8 --set granularity=8 --json`"
+)
+def plan(
+    src: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")],
+    num_experts: ExpertsOption = 8,
+    num_experts_per_tok: TopKOption = 2,
+    method: MethodOption = "copy",
+    layers: LayersOption = "all",
+    settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a mixture would cost to store, train and serve. Reads the config alone, writes nothing."""
+    from hf_sparse_moe.export import explain_export
+    from hf_sparse_moe.upcycling import plan as make_plan
+
+    report = make_plan(
+        src,
+        num_experts,
+        num_experts_per_tok,
+        method,
+        layers=layers,
+        dtype=_dtype(dtype),
+        revision=revision,
+        **_settings(settings),
+    )
+    report["exports"] = explain_export(report.pop("config")).possible
+    if as_json:
+        _print_json(report)
+    else:
+        _print_plan(report)
 
 
 @app.command(epilog="Examples:\n\n`hf-sparse-moe info ./gpt2-8x`\n\n`hf-sparse-moe info user/gpt2-8x --json`")
@@ -235,6 +312,56 @@ def _dtype(name: str) -> Any:
     return dtype
 
 
+def _settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """`name=value` each; a value is JSON where it can be read as such, else a word."""
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"`--set {assignment}` is not allowed: it must be NAME=VALUE, such as granularity=4.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def _difference(equality: dict[str, Any]) -> str:
+    if "max_abs_difference" not in equality:
+        return f"difference to the dense outputs: {equality['note']}"
+    return (
+        f"largest difference to the dense outputs {equality['max_abs_difference']:.1e} on {equality['probe_tokens']} "
+        f"tokens in {equality['dtype']}, where they reach {equality['max_abs_output']:.1f}"
+    )
+
+
+def _print_plan(report: dict[str, Any]) -> None:
+    parameters, flops = report["parameters"], report["flops_per_token"]
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("becomes", report["class"])
+    facts.add_row("keeps the function", report["exact"])
+    facts.add_row("parameters", f"{parameters['dense']:,} dense -> {parameters['total']:,}")
+    facts.add_row("active for a token", f"{parameters['active']:,}")
+    facts.add_row("checkpoint", _gigabytes(report["checkpoint_bytes"]))
+    ratio = flops["mixture"] / flops["dense"]
+    facts.add_row("FLOPs a token", f"{flops['dense']:,} dense -> {flops['mixture']:,} ({ratio:.2f} times)")
+    slower = ", ".join(f"{factor:.2f} at batch {batch}" for batch, factor in report["decode_slowdown"].items())
+    facts.add_row("times slower to decode, by weights read", slower)
+    facts.add_row("can be exported to", ", ".join(report["exports"]) or "no stock architecture")
+    memory = Table("training memory, activations not counted", "")
+    memory.columns[1].justify = "right"
+    for name, count in report["training_bytes"].items():
+        memory.add_row(name, _gigabytes(count))
+    console = Console()
+    console.print(facts, highlight=False)
+    console.print(memory)
+    console.print(report["rule_of_thumb"], highlight=False)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+
+
 def _print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -258,11 +385,10 @@ def _print_description(description: dict[str, Any]) -> None:
     if receipt is None:
         console.print("No receipt: it does not say how it was made.")
         return
-    source, equality = receipt["source"], receipt["equality"]
+    source = receipt["source"]
     console.print(
         f"receipt: {escape(str(receipt['arguments']['method']))} of {escape(str(source['name_or_path']))} "
-        f"({escape(source['architecture'])}), seed {receipt['arguments']['seed']}; the outputs then differed by at "
-        f"most {equality['max_abs_difference']:.1e}",
+        f"({escape(source['architecture'])}), seed {receipt['arguments']['seed']}; {_difference(receipt['equality'])}",
         highlight=False,
     )
 

@@ -61,6 +61,11 @@ def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) 
         training = model.training
         outputs.append(model.eval()(**inputs)[0].double())
         model.train(training)
+    if outputs[0].shape != outputs[1].shape:
+        raise ValueError(
+            f"The outputs have the shapes {tuple(outputs[0].shape)} and {tuple(outputs[1].shape)}: the mixture was "
+            "not made of this dense model."
+        )
     difference = (outputs[0] - outputs[1]).abs()
     return {
         "probe_tokens": PROBE_LENGTH,
