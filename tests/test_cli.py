@@ -186,3 +186,14 @@ def test_options_of_methods_and_layers(dense, tmp_path):
     assert made.config.mlp_layer_types == ["dense", "sparse"]
     assert made.config.moe_intermediate_size == 12
     assert_one_sentence(run_cli("upcycle", dense, tmp_path / "other", "--set", "granularity"), "NAME=VALUE")
+
+
+@pytest.mark.needs_data("stories260k")
+def test_verify_measures_the_loss_on_a_text(data_dir, tmp_path):
+    dense = data_dir / "stories260k" / "hf"
+    assert run_cli("upcycle", dense, tmp_path / "made", "--method", "drop", "--num-experts", 4).code == 0
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside. " * 20)
+    report = json.loads(run_cli("verify", tmp_path / "made", "--against", dense, "--text", text, "--json").out)
+    assert report["loss"]["dense"] < report["loss"]["mixture"]  # half of every expert was redrawn
+    assert_one_sentence(run_cli("verify", tmp_path / "made", "--against", dense, "--text", tmp_path / "none.txt"))

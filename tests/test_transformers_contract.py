@@ -8,7 +8,16 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationMixin, MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer
+from transformers import (
+    GenerationMixin,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    conversion_mapping,
+    core_model_loading,
+)
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
@@ -202,3 +211,28 @@ def test_statefulness_is_a_trait_of_generation():
 def test_conv1d_is_transposed():
     """GPT-2's weights are (in, out); upcycling turns them."""
     assert Conv1D(nf=5, nx=3).weight.shape == (3, 5)
+
+
+def test_a_config_tells_its_stray_generation_parameters():
+    """Our config asks the dense one; else configs of BART and its kin could not be saved."""
+    assert parameters(PreTrainedConfig._get_generation_parameters) == ["self"]
+
+
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [
+        (core_model_loading.rename_source_key, ["source_key", "weight_renamings", "weight_converters"]),
+        (core_model_loading.dot_natural_key, ["s"]),
+        (conversion_mapping.get_model_conversion_mapping, ["model"]),
+        (PreTrainedModel._get_dtype_plan, ["self", "dtype"]),
+        (PreTrainedModel._from_config, ["config"]),
+    ],
+)
+def test_streaming_names_and_types_tensors_as_the_loader_does(function, first):
+    """Else a streamed mixture would hold other names or dtypes than one that was loaded and saved."""
+    assert parameters(function)[: len(first)] == first
+
+
+def test_modules_without_tensors_are_skipped_in_custom_code():
+    """`initialize_weights` makes up for it; else buffers that a model fills in its layers stay empty memory."""
+    assert "is_custom_code" in inspect.getsource(PreTrainedModel._initialize_weights)

@@ -130,6 +130,7 @@ def upcycle(
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
     against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made of.")],
+    text: Annotated[Path | None, typer.Option(help="A text file, to measure the task loss of both models on.")] = None,
     revision: RevisionOption = None,
     dense_revision: Annotated[str | None, typer.Option(help="The same of the dense checkpoint.")] = None,
     as_json: JsonOption = False,
@@ -137,7 +138,8 @@ def verify(
     """Measure a mixture against its dense checkpoint, and compare with its receipt. Loads both."""
     from hf_sparse_moe.upcycling import verify as measure
 
-    report = measure(checkpoint, against, revision=revision, dense_revision=dense_revision)
+    evaluation = None if text is None else _batches(text, checkpoint, revision)
+    report = measure(checkpoint, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
     if as_json:
         _print_json(report)
     else:
@@ -324,6 +326,18 @@ def _settings(assignments: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[name] = value
     return settings
+
+
+def _batches(text: Path, checkpoint: str, revision: str | None) -> list[dict[str, Any]]:
+    """A text file as batches of the checkpoint's own objective: next, masked or following tokens."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_sparse_moe.quickstart.examples import make_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision)
+    config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+    examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, type(config), length=128, limit=64)
+    return [{name: tensor.unsqueeze(0) for name, tensor in example.items()} for example in examples]
 
 
 def _difference(equality: dict[str, Any]) -> str:

@@ -370,3 +370,19 @@ def test_expand_refuses_what_makes_no_sense():
         expand(tiny_dense("decoder"), 2)
     with pytest.raises(ValueError, match="`factor=1`"):
         expand(tiny_sparse("decoder"), 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_receipt_holds_the_loss_before_and_after(family):
+    dense = tiny_dense(family)
+    text = [torch.randint(5, 90, (2, 16)) for _ in range(2)]
+    exact = upcycle(dense, 4, evaluation=text).receipt["loss"]
+    assert exact["labels"] == 64
+    assert exact["mixture"] == pytest.approx(exact["dense"], rel=1e-5)
+    with torch.no_grad():
+        expected = sum(dense(input_ids=ids, labels=ids).loss.item() for ids in text) / 2
+    assert exact["dense"] == pytest.approx(expected, rel=1e-5)
+    noisy = upcycle(dense, 4, method="drop", evaluation=text).receipt["loss"]
+    assert noisy["dense"] == exact["dense"] != noisy["mixture"]
+    with pytest.raises(ValueError, match="no batch with a label"):
+        upcycle(dense, 4, evaluation=[])

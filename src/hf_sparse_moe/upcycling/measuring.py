@@ -28,6 +28,37 @@ def hidden_states(dense: PreTrainedModel, layers: list[SparseLayer], data: Itera
 
 
 @torch.no_grad()
+def task_losses(models: dict[str, PreTrainedModel], data: Iterable[Any]) -> dict[str, float]:
+    """
+    The mean task loss of each model on the same text, in evaluation mode, each batch weighted by its labels.
+
+    Args:
+        models (`dict[str, PreTrainedModel]`): Models of one task, by name.
+        data (`Iterable`): Batches, each a dict of inputs with `labels`, or `input_ids` of shape (B, S), which are then
+            the labels too.
+
+    Returns:
+        `dict[str, float]`: the losses by name, and under `"labels"` how many labels they are means of.
+
+    Raises:
+        ValueError: no batch with a label.
+    """
+    sums, count = dict.fromkeys(models, 0.0), 0
+    for batch in data:
+        inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch, "labels": batch}
+        labels = int((inputs["labels"] != -100).sum())
+        count += labels
+        for name, model in models.items():
+            training = model.training
+            outputs = model.eval()(**{key: tensor.to(model.device) for key, tensor in inputs.items()})
+            model.train(training)
+            sums[name] += outputs.loss.item() * labels
+    if count == 0:
+        raise ValueError("The text to measure the loss on has no batch with a label. Give at least one.")
+    return {name: total / count for name, total in sums.items()} | {"labels": count}
+
+
+@torch.no_grad()
 def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[Any]) -> list[torch.Tensor]:
     """
     The inputs of some modules on real tokens, in evaluation mode, float32, at most `MAX_TOKENS` each.

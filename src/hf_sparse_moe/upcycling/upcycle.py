@@ -17,7 +17,7 @@ from .conversion import Recipe, SparseLayer, sparse_layers, sparse_state_dict
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
 from .layers import layer_types
-from .measuring import unit_activations
+from .measuring import task_losses, unit_activations
 from .receipt import describe_source, make_receipt, name_of
 from .source import Source, find_source, load_dense
 
@@ -34,6 +34,7 @@ def upcycle(
     *,
     layers: Layers = "all",
     data: Iterable[Any] | None = None,
+    evaluation: Iterable[Any] | None = None,
     sources: Sequence[PreTrainedModel | str] = (),
     prompts: Sequence[Iterable[Any]] | None = None,
     revision: str | None = None,
@@ -58,6 +59,8 @@ def upcycle(
             `"every_N"`, `"first_N"`, `"last_N"`, or positions; for an encoder-decoder also one of these a side, as
             `{"encoder": "all", "decoder": "none"}`.
         data (`Iterable`, *optional*): Batches of token ids, for methods that measure activations.
+        evaluation (`Iterable`, *optional*): Batches of held-out text, with `labels` or of token ids alone; the receipt
+            then holds the task loss on them before and after.
         sources (`list`, *optional*): With `method="branches"`, the dense models that become the experts.
         prompts (`list`, *optional*): With `method="branches"`, for each of `sources` batches of token ids of its own
             text; the router starts from them. Without, it starts at random.
@@ -115,6 +118,8 @@ def upcycle(
     if sparse.can_generate():
         sparse.generation_config = dense.generation_config
     sparse.receipt = make_receipt(dense, sparse, source, recipe, fields)
+    if evaluation is not None:
+        sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, evaluation)
     if branches:
         pairs = zip(branches, branch_sources, strict=True)
         sparse.receipt["branches"] = [describe_source(branch, found) for branch, found in pairs]

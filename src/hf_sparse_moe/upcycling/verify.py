@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS
+from .measuring import task_losses
 from .receipt import output_difference, source_files
 from .source import Source, find_source, load_dense, named_architecture
 
@@ -22,7 +24,12 @@ TOLERANCE = 1e-5
 
 
 def verify(
-    checkpoint: str | Path, dense: str | Path, *, revision: str | None = None, dense_revision: str | None = None
+    checkpoint: str | Path,
+    dense: str | Path,
+    *,
+    evaluation: Iterable[Any] | None = None,
+    revision: str | None = None,
+    dense_revision: str | None = None,
 ) -> dict[str, Any]:
     """
     Measure the largest and mean difference between a mixture and its dense model on the receipt's probe, and compare
@@ -33,10 +40,13 @@ def verify(
     Args:
         checkpoint (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
         dense (`str` or `Path`): Folder or Hub id of the dense checkpoint that it was made of.
+        evaluation (`Iterable`, *optional*): Batches of text, with `labels` or of token ids alone, to measure the task
+            loss of both models on.
         revision, dense_revision (`str`, *optional*): Branch, tag or commit of Hub ids.
 
     Returns:
-        `dict`: `passed`; `findings`, a sentence each; `measured` and `recorded`; `promise`, the method's own words.
+        `dict`: `passed`; `findings`, a sentence each; `measured` and `recorded`; `promise`, the method's own words;
+        `loss`, of both models, where there is `evaluation`.
 
     Raises:
         ValueError: no mixture, no receipt, or a dense checkpoint of another architecture.
@@ -69,12 +79,18 @@ def verify(
         _reproduction(as_stored, recorded),
         _hashes(receipt["source"]["sha256"], source_files(source.folder)),
     ]
+    loss = None
+    if evaluation is not None:
+        loss = task_losses({"dense": dense_model, "mixture": sparse}, evaluation)
+        numbers = f"dense {loss['dense']:.4f}, mixture {loss['mixture']:.4f}"
+        findings.append((True, f"Task loss on the text given, mean of {loss['labels']} labels: {numbers}."))
     return {
         "passed": all(kept for kept, _ in findings),
         "findings": [sentence for _, sentence in findings],
         "promise": method.exact,
         "measured": {"float32": exactly, "as_stored": as_stored},
         "recorded": recorded,
+        "loss": loss,
     }
 
 
