@@ -133,6 +133,7 @@ NOT_BUILT = {
 _RECURRENT = "no feed-forward: its layers are state-space mixers"
 # What `upcycle` refuses: status and reason.
 REFUSED = {
+    "blt": ("unsupported", "it runs its patcher, whose feed-forwards match too, without gradients"),
     "bitnet": ("unsupported", "a norm between the activation and the second projection"),
     "falcon_mamba": ("not applicable", _RECURRENT),
     "gemma3n_text": ("unsupported", "the activation is cut to the largest values of the gate (`activation_sparsity`)"),
@@ -144,9 +145,4 @@ REFUSED = {
     "squeezebert": ("unsupported", "grouped convolutions in the place of linear layers"),
     "zamba": ("unsupported", "the layers of one kind tie their feed-forwards to one another"),
     "zamba2": ("unsupported", "one feed-forward shared by many layers, with adapters of each layer inside it"),
-}
-
-# (model type, head) that becomes a mixture and then does not pass: none may stay here for long.
-FAILING = {
-    ("blt", "causal"): "exact, but it runs its patcher, whose feed-forwards match too, without gradients",
 }

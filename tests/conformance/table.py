@@ -23,7 +23,7 @@ upcycled by copy, and compared with the dense model in float32: **exact** means 
 step gives a finite loss and a gradient to every parameter of every expert that got a token. **Not applicable** is what
 cannot become a sparse text model: mixtures already, architectures without feed-forwards, other modalities.
 **Unsupported** is what could and does not, with the reason: `upcycle` refuses it, and `hf_sparse_moe.explain(model)`
-says why; where the reason begins with "fails", nothing refuses it yet.
+says why.
 
 This page is written by `python tests/conformance/write_table.py`; `pytest tests/conformance` fails when it is stale.
 """

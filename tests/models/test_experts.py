@@ -40,6 +40,9 @@ class Gated(nn.Module):
         self.down_proj = nn.Linear(INTERMEDIATE, HIDDEN, bias=bias)
         self.act_fn = ACT2FN["silu"]
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
 
 class Plain(nn.Module):
     def __init__(self, bias: bool):
@@ -47,6 +50,9 @@ class Plain(nn.Module):
         self.fc1 = nn.Linear(HIDDEN, INTERMEDIATE, bias=bias)
         self.fc2 = nn.Linear(INTERMEDIATE, HIDDEN, bias=bias)
         self.act = ACT2FN["gelu"]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
 
 
 def make_block(backend: str, feed_forward: nn.Module, dtype: torch.dtype = torch.float32, **fields) -> SparseMoeBlock:

@@ -1,6 +1,7 @@
 """Feed-forwards are found by their structure."""
 
 import pytest
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -48,6 +49,9 @@ class Unlike(nn.Module):
         self.act_fn = ACT2FN["silu"]
         if extra:
             self.norm = nn.LayerNorm(16)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 @pytest.mark.parametrize(("up", "extra"), [(12, False), (16, True)], ids=["shapes", "a part that would be lost"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from transformers.utils.generic import find_labels
 
 import hf_sparse_moe
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
@@ -114,3 +115,19 @@ def test_targets_are_shifted_as_the_dense_model_shifts_them(name):
     assert actual.logits.shape == (2, 5, VOCAB_SIZE)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_class", [cls for classes in AUTO_CLASSES.values() for cls in classes.values()])
+def test_trainer_takes_no_other_argument_for_a_label(model_class):
+    """Trainer evaluates a loss only where every argument with "label" in its name is given."""
+    expected = ["start_positions", "end_positions"] if "QuestionAnswering" in model_class.__name__ else ["labels"]
+    assert find_labels(model_class) == expected
+
+
+def test_labels_that_are_shifted_already():
+    model = tiny_sparse("decoder")
+    inputs = tiny_inputs(model)
+    labels = inputs.pop("labels")
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(model(**inputs, shift_labels=shifted).loss, expected)

@@ -123,6 +123,11 @@ def _obstacle(dense: nn.Module) -> str | None:
                 f"`{feed_forward.path}` of `{name}` is tied to the feed-forward of another layer. Pass a model whose "
                 "layers have feed-forwards of their own, or share the whole module."
             )
+        if "patcher" in feed_forward.path.split("."):
+            return (
+                f"`{feed_forward.path}` of `{name}` is part of a model that cuts bytes into patches without "
+                "gradients, where experts could not learn. Pass a model of tokens."
+            )
         for attribute in feed_forward.layout.forbidden:
             if getattr(feed_forward.owner, attribute, None):
                 return (

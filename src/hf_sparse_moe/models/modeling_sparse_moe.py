@@ -181,7 +181,6 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -195,12 +194,14 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 for pads, which never count as load.
             labels (`torch.Tensor`, *optional*): As the dense head takes them, for a causal LM not yet shifted; -100 is
                 ignored.
-            shift_labels (`torch.Tensor`, *optional*): Instead of `labels`, at the tokens that predict them: what
-                collators for packed or distributed sequences give.
             output_router_logits (`bool`, *optional*): Return `router_logits` and `aux_loss`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels of the whole optimizer step, all
                 micro-batches and ranks; the losses of its micro-batches then sum to the loss of the whole.
+            **kwargs: Further inputs of the dense model, and `shift_labels`, which replaces `labels` where a collator
+                has put each at the token that predicts it (packed and distributed sequences).
         """
+        # Not an argument of its own: Trainer would take every argument with "label" in its name for required.
+        shift_labels = kwargs.pop("shift_labels", None)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -226,12 +226,18 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         # transformers hands the dense subtree to the dense model's `_init_weights`, which knows no experts. The
         # functions of `initialization` leave alone each parameter that a checkpoint filled; the flag keeps those
         # that were drawn here before from being drawn again.
-        super().initialize_weights()
         # In custom code transformers takes a module without tensors of its own for initialised, but that is where a
         # model may fill buffers of its layers that no checkpoint holds (Falcon-H1's multipliers).
-        for module in self.dense.modules():
-            if isinstance(module, PreTrainedModel) and not module._parameters:
-                module._init_weights(module)
+        skipped = [
+            module
+            for module in self.dense.modules()
+            if isinstance(module, PreTrainedModel)
+            and not module._parameters
+            and not getattr(module, "_is_hf_initialized", False)
+        ]
+        super().initialize_weights()
+        for module in skipped:
+            module._init_weights(module)
         for block in self.sparse_blocks:
             if not block.is_initialized:
                 block.reset_parameters()

@@ -53,12 +53,12 @@ def one_label_a_span(labels: torch.Tensor) -> torch.Tensor:
 
 def causal_lm_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
     """Cross entropy of each token given those before it. Logits (B, S, V), labels (B, S), not yet shifted."""
-    return ForCausalLMLoss(outputs.logits.contiguous(), labels, outputs.logits.shape[-1], count)
+    return ForCausalLMLoss(outputs.logits.contiguous(), labels.contiguous(), outputs.logits.shape[-1], count)
 
 
 def language_model_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
     """Cross entropy of each labelled token: masked LM, seq2seq, token classes. Logits (B, S, V), labels (B, S)."""
-    return ForMaskedLMLoss(outputs.logits.contiguous(), labels, outputs.logits.shape[-1], count)
+    return ForMaskedLMLoss(outputs.logits.contiguous(), labels.contiguous(), outputs.logits.shape[-1], count)
 
 
 def sequence_classification_loss(
