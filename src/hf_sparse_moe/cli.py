@@ -42,6 +42,7 @@ SettingsOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="Of the result, such as `bfloat16`; `auto` keeps the source's.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what a call that was killed left.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -79,7 +80,7 @@ def upcycle(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "4GB",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a call that was killed left.")] = False,
+    resume: ResumeOption = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read weights in a pickle (*.bin), which may run code.")
     ] = False,
@@ -206,12 +207,14 @@ def export(
     src: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
     target: Annotated[str, typer.Option(help="The `model_type` to write; `auto` takes the first that fits.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: RevisionOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Write a mixture as a stock architecture (Mixtral, Qwen3-MoE, ...), which servers load without this package."""
     from hf_sparse_moe.export import export as write_stock
 
-    typer.echo(write_stock(src, dst, target, revision=revision))
+    shown = sys.stderr.isatty()
+    typer.echo(write_stock(src, dst, target, revision=revision, resume=resume, show_progress=shown))
 
 
 @app.command("import-native", epilog="Example:\n\n`hf-sparse-moe import-native allenai/OLMoE-1B-7B-0924 ./olmoe`")

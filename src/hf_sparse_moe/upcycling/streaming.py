@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -22,10 +19,11 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from .checkpoint_reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from .conversion import Recipe, SparseLayer, sparse_layers
 from .families import sparse_class
-from .output import check_free_space, check_target, copy_companions, resumable_folder, write_checkpoint, write_journal
-from .receipt import make_receipt, source_files
+from .output import check_target, copy_companions, resumable_folder, write_checkpoint
+from .receipt import make_receipt
 from .shard_writer import ShardWriter
 from .source import Source, find_source, named_architecture, read_config, sensible_config, weight_files
+from .transfer import WatchedSource, write_weights
 from .upcycle import Layers, make_recipe, mixture_config, upcycle
 
 
@@ -95,7 +93,7 @@ def stream_upcycle(
         if given or method == "branches":
             raise NotStreamableError(f"`{min(given, default='sources')}` needs the model itself")
         found = find_source(str(source), revision, allow_pickle)
-        stamps = _stamps(found)
+        watched = WatchedSource(found)
         fields = {"num_experts": 8 if num_experts is None else num_experts, "num_experts_per_tok": num_experts_per_tok}
         plan = _plan(found, method, seed, layers, dtype, fields | options_and_fields)
     except NotStreamableError as reason:
@@ -105,9 +103,12 @@ def stream_upcycle(
         write_checkpoint(model, target, folder, max_shard_size=max_shard_size)
         return model.receipt or {}
     made_from = {"recipe": plan.asked_for | {"max_shard_size": max_shard_size}}
-    known = source_files(found.folder) if resume else None
+    known = watched.sha256() if resume else None
     with resumable_folder(target, made_from | {"sha256": known} if resume else None) as folder:
-        return _stream(plan, folder, Path(target), made_from, known, stamps, max_shard_size, show_progress)
+        writer = ShardWriter(folder, plan.outputs, max_shard_size)
+        pieces = _write_tensors(plan, writer)
+        digests = write_weights(writer, pieces, Path(target), watched, made_from, known, show_progress)
+        return _describe(plan, folder, digests)
 
 
 @dataclass
@@ -196,41 +197,8 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             sub_config.dtype = dtype
 
 
-def _stream(
-    plan: StreamPlan,
-    folder: Path,
-    target: Path,
-    made_from: dict[str, Any],
-    sha256: dict[str, str] | None,
-    stamps: dict[str, tuple[int, int]],
-    max_shard_size: int | str,
-    show_progress: bool,
-) -> dict[str, Any]:
-    writer = ShardWriter(folder, plan.outputs, max_shard_size)
-    check_free_space(folder, writer.missing_bytes, target)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # The hash of the source takes a second core, not time. Without it there is nothing to resume from.
-    with (
-        ThreadPoolExecutor(max_workers=1) as hashing,
-        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
-    ):
-        task = progress.add_task("upcycle", total=writer.total_bytes)
-        progress.advance(task, writer.total_bytes - writer.missing_bytes)
-
-        def hash_source() -> dict[str, str]:
-            digests = source_files(plan.source.folder) if sha256 is None else sha256
-            write_journal(folder, made_from | {"sha256": digests})
-            return digests
-
-        hashed = hashing.submit(hash_source)
-        try:
-            for written in _write_tensors(plan, writer):
-                progress.advance(task, written)
-            writer.close()
-        finally:
-            writer.abandon()
-        digests = hashed.result()
-    _check_unchanged(plan.source, stamps)
+def _describe(plan: StreamPlan, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+    """Write all but the weights; returns the receipt."""
     sparse, source = plan.sparse, plan.source
     sparse.receipt = make_receipt(plan.dense, sparse, source, plan.recipe, plan.fields, digests)
     with TemporaryDirectory(dir=folder) as described, _without_bars():
@@ -279,19 +247,3 @@ def _write_layer(plan: StreamPlan, layer: SparseLayer, writer: ShardWriter) -> I
             output = plan.outputs[key]
             row = 0 if expert is None else output[0].numel() * output.element_size()
             yield writer.write(key, piece.to(output.dtype), row * (expert or 0))
-
-
-def _stamps(source: Source) -> dict[str, tuple[int, int]]:
-    """Size and time of change of the files that the result is made of."""
-    files = [*source.folder.glob("*.safetensors"), *source.folder.glob("*.json")]
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-
-
-def _check_unchanged(source: Source, stamps: dict[str, tuple[int, int]]) -> None:
-    now = _stamps(source)
-    changed = sorted(name for name in stamps | now if stamps.get(name) != now.get(name))
-    if changed:
-        raise ValueError(
-            f"`{source.name}` changed while it was read (`{changed[0]}`), so nothing was written. Wait until it is "
-            "complete, and start again."
-        )
