@@ -70,3 +70,8 @@ def test_bad_arguments(arguments, message, tmp_path):
     tiny_dense("llama").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         plan(tmp_path, **arguments)
+
+
+def test_a_source_that_is_nowhere_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"is no folder with a config\.json, and its config cannot be fetched"):
+        plan(tmp_path / "nothing")

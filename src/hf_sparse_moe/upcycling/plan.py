@@ -85,7 +85,13 @@ def plan(
     """
     recipe, fields = make_recipe(method, 0, options_and_fields)
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
-    dense_config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    try:
+        dense_config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"`{source}` is no folder with a config.json, and its config cannot be fetched from the Hub. Check the "
+            "name and the connection."
+        ) from error
     target = sparse_class(dense_config, named_architecture(dense_config))
     chosen = (dense_config.dtype or torch.float32) if dtype == "auto" else dtype
     chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
