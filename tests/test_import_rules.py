@@ -16,7 +16,7 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 # neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
 STOREYS = (
     {"models"},
-    {"registration", "backends", "analysis", "metrics"},
+    {"registration", "backends", "analysis", "metrics", "routing"},
     {"upcycling", "adapters", "train"},
     {"export"},
     {"hub"},

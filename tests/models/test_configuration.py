@@ -22,7 +22,7 @@ WRONG_VALUES = [
     ({"num_experts_per_tok": 9}, "between 1 and `num_experts=8`"),
     ({"moe_intermediate_size": 0}, "None or at least 1"),
     ({"num_shared_experts": -1}, "at least 0"),
-    ({"scoring_func": "tanh"}, r"one of \('softmax', 'sigmoid'\)"),
+    ({"scoring_func": "tanh"}, r"one of \('softmax', 'sigmoid', 'cosine'\)"),
     ({"routed_scaling_factor": 0.0}, "above 0"),
     ({"routed_scaling_factor": float("inf")}, "finite"),
     ({"router_jitter_noise": 1.0}, "below 1"),

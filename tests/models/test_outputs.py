@@ -53,7 +53,7 @@ def test_router_logits_are_what_the_gates_say_in_order(name):
     assert len(seen) == len(outputs.router_logits) == 2 * (1 + model.config.is_encoder_decoder)
     for gate_output, router_logits in zip(seen, outputs.router_logits, strict=True):
         torch.testing.assert_close(gate_output[0], router_logits, rtol=0, atol=0)
-    losses = [load_balancing_loss(logits.softmax(-1), index) for logits, _, index in seen]
+    losses = [load_balancing_loss(routing.router_logits.softmax(-1), routing.top_k_index) for routing in seen]
     torch.testing.assert_close(outputs.aux_loss, torch.stack(losses).mean())
 
 

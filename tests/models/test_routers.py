@@ -25,7 +25,7 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_the_best_experts_are_chosen_best_first(tokens, scoring, k):
     router = make_router(scoring_func=scoring, num_experts_per_tok=k)
-    logits, weights, index = router(tokens)
+    logits, weights, index = router(tokens)[:3]
     assert (weights.shape, index.shape) == ((TOKENS, k), (TOKENS, k))
     torch.testing.assert_close(logits, tokens @ router.weight.T)
     assert torch.equal(index, logits.argsort(dim=-1, descending=True)[:, :k])
@@ -39,13 +39,14 @@ def test_normalised_weights_sum_to_the_scaling_factor(tokens, scoring):
 
 
 def test_normalised_softmax_is_the_softmax_over_the_chosen_logits(tokens):
-    logits, weights, index = make_router()(tokens)
-    torch.testing.assert_close(weights, logits.gather(1, index).softmax(-1))
+    routing = make_router()(tokens)
+    chosen = routing.router_logits.gather(1, routing.top_k_index)
+    torch.testing.assert_close(routing.top_k_weights, chosen.softmax(-1))
 
 
 def test_weights_that_are_not_normalised_are_the_scores(tokens):
-    logits, weights, index = make_router(norm_topk_prob=False)(tokens)
-    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, index))
+    routing = make_router(norm_topk_prob=False)(tokens)
+    torch.testing.assert_close(routing.top_k_weights, routing.router_logits.softmax(-1).gather(1, routing.top_k_index))
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -60,7 +61,7 @@ def test_half_precision_is_computed_in_float32(tokens, dtype):
     router = make_router().to(dtype)
     tokens = tokens.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, weights, _ = router(tokens)
+        logits, weights, _ = router(tokens)[:3]
     assert logits.dtype == weights.dtype == torch.float32
     torch.testing.assert_close(logits, tokens.float() @ router.weight.float().T)
 
@@ -78,6 +79,6 @@ def test_jitter_acts_in_training_only(tokens):
 def test_a_fresh_router_starts_near_even(tokens):
     router = SparseMoeTopKRouter(tiny_config("encoder", num_experts=6), HIDDEN)
     router.reset_parameters()
-    logits, _, index = router(tokens)
+    logits, _, index = router(tokens)[:3]
     assert logits.abs().max() < 0.5
     assert index.unique().numel() == 6  # no tie that sends all tokens to the first expert

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_sparse_moe.models.balancing import expert_counts
+from hf_sparse_moe.models.balancing import sequence_counts
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routing_record import RoutingRecord, close_record, open_record
 
@@ -159,13 +159,11 @@ def routing_statistics(
                 counts = [torch.zeros(len(names), model.config.num_experts, dtype=torch.float64) for _ in sides]
             rows = [ALL] * sequences if labels is None else labels[seen : seen + sequences]
             for layer_counts, entry in zip(counts, record.entries, strict=True):
-                index_BSK = entry.top_k_index.unflatten(0, (sequences, -1))
-                mask_BS = masks[entry.side]
-                for sequence, group in enumerate(rows):
-                    mask_S = None if mask_BS is None else mask_BS[sequence].flatten()
-                    layer_counts[names.index(group)] += expert_counts(
-                        index_BSK[sequence], model.config.num_experts, mask_S
-                    ).cpu()
+                mask = masks[entry.side]
+                mask = entry.counting_mask(None if mask is None else mask.flatten())
+                by_sequence = sequence_counts(entry.top_k_index, model.config.num_experts, sequences, mask)
+                rows_of = torch.tensor([names.index(group) for group in rows])
+                layer_counts.index_add_(0, rows_of, by_sequence.double().cpu())
             seen += sequences
     finally:
         model.train(training)

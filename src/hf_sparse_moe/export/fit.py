@@ -38,6 +38,7 @@ TRAINING_FIELDS = {
     "router_z_loss_coef",
     "router_bias_update_speed",
     "balance_scope",
+    "capacity_factor",  # of a router that drops, which it does in training alone
     "expert_dropout",
     "output_router_logits",
 }

@@ -29,7 +29,7 @@ from hf_sparse_moe.upcycling.source import Source, find_source
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
-from .tensors import Tensors, from_target, our_name
+from .tensors import SCORE_BIAS, Tensors, from_target, our_name
 from .without_sibling import WITHOUT_SIBLING
 
 
@@ -206,6 +206,10 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
     result: Tensors = {}
     for layer in layers:
         block, left = from_target(row, in_layer(state, layer), config.num_shared_experts)
+        if config.scoring_func == "sigmoid":
+            block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
+        else:
+            block.pop(SCORE_BIAS, None)
         result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
         result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}
     inside = tuple(f"{layer}." for layer in layers)

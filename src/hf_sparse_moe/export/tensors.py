@@ -35,12 +35,20 @@ def to_target(target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: M
         block (`dict[str, torch.Tensor]`): The block's tensors, in our names from the block.
         shapes (`dict[str, torch.Size]`): Of all that the target has in the layer; what is asked for there and we have
             not is written as zeros: a score bias, the gate of shared experts, shared experts as such.
+
+    Raises:
+        ValueError: a trained selection bias without a place there.
     """
     left = dict(block)
     result: Tensors = {target.router_name: left.pop("gate.weight")}
-    bias_name = target.score_bias_name
-    if bias_name is not None and bias_name in shapes and SCORE_BIAS in left:
-        result[bias_name] = left.pop(SCORE_BIAS).reshape(shapes[bias_name])
+    bias_name, bias = target.score_bias_name, left.pop(SCORE_BIAS, None)
+    if bias is not None and bias_name in shapes:
+        result[bias_name] = bias.reshape(shapes[bias_name])
+    elif bias is not None and not bias.is_meta and bias.any():
+        raise ValueError(
+            f"The selection bias (`{SCORE_BIAS}`) is trained, and {target.model_type} has none. Set it to zeros to "
+            "export without it."
+        )
     up_name = "gate_up_proj" if target.gated else "up_proj"
     up, down = left.pop(f"experts.{up_name}"), left.pop("experts.down_proj")
     if target.expert_modules:
@@ -73,7 +81,7 @@ def from_target(
         num_shared_experts (`int`): Whether shared experts are read, or are zeros and left out.
 
     Raises:
-        ValueError: shared experts with a trained gate, or a score bias, neither of which our blocks have.
+        ValueError: shared experts with a trained gate, which our blocks have not.
     """
     left = dict(layer)
     block: Tensors = {"gate.weight": left.pop(target.router_name)}
@@ -87,9 +95,7 @@ def from_target(
         up, down = left.pop(f"{target.experts_name}.{up_name}"), left.pop(f"{target.experts_name}.down_proj")
     block |= {f"experts.{up_name}": up, "experts.down_proj": down}
     if target.score_bias_name in left:
-        bias = left.pop(target.score_bias_name)
-        if bias.any():
-            block[SCORE_BIAS] = bias.flatten()
+        block[SCORE_BIAS] = left.pop(target.score_bias_name).flatten()
     if target.shared and target.shared.weights[0] in left:
         *ups, down = (left.pop(name) for name in target.shared.weights)
         gate = left.pop(target.shared.gate) if target.shared.gate else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import distributed
 
 
 def expert_counts(
@@ -28,24 +29,47 @@ def expert_counts(
         return torch.zeros(num_experts, dtype=torch.float32, device=index.device).scatter_add_(0, index, weight)
 
 
+def sequence_counts(
+    top_k_index_TK: torch.Tensor, num_experts: int, num_sequences: int, token_mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    [`expert_counts`] of each sequence by itself; T = `num_sequences` * S.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_sequences, E)`, without gradient.
+    """
+    sequence_T = torch.arange(num_sequences, device=top_k_index_TK.device)
+    sequence_T = sequence_T.repeat_interleave(len(top_k_index_TK) // max(num_sequences, 1))
+    index_TK = top_k_index_TK + sequence_T[:, None] * num_experts
+    return expert_counts(index_TK, num_sequences * num_experts, token_mask_T).reshape(num_sequences, num_experts)
+
+
 def masked_mean(values: torch.Tensor, token_mask_T: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens (dimension 0) that count; zero where none does."""
     if token_mask_T is None:
-        return values.mean(dim=0)
+        return values.sum(dim=0) / max(len(values), 1)
     mask = token_mask_T.to(values.dtype)
     weighted = values * mask.reshape(-1, *[1] * (values.dim() - 1))
     return weighted.sum(dim=0) / mask.sum().clamp(min=1)
+
+
+def balance(counts_E: torch.Tensor, mean_probs_E: torch.Tensor) -> torch.Tensor:
+    """
+    E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4): f_e is expert e's share of `counts_E`, P_e
+    its mean probability. An even load gives 1, all tokens on one expert E. Leading dimensions are kept.
+    """
+    share_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
+    return counts_E.shape[-1] * (share_E * mean_probs_E).sum(dim=-1)
 
 
 def load_balancing_loss(
     router_probs_TE: torch.Tensor, top_k_index_TK: torch.Tensor, token_mask_T: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    E * sum_e f_e P_e of one layer (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
+    [`balance`] of one layer, over all tokens given.
 
-    f_e is expert e's share of the T * K assignments, P_e its mean probability. An even load gives 1, all tokens on one
-    expert E. transformers' `load_balancing_loss_func` sums f over the K slots and so reads K where this reads 1; it
-    also pools all layers first, so that layers which collapse onto different experts look even.
+    transformers' `load_balancing_loss_func` sums f over the K slots and so reads K where this reads 1; it also pools
+    all layers first, so that layers which collapse onto different experts look even.
 
     Args:
         router_probs_TE (`torch.FloatTensor` of shape `(T, E)`): Probabilities, each row summing to 1.
@@ -55,10 +79,68 @@ def load_balancing_loss(
     Returns:
         `torch.FloatTensor`: a scalar; 0 when no token counts.
     """
+    counts_E = expert_counts(top_k_index_TK, router_probs_TE.shape[-1], token_mask_T)
+    return balance(counts_E, masked_mean(router_probs_TE, token_mask_T))
+
+
+def sequence_balancing_loss(
+    router_probs_TE: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    num_sequences: int,
+    token_mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`balance`] of each sequence by itself, then the mean over the sequences that have a token (DeepSeek-V3, arXiv
+    2412.19437, equations 17 to 20). Takes what [`load_balancing_loss`] takes; T = `num_sequences` * S.
+
+    Returns:
+        `torch.FloatTensor`: a scalar; 0 when no token counts.
+    """
     num_experts = router_probs_TE.shape[-1]
-    counts_E = expert_counts(top_k_index_TK, num_experts, token_mask_T)
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return num_experts * (share_E * masked_mean(router_probs_TE, token_mask_T)).sum()
+    counts_BE = sequence_counts(top_k_index_TK, num_experts, num_sequences, token_mask_T)
+    probs_BSE = router_probs_TE.reshape(num_sequences, -1, num_experts)
+    mask_BS = torch.ones_like(probs_BSE[..., 0])
+    if token_mask_T is not None:
+        mask_BS = token_mask_T.to(mask_BS).reshape(num_sequences, -1)
+    tokens_B = mask_BS.sum(dim=1)
+    mean_BE = (probs_BSE * mask_BS[..., None]).sum(dim=1) / tokens_B.clamp(min=1)[:, None]
+    return balance(counts_BE, mean_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
+
+
+class GlobalLoad:
+    """
+    The load that `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the
+    micro-batches of the optimizer step so far. Probabilities stay those of the micro-batch, over the tokens of all
+    ranks, so that the ranks' losses sum to the one of their joint batch.
+    """
+
+    def __init__(self) -> None:
+        self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
+
+    def add(
+        self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor, new_step: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Sum one micro-batch over the ranks, in one all-reduce.
+
+        Args:
+            counts_LE (`torch.Tensor` of shape `(L, E)`): This rank's assignments, a row a layer.
+            tokens_L (`torch.Tensor` of shape `(L,)`): Its tokens, pads excluded.
+            labels (`torch.Tensor`): Its labels, a scalar.
+            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
+
+        Returns:
+            `tuple`: counts of all ranks and of the step so far (L, E), tokens (L,) and labels of all ranks.
+        """
+        sums = torch.cat([counts_LE.flatten(), tokens_L, labels.reshape(1).to(tokens_L)])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        size = counts_LE.numel()
+        summed_LE = sums[:size].reshape(counts_LE.shape)
+        if not new_step and self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
+            summed_LE = summed_LE + self.earlier_LE
+        self.earlier_LE = summed_LE
+        return summed_LE, sums[size:-1], sums[-1]
 
 
 def router_z_loss(router_logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None) -> torch.Tensor:

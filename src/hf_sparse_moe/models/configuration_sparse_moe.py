@@ -2,13 +2,16 @@
 
 # No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a type.
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
-SCORING_FUNCTIONS = ("softmax", "sigmoid")
+ROUTER_TYPES = ("top_k", "expert_choice", "hash")
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "cosine")
+BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
 LAYER_TYPES = ("dense", "sparse")
 
 # What the dense model is when nobody says: the sizes of ModernBERT-base, Qwen3-0.6B and T5-v1.1-base.
@@ -55,13 +58,32 @@ class SparseMoeConfig(PreTrainedConfig):
         num_shared_experts (`int`, defaults to 0):
             Experts that serve every token, beside the routed ones; together they are one feed-forward of
             `num_shared_experts * moe_intermediate_size` units.
-        scoring_func (`str`, defaults to `"softmax"`): `"softmax"` or `"sigmoid"` of the router's logits.
+        router_type (`str`, defaults to `"top_k"`):
+            `"top_k"`: each token takes its best experts. `"expert_choice"`: each expert takes its best tokens of a
+            sequence; for encoders and the encoder's side alone, because it sees the tokens that follow. `"hash"`: the
+            token's id decides.
+        scoring_func (`str`, defaults to `"softmax"`):
+            `"softmax"` or `"sigmoid"` of the router's logits, or `"cosine"`: the softmax of the cosines of the token
+            and learned expert keys, over a learned temperature. A sigmoid router has a selection bias.
         norm_topk_prob (`bool`, defaults to `True`): Divide the weights of the chosen experts by their sum.
         routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights of the routed experts.
+        n_group (`int`, defaults to 1): Groups that the experts are in, one after the other.
+        topk_group (`int`, defaults to 1): How many groups a token may take experts from.
+        capacity_factor (`float`, *optional*):
+            With `"top_k"`: in training an expert takes at most ceil(capacity_factor * T * K / E) of the T tokens of a
+            forward pass, those with the highest scores; the rest are dropped. None drops nothing. With
+            `"expert_choice"`: how many experts serve a token on average; None means `num_experts_per_tok`.
         router_jitter_noise (`float`, defaults to 0.0):
             In training, multiply the router's input by U(1 - noise, 1 + noise).
         router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss in training; 0 is off.
         router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss in training; 0 is off.
+        balance_scope (`str`, defaults to `"micro_batch"`):
+            Over which tokens the load-balancing loss evens the load: those of the `"micro_batch"`, of each
+            `"sequence"` (DeepSeek-V3), or of the `"global_batch"`, all ranks and the micro-batches of the step so far
+            (arXiv 2501.11873).
+        router_bias_update_speed (`float`, defaults to 0.0):
+            How far the selection bias of a sigmoid router moves after each optimizer step (arXiv 2408.15664 takes
+            1e-3); `SelectionBiasCallback` moves it. 0 leaves it as it is.
         expert_dropout (`float`, *optional*):
             Dropout on the intermediate activations of the experts. Defaults to that of the dense feed-forward.
         output_router_logits (`bool`, defaults to `False`): Return `router_logits` and `aux_loss` in evaluation too.
@@ -72,7 +94,13 @@ class SparseMoeConfig(PreTrainedConfig):
 
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
     sub_configs: ClassVar[dict[str, type]] = {"dense_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "aux_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "router_logits",
+        "aux_loss",
+        "task_loss",
+        "z_loss",
+    ]
     _default_dense_config: ClassVar[dict[str, Any]] = {}
     _layer_type_fields: ClassVar[dict[str, str]] = {}
 
@@ -81,12 +109,18 @@ class SparseMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     num_shared_experts: int = 0
+    router_type: str = "top_k"
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    capacity_factor: float | int | None = None
     router_jitter_noise: float | int = 0.0
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.0
+    balance_scope: str = "micro_batch"
+    router_bias_update_speed: float | int = 0.0
     expert_dropout: float | int | None = None
     output_router_logits: bool = False
 
@@ -211,11 +245,12 @@ class SparseMoeConfig(PreTrainedConfig):
         size = self.moe_intermediate_size
         require(size is None or size >= 1, "moe_intermediate_size", "None or at least 1")
         require(self.num_shared_experts >= 0, "num_shared_experts", "at least 0")
-        require(self.scoring_func in SCORING_FUNCTIONS, "scoring_func", f"one of {SCORING_FUNCTIONS}")
+        self._check_router(require)
         require(0 < self.routed_scaling_factor < float("inf"), "routed_scaling_factor", "above 0 and finite")
         require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", "at least 0 and below 1")
         require(0 <= self.router_aux_loss_coef < float("inf"), "router_aux_loss_coef", "at least 0 and finite")
         require(0 <= self.router_z_loss_coef < float("inf"), "router_z_loss_coef", "at least 0 and finite")
+        require(self.balance_scope in BALANCE_SCOPES, "balance_scope", f"one of {BALANCE_SCOPES}")
         dropout = self.expert_dropout
         require(dropout is None or 0 <= dropout < 1, "expert_dropout", "None, or at least 0 and below 1")
         for field, side in self._layer_type_fields.items():
@@ -225,6 +260,43 @@ class SparseMoeConfig(PreTrainedConfig):
             require(all(layer in LAYER_TYPES for layer in layers), field, f"a list of {LAYER_TYPES}")
             count = self._num_layers(side)
             require(count is None or len(layers) == count, field, f"a list of {count} entries, one a layer")
+
+    def _check_router(self, require: Callable[[bool, str, str], None]) -> None:
+        top_k = self.router_type == "top_k"
+        require(self.router_type in ROUTER_TYPES, "router_type", f"one of {ROUTER_TYPES}")
+        causal = "encoder" not in self._layer_type_fields.values() or getattr(self.dense_config, "is_decoder", False)
+        require(
+            self.router_type != "expert_choice" or not causal or type(self) is SparseMoeConfig,
+            "router_type",
+            "'top_k' or 'hash' in a causal decoder, because an expert that chooses its tokens sees those that follow",
+        )
+        require(self.scoring_func in SCORING_FUNCTIONS, "scoring_func", f"one of {SCORING_FUNCTIONS}")
+        require(top_k or self.scoring_func == "softmax", "scoring_func", "'softmax' unless `router_type='top_k'`")
+        require(self.n_group >= 1 and self.num_experts % self.n_group == 0, "n_group", "a divisor of `num_experts`")
+        require(top_k or self.n_group == 1, "n_group", "1 unless `router_type='top_k'`")
+        require(1 <= self.topk_group <= self.n_group, "topk_group", f"between 1 and `n_group={self.n_group}`")
+        within = self.topk_group * self.num_experts // self.n_group
+        require(
+            self.num_experts_per_tok <= within,
+            "num_experts_per_tok",
+            f"at most {within}, the experts of `topk_group={self.topk_group}` groups",
+        )
+        capacity = self.capacity_factor
+        require(capacity is None or 0 < capacity < float("inf"), "capacity_factor", "None, or above 0 and finite")
+        speed = self.router_bias_update_speed
+        require(0 <= speed < float("inf"), "router_bias_update_speed", "at least 0 and finite")
+        require(
+            speed == 0 or (top_k and self.scoring_func == "sigmoid"),
+            "router_bias_update_speed",
+            "0 unless `scoring_func='sigmoid'`, whose router has a selection bias",
+        )
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """The routed experts that serve a token, on average."""
+        if self.router_type == "expert_choice" and self.capacity_factor is not None:
+            return min(self.capacity_factor, self.num_experts)
+        return self.num_experts_per_tok
 
     def _num_layers(self, side: str) -> int | None:
         dense = self.get_text_config(encoder=True) if side == "encoder" and self.is_encoder_decoder else self

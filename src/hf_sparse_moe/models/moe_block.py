@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from .experts import make_experts
 from .feed_forward import FeedForward, feed_forward_side, find_feed_forwards
-from .routers import SparseMoeTopKRouter
+from .routers import make_router
 from .routing_record import report_routing
 
 
@@ -37,7 +37,7 @@ class SparseMoeBlock(nn.Module):
         gated, biased = feed_forward.layout.gated, feed_forward.biased
         intermediate = config.moe_intermediate_size or feed_forward.intermediate_size
         dropout = feed_forward.inner_dropout if config.expert_dropout is None else config.expert_dropout
-        self.gate = SparseMoeTopKRouter(config, hidden)
+        self.gate = make_router(config, hidden, side)
         self.experts = make_experts(config, hidden, intermediate, act_fn, dropout, gated=gated, biased=biased)
         self.shared_experts = None
         if config.num_shared_experts:
@@ -64,9 +64,13 @@ class SparseMoeBlock(nn.Module):
             `torch.Tensor` of the same shape.
         """
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        router_logits, top_k_weights, top_k_index = self.gate(tokens_TH)
-        report_routing(router_logits, top_k_index, self.side)
-        output_TH = self.experts(tokens_TH, top_k_index, top_k_weights)
+        routing = self.gate(tokens_TH)
+        report_routing(routing, self.side)
+        if routing.token_index is None:
+            output_TH = self.experts(tokens_TH, routing.top_k_index, routing.top_k_weights)
+        else:  # the experts chose: each assignment is a row of its own
+            rows = self.experts(tokens_TH[routing.token_index], routing.top_k_index, routing.top_k_weights)
+            output_TH = torch.zeros_like(tokens_TH).index_add(0, routing.token_index, rows.to(tokens_TH.dtype))
         if self.shared_experts is not None:
             output_TH = output_TH + self.shared_experts(tokens_TH)
         return self.dropout(output_TH).reshape(hidden_states.shape)

@@ -18,11 +18,14 @@ class RoutingFields:
             included, encoder before decoder. Present with `output_router_logits`.
         task_loss (`torch.FloatTensor`, *optional*): `loss` without the balance losses. Present with labels, in
             training while a coefficient is above 0; else `loss` is the task loss.
+        z_loss (`torch.FloatTensor`, *optional*): The router z-loss, mean over the sparse layers, unscaled. Present
+            where `aux_loss` is, while its coefficient is above 0.
     """
 
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     task_loss: torch.FloatTensor | None = None
+    z_loss: torch.FloatTensor | None = None
 
 
 @dataclass

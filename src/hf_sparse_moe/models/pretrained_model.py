@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -12,17 +13,32 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import ModelOutput, cached_file, logging
 
-from .balancing import load_balancing_loss, router_z_loss
+from .balancing import (
+    GlobalLoad,
+    balance,
+    expert_counts,
+    load_balancing_loss,
+    masked_mean,
+    router_z_loss,
+    sequence_balancing_loss,
+)
 from .configuration_sparse_moe import SparseMoeConfig
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
-from .routing_record import RoutingRecord, checkpoint_with_routing, close_record, open_record
+from .routing_record import (
+    RoutingEntry,
+    RoutingRecord,
+    checkpoint_with_routing,
+    close_record,
+    open_record,
+    outer_record,
+)
 from .task_losses import batch_weight, language_model_loss
 
 
@@ -56,6 +72,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict: ClassVar[Any] = {"e_score_correction_bias"}  # its steps are too small for bfloat16
 
     dense_auto_class: ClassVar[Any] = AutoModel
     output_class: ClassVar[Any]
@@ -89,6 +106,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             self.generation_config = self.dense.generation_config
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
         self.receipt: dict[str, Any] | None = None
+        self._global_load = GlobalLoad()
         self.post_init()
         # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
         parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
@@ -128,48 +146,114 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balances = self.training and (config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0)
-        record = RoutingRecord()
-        token = open_record(record) if wants_logits or balances else None
+        outer = outer_record()
+        record = self._new_record(inputs, token_masks, keep=wants_logits or balances or outer is not None)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "logits_to_keep" not in self._dense_arguments:
             inputs.pop("logits_to_keep", None)
+        token = open_record(record)
         try:
             outputs = self.dense(**inputs, return_dict=True)
         finally:
-            if wants_logits or balances:
-                close_record(token)
+            close_record(token)
+        if outer is not None:
+            outer.entries.extend(record.entries)
 
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             compute = language_model_loss if shifted else self.compute_task_loss
             fields["loss"] = compute(outputs, labels, config, num_items_in_batch)
-        if record.entries:
-            fields["aux_loss"], z_loss = self._router_losses(record, token_masks)
+        if record.entries and (wants_logits or balances):
+            counted = labels if labels is None or shifted else self.counted_labels(labels)
+            weight = batch_weight(counted, num_items_in_batch)
+            aux_loss, z_loss, aux_weight = self._router_losses(record, counted, num_items_in_batch, weight)
+            fields["aux_loss"], fields["z_loss"] = aux_loss, z_loss
             if balances and labels is not None:
-                extra = config.router_aux_loss_coef * fields["aux_loss"] + config.router_z_loss_coef * z_loss
+                extra = config.router_aux_loss_coef * aux_weight * aux_loss
+                if z_loss is not None:
+                    extra = extra + config.router_z_loss_coef * weight * z_loss
                 fields["task_loss"] = fields["loss"]
-                weight = batch_weight(labels if shifted else self.counted_labels(labels), num_items_in_batch)
-                fields["loss"] = fields["loss"] + (weight * extra).to(fields["loss"].device)
+                fields["loss"] = fields["loss"] + extra.to(fields["loss"].device)
+            if balances:
+                _refuse_loss_without(aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss, record)
         if wants_logits:
             fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
         result = self.output_class(**fields)
         return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    def _new_record(
+        self, inputs: dict[str, Any], token_masks: dict[str, torch.Tensor | None], keep: bool
+    ) -> RoutingRecord:
+        """What the routers of a forward pass may know of its tokens."""
+        record = RoutingRecord(masks=token_masks, keep=keep)
+        for side in set(token_masks):
+            prefix = "decoder_" if side == "decoder" and self.config.is_encoder_decoder else ""
+            ids, embeds = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}inputs_embeds")
+            record.ids[side] = ids
+            if ids is None and embeds is None and prefix:  # a head that feeds the source to the decoder
+                ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+            shape = ids.shape[:-1] if ids is not None else embeds.shape[:-2] if embeds is not None else (1,)
+            record.num_sequences[side] = math.prod(shape)
+        return record
+
     def _router_losses(
-        self, record: RoutingRecord, token_masks: dict[str, torch.Tensor | None]
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Load-balancing loss and z-loss, each computed layer by layer and then averaged; pads do not count."""
-        aux, z = [], []
-        device = record.entries[-1].router_logits.device
+        self, record: RoutingRecord, labels: torch.Tensor | None, num_items_in_batch: Any, weight: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
+        """
+        Load-balancing loss and z-loss, each computed layer by layer and then averaged; pads do not count. With them
+        the weight of the former: over a step's micro-batches and ranks it sums to 1.
+        """
+        config, device = self.config, record.entries[-1].router_logits.device
+        masks, probs = [], []
         for entry in record.entries:
-            mask_T = _token_mask(token_masks.get(entry.side), len(entry.router_logits))
-            mask_T = None if mask_T is None else mask_T.to(entry.router_logits.device)
-            probabilities = router_probabilities(entry.router_logits, self.config.scoring_func)
-            aux.append(load_balancing_loss(probabilities, entry.top_k_index, mask_T).to(device))
-            if self.config.router_z_loss_coef > 0:
-                z.append(router_z_loss(entry.router_logits, mask_T).to(device))
-        return torch.stack(aux).mean(), torch.stack(z).mean() if z else 0.0
+            mask_T = record.context(entry.side, len(entry.router_logits)).mask
+            masks.append(None if mask_T is None else mask_T.to(entry.router_logits.device))
+            probs.append(router_probabilities(entry.router_logits, config.scoring_func))
+        z_loss = None
+        if config.router_z_loss_coef > 0:
+            pairs = zip(record.entries, masks, strict=True)
+            z_loss = torch.stack([router_z_loss(entry.router_logits, mask).to(device) for entry, mask in pairs]).mean()
+        layers = list(zip(record.entries, masks, probs, strict=True))
+        if config.balance_scope == "global_batch":
+            aux_loss, weight = self._global_balance(layers, labels, num_items_in_batch, weight, device)
+            return aux_loss, z_loss, weight
+        aux = []
+        for entry, mask, probs_TE in layers:
+            if entry.token_index is not None:
+                aux.append(balance(_assignments(entry, mask, config.num_experts), masked_mean(probs_TE, mask)))
+            elif config.balance_scope == "sequence":
+                sequences = record.context(entry.side, len(probs_TE)).num_sequences
+                aux.append(sequence_balancing_loss(probs_TE, entry.top_k_index, sequences, mask))
+            else:
+                aux.append(load_balancing_loss(probs_TE, entry.top_k_index, mask))
+        return torch.stack([loss.to(device) for loss in aux]).mean(), z_loss, weight
+
+    def _global_balance(
+        self,
+        layers: list[tuple[RoutingEntry, torch.Tensor | None, torch.Tensor]],
+        labels: torch.Tensor | None,
+        num_items_in_batch: Any,
+        weight: torch.Tensor | float,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        experts = self.config.num_experts
+        counts_LE = torch.stack([_assignments(entry, mask, experts).to(device) for entry, mask, _ in layers])
+        tokens = [len(probs_TE) if mask is None else mask.sum() for _, mask, probs_TE in layers]
+        tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in tokens])
+        probs_LE = torch.stack([(masked_mean(probs_TE, mask)).to(device) for _, mask, probs_TE in layers])
+        if not self.training:  # a rank may evaluate alone
+            return balance(counts_LE, probs_LE).mean(), weight
+        counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
+        gates = (block.gate for block in self.sparse_blocks)
+        # `zero_grad` leaves None behind: a router that has no gradient yet is at the first micro-batch of its step.
+        new_step = all(parameter.grad is None for gate in gates for parameter in gate.parameters())
+        counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
+        share_L1 = (tokens_L / all_tokens_L.clamp(min=1))[:, None]
+        loss = balance(counts_LE, probs_LE * share_L1).mean()
+        if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
+            return loss, distributed.get_world_size() if distributed.is_initialized() else 1.0
+        return loss, all_labels / num_items_in_batch
 
     # ---- delegation to the dense model ------------------------------------------------------------------------
 
@@ -364,12 +448,26 @@ def _wildcard(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
-def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """`(T,)` of a `(B, S)` mask, its last columns where a cache holds the earlier tokens; None if it cannot tell."""
-    if mask is None or mask.dim() < 2:
-        return None
-    mask = mask.reshape(-1, mask.shape[-1])
-    length = num_tokens // mask.shape[0]
-    if length * mask.shape[0] != num_tokens or length > mask.shape[1]:
-        return None
-    return mask[:, mask.shape[1] - length :].reshape(-1)
+def _assignments(entry: RoutingEntry, mask_T: torch.Tensor | None, num_experts: int) -> torch.Tensor:
+    """`(E,)`: how many tokens each expert was chosen for, or, where the experts choose, took."""
+    return expert_counts(entry.top_k_index, num_experts, entry.counting_mask(mask_T))
+
+
+def _refuse_loss_without(balance_loss: torch.Tensor, record: RoutingRecord) -> None:
+    """Raise in the backward pass of a loss that the balance loss is no part of."""
+    router_logits = record.entries[-1].router_logits
+    if torch.compiler.is_compiling() or not (balance_loss.requires_grad and router_logits.requires_grad):
+        return
+    reached: list[bool] = []
+
+    def check(gradient: torch.Tensor) -> None:  # runs when all that flows into the logits has been summed
+        if not reached:
+            raise ValueError(
+                "The loss of this backward pass leaves out the balance loss, so the experts would collapse unnoticed "
+                "(a `compute_loss` of one's own and Trainer's `label_smoothing_factor` compute such a loss). Add "
+                "`model.config.router_aux_loss_coef * outputs.aux_loss` to it, or train without balance loss: "
+                "`model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0`."
+            )
+
+    balance_loss.register_hook(lambda gradient: reached.append(True))
+    router_logits.register_hook(check)

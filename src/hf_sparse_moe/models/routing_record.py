@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -11,18 +12,71 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 
 class RoutingEntry(NamedTuple):
-    """One sparse layer's part of the record. T tokens, pads included; E experts; K experts a token."""
+    """One sparse layer's part of the record: what its router decided (see `Routing`), and the layer's side."""
 
-    router_logits: torch.Tensor  # (T, E), float32
-    top_k_index: torch.Tensor  # (T, K)
+    router_logits: torch.Tensor
+    top_k_index: torch.Tensor
     side: str  # "encoder" or "decoder"
+    kept: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
+
+    def counting_mask(self, token_mask_T: torch.Tensor | None) -> torch.Tensor | None:
+        """Which rows of `top_k_index` count as load: those of tokens that are no pads, or that an expert chose."""
+        return token_mask_T if self.token_index is None or self.kept is None else self.kept.flatten()
 
 
+class TokenContext(NamedTuple):
+    """
+    What a router may know of its T tokens besides their hidden states.
+
+    Args:
+        mask (`torch.Tensor` of shape `(T,)`, *optional*): 0 for a pad; None where all count, or nobody knows.
+        ids (`torch.LongTensor` of shape `(T,)`, *optional*): The token ids; None where nobody knows.
+        num_sequences (`int`): The sequences, of T / `num_sequences` tokens each.
+    """
+
+    mask: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    num_sequences: int = 1
+
+
+@dataclass
 class RoutingRecord:
-    """The entries of the sparse layers that ran while the record was open, in the order of their call."""
+    """
+    What the routers may know while the record is open, and what they decided.
 
-    def __init__(self) -> None:
-        self.entries: list[RoutingEntry] = []
+    Args:
+        masks (`dict[str, torch.Tensor]`): Per side, `(B, S)` with 0 for pads, or None.
+        ids (`dict[str, torch.Tensor]`): Per side, the token ids `(B, S)`, or None.
+        num_sequences (`dict[str, int]`): Per side, B.
+        keep (`bool`, defaults to `True`): Whether to gather entries.
+        entries (`list[RoutingEntry]`): Of the sparse layers that ran while it was open, in the order of their call.
+    """
+
+    masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    ids: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    num_sequences: dict[str, int] = field(default_factory=dict)
+    keep: bool = True
+    entries: list[RoutingEntry] = field(default_factory=list)
+
+    def context(self, side: str, num_tokens: int) -> TokenContext:
+        """Of the `num_tokens` tokens that a layer of `side` sees; what does not fit that number is left out."""
+        ids = self.ids.get(side)
+        ids = None if ids is None or ids.numel() != num_tokens else ids.reshape(-1)
+        sequences = self.num_sequences.get(side, 1)
+        sequences = sequences if sequences and num_tokens % sequences == 0 else 1
+        return TokenContext(_token_mask(self.masks.get(side), num_tokens), ids, sequences)
+
+
+def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """`(T,)` of a `(B, S)` mask, its last columns where a cache holds the earlier tokens; None if it cannot tell."""
+    if mask is None or mask.dim() < 2 or mask.numel() == 0:
+        return None
+    mask = mask.reshape(-1, mask.shape[-1])
+    length = num_tokens // mask.shape[0]
+    if length * mask.shape[0] != num_tokens or length > mask.shape[1]:
+        return None
+    return mask[:, mask.shape[1] - length :].reshape(-1)
 
 
 # `capture_outputs` of transformers ends at a nested `PreTrainedModel`, so the blocks report to this instead. Its
@@ -40,11 +94,23 @@ def close_record(token: Any) -> None:
     _active_record.reset(token)
 
 
-def report_routing(router_logits: torch.Tensor, top_k_index: torch.Tensor, side: str) -> None:
-    """Called by a sparse layer; does nothing when no record is open."""
+def outer_record() -> RoutingRecord | None:
+    """The record that is open, if one is; under torch.compile, which cannot ask before one was opened, None."""
+    return None if torch.compiler.is_compiling() else _active_record.get()
+
+
+def report_routing(routing: Any, side: str) -> None:
+    """Called by a sparse layer with its router's `Routing`; does nothing when no record gathers."""
     record = _active_record.get()
-    if record is not None:
-        record.entries.append(RoutingEntry(router_logits, top_k_index, side))
+    if record is not None and record.keep:
+        entry = RoutingEntry(routing.router_logits, routing.top_k_index, side, routing.kept, routing.token_index)
+        record.entries.append(entry)
+
+
+def token_context(side: str, num_tokens: int) -> TokenContext:
+    """What is known of the tokens of this call; see [`TokenContext`]."""
+    record = _active_record.get()
+    return TokenContext() if record is None else record.context(side, num_tokens)
 
 
 def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
@@ -65,7 +131,7 @@ def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
 
         def function_with_logits(*inner_args, **inner_kwargs):
             nonlocal returns_tuple
-            record, previous = RoutingRecord(), _active_record.get()
+            record, previous = replace(outer, entries=[]), _active_record.get()
             _active_record.set(record)
             try:
                 outputs = function(*inner_args, **inner_kwargs)

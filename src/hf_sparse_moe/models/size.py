@@ -28,10 +28,10 @@ def count_parameters(model: SparseMoePreTrainedModel, only_active: bool = False)
     """Parameters of `model`, tied ones once; with `only_active`, of the routed experts only those of one token."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if only_active:
-        idle = model.config.num_experts - model.config.num_experts_per_tok
+        idle = model.config.num_experts - model.config.mean_experts_per_token
         for block in model.sparse_blocks:
             experts = sum(parameter.numel() for parameter in block.experts.parameters(recurse=False))
-            total -= experts // model.config.num_experts * idle
+            total -= round(experts // model.config.num_experts * idle)
     return total
 
 
@@ -41,7 +41,8 @@ def count_flops_per_token(model: SparseMoePreTrainedModel) -> int:
     weights = 0
     for block in model.sparse_blocks:
         one_expert = block.experts.intermediate_dim * block.experts.hidden_dim * (3 if block.experts.gated else 2)
-        weights += block.gate.weight.numel() + one_expert * model.config.num_experts_per_tok
+        router = sum(parameter.numel() for parameter in block.gate.parameters() if parameter.dim() == 2)
+        weights += router + round(one_expert * model.config.mean_experts_per_token)
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output_head:
             weights += module.weight.numel()

@@ -1,7 +1,8 @@
 """Callbacks for `transformers.Trainer`."""
 
-from .balance_loss import BalanceLossCallback
 from .leading_callback import add_leading_callback
+from .routing_monitor import RoutingMonitor
+from .selection_bias import SelectionBiasCallback
 
 
-__all__ = ["BalanceLossCallback", "add_leading_callback"]
+__all__ = ["RoutingMonitor", "SelectionBiasCallback", "add_leading_callback"]

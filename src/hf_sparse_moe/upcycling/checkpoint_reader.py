@@ -149,23 +149,31 @@ class DenseTensors:
                     f"`{name}` has the shape {self._files.shape(name)} in `{source.name}`, but its config.json asks "
                     f"for {list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
                 )
-        self._memory: list[torch.Tensor] = []
+        self._memory: tuple[list[torch.Tensor], ...] = ([], [])
 
-    def reader(self) -> Callable[[str], torch.Tensor]:
+    def reader(self) -> Callable[..., torch.Tensor]:
         """
-        A function that reads a tensor by its key. The next reader takes the memory of what this one read: memory that
-        is new to a process costs it more time than the reading.
+        A function that reads a tensor by its key, or by several keys those tensors one below the other. The next
+        reader but one takes the memory of what this one read: memory that is new to a process costs it more time than
+        the reading.
         """
+        memory = self._memory[0]
+        self._memory = self._memory[::-1]
         position = itertools.count()
 
-        def read(key: str) -> torch.Tensor:
-            name, dtype, place = self._names[key], self._dtypes[key], next(position)
-            size = prod(self._files.shape(name)) * dtype.itemsize
-            if place == len(self._memory):
-                self._memory.append(torch.empty(0, dtype=torch.uint8))
-            if len(self._memory[place]) < size:
-                self._memory[place] = torch.empty(size, dtype=torch.uint8)
-            return self._files.read(name, dtype, self._memory[place])
+        def read(*keys: str) -> torch.Tensor:
+            names, dtype, place = [self._names[key] for key in keys], self._dtypes[keys[0]], next(position)
+            shapes = [self._files.shape(name) for name in names]
+            sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+            if place == len(memory):
+                memory.append(torch.empty(0, dtype=torch.uint8))
+            if len(memory[place]) < sum(sizes):
+                memory[place] = torch.empty(sum(sizes), dtype=torch.uint8)
+            parts = memory[place][: sum(sizes)].split(sizes)
+            tensors = [self._files.read(name, dtype, part) for name, part in zip(names, parts, strict=True)]
+            if len(tensors) == 1:
+                return tensors[0]
+            return memory[place][: sum(sizes)].view(dtype).reshape(-1, *shapes[0][1:])
 
         return read
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +17,8 @@ from hf_sparse_moe.models.feed_forward import FeedForward
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 
 from .initialization import INITIALIZATION_METHODS, FeedForwardWeights, InitializationMethod, LayerContext
+from .rows import Matrix, fill, single_threaded_workers
+from .router_start import router_tensors
 
 
 @dataclass(frozen=True)
@@ -52,45 +56,50 @@ class SparseLayer:
 
     def convert(
         self,
-        read: Callable[[str], torch.Tensor],
+        read: Callable[..., torch.Tensor],
         config: SparseMoeConfig,
         recipe: Recipe,
+        threads: ThreadPoolExecutor,
         **measured: Any,
     ) -> dict[str, torch.Tensor]:
-        """The mixture's tensors of this layer, by the mixture's keys; takes what [`pieces`] takes."""
+        """The mixture's tensors of this layer, by the mixture's keys, made by `threads` of what [`pieces`] takes."""
         tensors: dict[str, torch.Tensor] = {}
-        for key, expert, tensor in self.pieces(read, config, recipe, **measured):
-            if expert is None:
-                tensors[key] = tensor.contiguous()
+        for key, expert, matrix in self.pieces(read, config, recipe, **measured):
+            if expert is None and isinstance(matrix, torch.Tensor):
+                tensors[key] = matrix.contiguous()
                 continue
-            if expert == 0:
-                tensors[key] = tensor.new_empty(config.num_experts, *tensor.shape)
-            tensors[key][expert] = tensor
+            if not expert:
+                experts = () if expert is None else (config.num_experts,)
+                tensors[key] = torch.empty(*experts, *matrix.shape, dtype=matrix.dtype)
+            fill(tensors[key] if expert is None else tensors[key][expert], matrix, threads)
         return tensors
 
     def pieces(
         self,
-        read: Callable[[str], torch.Tensor],
+        read: Callable[..., torch.Tensor],
         config: SparseMoeConfig,
         recipe: Recipe,
         **measured: Any,
-    ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    ) -> Iterator[tuple[str, int | None, Matrix]]:
         """
-        The mixture's tensors of this layer as (key, expert, tensor). The tensors of the routed experts come one expert
-        after the other, each a row of the key's tensor; with the others `expert` is None.
+        The mixture's tensors of this layer as (key, expert, matrix). The matrices of the routed experts come one
+        expert after the other, each a row of the key's tensor; with the others `expert` is None.
 
         Args:
-            read (`Callable`): The tensor of one of `sources`.
+            read (`Callable`): The tensor of one of `sources`, or one below the other those of several.
             config ([`SparseMoeConfig`]): The mixture's config.
             recipe ([`Recipe`]): How the experts start.
             **measured: What a method needs besides the weights, as [`LayerContext`] takes it.
         """
-        generator = torch.Generator().manual_seed((recipe.seed << 16) + self.position)
+        seed = np.random.SeedSequence((recipe.seed % 2**64, self.position)).generate_state(1)  # torch heeds 32 bits
+        generator = torch.Generator().manual_seed(int(seed[0]))
         context = LayerContext(config, generator, recipe.options, **measured)
         dense = self.weights(read)
         start = recipe.initialization.start(dense, context)
         prefix, up_name = f"dense.{self.feed_forward.block_path}", "gate_up_proj" if dense.gated else "up_proj"
-        yield f"{prefix}.gate.weight", None, start.router.to(dense.down.dtype)
+        router = router_tensors(config, start.router, dense.down.dtype, generator)
+        for name, tensor in router.items():
+            yield f"{prefix}.gate.{name}", None, tensor
         for number, expert in enumerate(start.experts):
             parts = {
                 up_name: expert.up,
@@ -119,14 +128,13 @@ class SparseLayer:
         path = self.feed_forward.path
         return [f"{path}.{name}" for name in ups], [f"{path}.{down}"]
 
-    def weights(self, read: Callable[[str], torch.Tensor]) -> FeedForwardWeights:
+    def weights(self, read: Callable[..., torch.Tensor]) -> FeedForwardWeights:
         """The dense feed-forward, in the experts' layout."""
 
         def take(kind: str) -> list[torch.Tensor]:
-            turn = self.feed_forward.transposed and kind == "weight"
-            parts = [[read(name) for name in names] for names in self._projections(kind)]
-            turned = [[tensor.T if turn else tensor for tensor in part] for part in parts]
-            return [(torch.cat(part) if len(part) > 1 else part[0]).contiguous() for part in turned]
+            if self.feed_forward.transposed and kind == "weight":
+                return [torch.cat([read(name).T for name in names]) for names in self._projections(kind)]
+            return [read(*names) for names in self._projections(kind)]
 
         up, down = take("weight")
         up_bias, down_bias = take("bias") if self.feed_forward.biased else (None, None)
@@ -138,6 +146,16 @@ class SparseLayer:
         names = activation.state_dict() if isinstance(activation, nn.Module) else {}
         prefix = f"{self.feed_forward.path}.{self.feed_forward.activation_name}"
         return {f"{prefix}.{name}": name for name in names}
+
+
+def reader(tensors: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What [`SparseLayer.pieces`] reads with, of tensors in memory."""
+
+    def read(*names: str) -> torch.Tensor:
+        parts = [tensors[name].cpu() for name in names]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+
+    return read
 
 
 def sparse_layers(dense: PreTrainedModel, config: SparseMoeConfig, family_side: str) -> list[SparseLayer]:
@@ -167,7 +185,8 @@ def sparse_state_dict(
     layers = sparse_layers(dense, config, family_side)
     state = {key: tensor for key, tensor in dense.state_dict().items() if key not in dense.all_tied_weights_keys}
     experts: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        tensors = {name: state.pop(name).cpu() for name in layer.sources}
-        experts |= layer.convert(tensors.__getitem__, config, recipe, **measured(layer))
+    with single_threaded_workers() as threads:
+        for layer in layers:
+            tensors = {name: state.pop(name).cpu() for name in layer.sources}
+            experts |= layer.convert(reader(tensors), config, recipe, threads, **measured(layer))
     return {f"dense.{key}": tensor for key, tensor in state.items()} | experts

@@ -33,9 +33,15 @@ def expand(
         raise ValueError(f"`{type(model).__name__}` is no mixture of this library. Upcycle it first.")
     if factor < 2:
         raise ValueError(f"`factor={factor}` is not allowed: it must be at least 2.")
+    if model.config.router_type == "hash":
+        raise ValueError('`router_type="hash"` gives the ids to other experts when their number changes.')
     config = copy.deepcopy(model.config)
     config.num_experts = model.config.num_experts * factor
     config.num_experts_per_tok = model.config.num_experts_per_tok * factor
+    if config.n_group > 1:
+        config.n_group, config.topk_group = config.n_group * factor, config.topk_group * factor
+    if config.router_type == "expert_choice" and config.capacity_factor is not None:
+        config.capacity_factor *= factor
     generator = torch.Generator().manual_seed(seed)
     state = {
         key: tensor.clone() for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys
@@ -52,6 +58,8 @@ def expand(
             rows + (noise * torch.randn(rows.shape, generator=generator)).to(rows.dtype) for _ in range(factor - 1)
         ]
         state[f"{name}.gate.weight"] = torch.cat([rows, *copies])
+        if block.gate.e_score_correction_bias is not None:
+            state[f"{name}.gate.e_score_correction_bias"] = block.gate.e_score_correction_bias.cpu().repeat(factor)
     expanded = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
     if expanded.can_generate():
         expanded.generation_config = model.generation_config

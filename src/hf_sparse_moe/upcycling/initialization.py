@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,48 +12,75 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.routers import ROUTER_INIT_STD
 
 from .clustering import balanced_k_means
+from .drawing import normal_rows
+from .rows import Matrix, Rows, by_rows, mean_and_std
 
 
 @dataclass
 class FeedForwardWeights:
     """
-    One feed-forward.
+    One feed-forward. That of a dense model holds tensors; an expert may hold [`Rows`], which are made when written.
 
     Args:
-        up (`torch.Tensor`): (2I, H) with the gate's rows first where gated, else (I, H).
-        down (`torch.Tensor`): (H, I).
-        up_bias, down_bias (`torch.Tensor`, *optional*): (2I,) or (I,), and (H,).
+        up (`torch.Tensor` or [`Rows`]): (2I, H) with the gate's rows first where gated, else (I, H).
+        down (`torch.Tensor` or [`Rows`]): (H, I).
+        up_bias, down_bias (`torch.Tensor` or [`Rows`], *optional*): (2I,) or (I,), and (H,).
         gated (`bool`): Whether `up` holds gate and up.
     """
 
-    up: torch.Tensor
-    down: torch.Tensor
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
+    up: Any
+    down: Any
+    up_bias: Any
+    down_bias: Any
     gated: bool
 
     @property
     def num_units(self) -> int:
         return self.down.shape[-1]
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FeedForwardWeights:
-        """The same function of each tensor."""
-        up_bias, down_bias = (None if bias is None else function(bias) for bias in (self.up_bias, self.down_bias))
-        return FeedForwardWeights(function(self.up), function(self.down), up_bias, down_bias, self.gated)
+    @property
+    def parts(self) -> int:
+        """How many times `up` holds each unit."""
+        return 2 if self.gated else 1
+
+    def map(self, function: Callable[..., Matrix], *others: FeedForwardWeights) -> FeedForwardWeights:
+        """The same function of each matrix, and of what the others have in its place."""
+        made: dict[str, Any] = {
+            name: function(matrix, *(getattr(other, name) for other in others))
+            for name in ("up", "down", "up_bias", "down_bias")
+            if (matrix := getattr(self, name)) is not None
+        }
+        return replace(self, **made)
 
     def take(self, units: torch.Tensor) -> FeedForwardWeights:
-        """The feed-forward of these intermediate units alone, the whole second bias included."""
-        rows = torch.cat([units, units + self.num_units]) if self.gated else units
-        up_bias = None if self.up_bias is None else self.up_bias[rows]
-        return FeedForwardWeights(self.up[rows], self.down[:, units], up_bias, self.down_bias, self.gated)
+        """A dense model's feed-forward with these intermediate units alone, the whole second bias included."""
+        index = torch.cat([units + part * self.num_units for part in range(self.parts)])
+        up, down = self.up, self.down
+        return FeedForwardWeights(
+            Rows(torch.Size((len(index), up.shape[1])), up.dtype, lambda rows: up.index_select(0, index[rows])),
+            Rows(torch.Size((len(down), len(units))), down.dtype, lambda rows: _columns(down[rows], units)),
+            None if self.up_bias is None else self.up_bias[index],
+            self.down_bias,
+            self.gated,
+        )
 
     def scale(self, weight: float, bias: float | None = None) -> FeedForwardWeights:
         """The output times `weight`; its bias times `bias`, where that is another."""
         bias = weight if bias is None else bias
         if weight == bias == 1.0:
             return self
+        down = by_rows(lambda rows: rows * weight, self.down)
         down_bias = None if self.down_bias is None else self.down_bias * bias
-        return FeedForwardWeights(self.up, self.down * weight, self.up_bias, down_bias, self.gated)
+        return replace(self, down=down, down_bias=down_bias)
+
+
+def _columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """numpy takes columns four times as fast as torch, but knows no bfloat16."""
+    bits = matrix.view(_INTEGERS[matrix.dtype.itemsize]).numpy()
+    return torch.from_numpy(bits.take(columns.numpy(), axis=1)).view(matrix.dtype)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -62,8 +89,7 @@ class LayerStart:
     What one sparse layer starts from.
 
     Args:
-        experts (`Iterable[FeedForwardWeights]`): E of them; those that are drawn are drawn as they are asked for, so
-            that a stream never holds a whole layer.
+        experts (`Iterable[FeedForwardWeights]`): E of them.
         router (`torch.Tensor`): (E, H).
         shared ([`FeedForwardWeights`], *optional*): The shared experts, as one feed-forward.
     """
@@ -97,21 +123,27 @@ class LayerContext:
     def random_router(self, rows: int, hidden: int) -> torch.Tensor:
         return torch.empty(rows, hidden).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
 
-    def normal_like(self, tensor: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-        """Drawn in float32, so that the bits do not depend on the dtype of the checkpoint."""
-        return torch.empty(tensor.shape).normal_(mean, std, generator=self.generator).to(tensor.dtype)
+    def normal_like(self, matrix: Matrix, mean: torch.Tensor | float, std: torch.Tensor | float) -> Rows:
+        """Normal numbers of a stream of their own; mean and deviation broadcast to the matrix."""
+        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        return normal_rows(matrix.shape, matrix.dtype, mean, std, seed)
+
+
+def has_constant_weights(config: SparseMoeConfig) -> bool:
+    """Whether the weights of every token's experts sum to `routed_scaling_factor`."""
+    return config.router_type == "hash" or (config.router_type == "top_k" and config.norm_topk_prob)
 
 
 def output_scale(config: SparseMoeConfig) -> float:
     """
     What `down` is multiplied by so that equal experts together give one expert's output: 1 over the sum of a token's
-    weights. With normalised weights that sum is `routed_scaling_factor`, always; without, it is that of an even
-    router, so that the output is near, not equal (softmax k/E, sigmoid k/2).
+    weights. With normalised weights that sum is `routed_scaling_factor`, always; without, or where the experts choose
+    their tokens, it is that of an even router, so that the output is near, not equal (softmax k/E, sigmoid k/2).
     """
-    if config.norm_topk_prob:
+    if has_constant_weights(config):
         return 1.0 / config.routed_scaling_factor
-    even = 1 / config.num_experts if config.scoring_func == "softmax" else 0.5
-    return 1.0 / (even * config.num_experts_per_tok * config.routed_scaling_factor)
+    even = 0.5 if config.scoring_func == "sigmoid" else 1 / config.num_experts
+    return 1.0 / (even * config.mean_experts_per_token * config.routed_scaling_factor)
 
 
 def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -123,14 +155,19 @@ def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """`copy`, and on each weight noise of `noise_std` times the root mean square of its dense matrix."""
-    start = copy_experts(dense, context)
-    relative = context.options["noise_std"]
+    config, copied = context.config, dense.scale(output_scale(context.config))
+    std = copied.map(lambda matrix: torch.tensor(context.options["noise_std"] * _root_mean_square(matrix)))
 
-    def shake(tensor: torch.Tensor) -> torch.Tensor:
-        rms = tensor.float().square().mean().sqrt().item()
-        return context.normal_like(tensor, 0.0, relative * rms).add_(tensor)
+    def shake(matrix: Matrix, std: torch.Tensor) -> Rows:
+        return by_rows(torch.add, matrix, context.normal_like(matrix, 0.0, std))
 
-    return LayerStart((expert.map(shake) for expert in start.experts), start.router)
+    experts = (copied.map(shake, std) for _ in range(config.num_experts))
+    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
+
+
+def _root_mean_square(matrix: Matrix) -> float:
+    mean, std = mean_and_std(matrix)
+    return (mean**2 + std**2) ** 0.5
 
 
 def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -138,27 +175,38 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     `copy`, then in each expert `drop_ratio` of the units are redrawn from a normal with the mean and deviation of the
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
-    start = copy_experts(dense, context)
-    return LayerStart(_redrawn(start.experts, context), start.router)
+    config, copied = context.config, dense.scale(output_scale(context.config))
+    units, parts = dense.num_units, dense.parts
+    of_up, of_bias = (_moments(matrix, parts) for matrix in (dense.up, dense.up_bias))
+    of_down = mean_and_std(copied.down)
+
+    def redraw(matrix: Matrix, chosen: torch.Tensor, moments: tuple) -> Rows:
+        fresh = context.normal_like(matrix, *moments)
+        return by_rows(
+            lambda old, new, chosen: torch.where(chosen, new, old), matrix, fresh, chosen.expand(matrix.shape)
+        )
+
+    def drop() -> FeedForwardWeights:
+        redrawn = torch.zeros(units, dtype=torch.bool)
+        redrawn[torch.randperm(units, generator=context.generator)[: round(context.options["drop_ratio"] * units)]] = (
+            True
+        )
+        rows = redrawn.repeat(parts)
+        up_bias = None if dense.up_bias is None else redraw(dense.up_bias, rows, of_bias)
+        up, down = redraw(dense.up, rows[:, None], of_up), redraw(copied.down, redrawn, of_down)
+        return replace(copied, up=up, down=down, up_bias=up_bias)
+
+    experts = (drop() for _ in range(config.num_experts))
+    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
 
 
-def _redrawn(copies: Iterable[FeedForwardWeights], context: LayerContext) -> Iterator[FeedForwardWeights]:
-    for copied in copies:
-        expert, units = copied.map(torch.clone), copied.num_units
-        redrawn = torch.randperm(units, generator=context.generator)[: round(context.options["drop_ratio"] * units)]
-        for part in range(2 if copied.gated else 1):
-            rows = redrawn + part * units
-            whole = slice(part * units, (part + 1) * units)
-            _redraw(expert.up, (rows,), copied.up[whole], context)
-            if expert.up_bias is not None and copied.up_bias is not None:
-                _redraw(expert.up_bias, (rows,), copied.up_bias[whole], context)
-        _redraw(expert.down, (slice(None), redrawn), copied.down, context)
-        yield expert
-
-
-def _redraw(target: torch.Tensor, index: tuple, source: torch.Tensor, context: LayerContext) -> None:
-    std, mean = torch.std_mean(source.float())
-    target[index] = context.normal_like(target[index], mean.item(), std.item())
+def _moments(matrix: torch.Tensor | None, parts: int) -> tuple[torch.Tensor, ...]:
+    """Mean and deviation of gate and of up, for each row."""
+    if matrix is None:
+        return ()
+    of_parts = torch.tensor([mean_and_std(part) for part in matrix.chunk(parts)])
+    rows = of_parts.repeat_interleave(len(matrix) // parts, dim=0)
+    return tuple(column.reshape(-1, *[1] * (matrix.dim() - 1)) for column in rows.T)
 
 
 def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -226,13 +274,11 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     config = context.config
     size = config.moe_intermediate_size or dense.num_units
     units = torch.arange(size)
-    routed = dense.take(units).map(torch.zeros_like)
-    std, mean = (value.item() for value in torch.std_mean(dense.up.float()))
-    up_bias = None if dense.up_bias is None else dense.take(units).up_bias
+    routed, moments = dense.take(units), mean_and_std(dense.up)
+    down = torch.zeros((), dtype=dense.down.dtype).expand(routed.down.shape)
+    down_bias = None if dense.down_bias is None else torch.zeros_like(dense.down_bias)
     experts = (
-        FeedForwardWeights(
-            context.normal_like(routed.up, mean, std), routed.down, up_bias, routed.down_bias, dense.gated
-        )
+        replace(routed, up=context.normal_like(routed.up, *moments), down=down, down_bias=down_bias)
         for _ in range(config.num_experts)
     )
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)
@@ -248,17 +294,30 @@ def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerSta
     return LayerStart(experts, router)
 
 
+def _require_top_k(fields: dict[str, Any], method: str) -> None:
+    router = fields.get("router_type", "top_k")
+    if router != "top_k":
+        raise ValueError(
+            f"`router_type={router!r}` is not allowed with `method={method!r}`, whose experts are parts of the dense "
+            'feed-forward that only a token\'s best ones make whole. Use "top_k".'
+        )
+
+
 def _split_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
     granularity = options["granularity"]
+    _require_top_k(fields, "split")
     for name in ("num_experts", "num_experts_per_tok"):
         if fields[name] % granularity:
             raise ValueError(f"`{name}={fields[name]}` is not a multiple of `granularity={granularity}`.")
+    if fields["num_experts"] // fields.get("n_group", 1) % granularity:
+        raise ValueError(f"`n_group={fields['n_group']}` cuts through groups of `granularity={granularity}` experts.")
     if not fields.get("norm_topk_prob", True):
         raise ValueError('`norm_topk_prob=False` is not allowed with `method="split"`: groups share one weight.')
     return {"moe_intermediate_size": _share(units, granularity, "granularity")}
 
 
 def _partition_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    _require_top_k(fields, "partition")
     if options["partition"] not in PARTITIONS:
         raise ValueError(f"`partition={options['partition']!r}` is not allowed: it must be one of {PARTITIONS}.")
     if not fields.get("norm_topk_prob", True):
@@ -323,7 +382,7 @@ def _never(config: SparseMoeConfig) -> bool:
 
 
 INITIALIZATION_METHODS = {
-    "copy": InitializationMethod(copy_experts, "with normalised weights", lambda config: config.norm_topk_prob),
+    "copy": InitializationMethod(copy_experts, "with normalised weights", has_constant_weights),
     "noise": InitializationMethod(noise_experts, "no, near", _never, options={"noise_std": 0.01}),
     "drop": InitializationMethod(drop_experts, "no", _never, options={"drop_ratio": 0.5}),
     "split": InitializationMethod(split_experts, "yes", _always, _split_fields, {"granularity": 2}),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import torch
@@ -57,6 +58,7 @@ class ShardWriter:
         self._total_parameters = sum(tensor.numel() for tensor in tensors.values())
         self._disk = ThreadPoolExecutor(max_workers=1)  # waits for the disk while the next shard is made
         self._finishing: Future | None = None
+        self._one_finishes = Lock()
 
     @property
     def missing_bytes(self) -> int:
@@ -68,11 +70,10 @@ class ShardWriter:
         return not self._shard_of[key].finished
 
     def write(self, key: str, piece: torch.Tensor, begin: int = 0) -> int:
-        """Write a piece of a tensor, from its byte `begin` on; returns how many bytes that are."""
+        """Write a piece of a tensor, from its byte `begin` on, in any thread; returns how many bytes that are."""
         shard = self._shard_of[key]
         data = memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        shard.write(key, data, begin)
-        if shard.left == 0:
+        if shard.write(key, data, begin):
             self._finish(shard)
         return len(data)
 
@@ -91,8 +92,9 @@ class ShardWriter:
             (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
     def _finish(self, shard: _Shard) -> None:
-        self._wait()  # so that no more than one shard waits for the disk
-        self._finishing = self._disk.submit(shard.finish)
+        with self._one_finishes:
+            self._wait()  # so that no more than one shard waits for the disk
+            self._finishing = self._disk.submit(shard.finish)
 
     def _wait(self) -> None:
         if self._finishing is not None:
@@ -130,13 +132,16 @@ class _Shard:
         self.finished = path.exists()
         self.left = 0 if self.finished else begin
         self._file: BinaryIO | None = None
+        self._lock = Lock()
 
-    def write(self, key: str, data: memoryview, begin: int) -> None:
-        file = self._open()
-        file.seek(len(self._head) + self.begins[key] + begin)
+    def write(self, key: str, data: memoryview, begin: int) -> bool:
+        """Returns whether these were the last bytes that the shard lacked."""
+        file, place = self._open(), len(self._head) + self.begins[key] + begin
         for start in range(0, len(data), WRITE_BYTES):
-            file.write(data[start : start + WRITE_BYTES])
-        self.left -= len(data)
+            _write_all(file, data[start : start + WRITE_BYTES], place + start)
+        with self._lock:
+            self.left -= len(data)
+            return self.left == 0
 
     def finish(self) -> None:
         """Have the disk hold the file, then give it its name."""
@@ -156,7 +161,14 @@ class _Shard:
         return self.path.with_name(f"{self.path.name}.part")
 
     def _open(self) -> BinaryIO:
-        if self._file is None:
-            self._file = self._part.open("wb", buffering=0)
-            self._file.write(self._head)
-        return self._file
+        with self._lock:
+            if self._file is None:
+                self._file = self._part.open("wb", buffering=0)
+                self._file.write(self._head)
+            return self._file
+
+
+def _write_all(file: BinaryIO, data: memoryview, place: int) -> None:
+    while data:  # a disk that fills up takes a part first, and says so at the next call
+        written = os.pwrite(file.fileno(), data, place)
+        data, place = data[written:], place + written

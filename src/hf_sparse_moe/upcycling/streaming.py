@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,7 @@ from .conversion import Recipe, SparseLayer, sparse_layers
 from .families import sparse_class
 from .output import check_target, copy_companions, resumable_folder, write_checkpoint
 from .receipt import make_receipt
+from .rows import Matrix, blocks, single_threaded_workers
 from .shard_writer import ShardWriter
 from .source import Source, find_source, named_architecture, read_config, sensible_config, weight_files
 from .transfer import WatchedSource, write_weights
@@ -53,8 +56,8 @@ def stream_upcycle(
     """
     Make a mixture of experts of a dense checkpoint, from disk to disk, tensor by tensor.
 
-    The result is bit for bit that of [`upcycle`] and `save_pretrained`, but memory holds one layer's dense weights and
-    one expert, whatever the checkpoint's size. It is written beside `target`, which appears when it is complete. What
+    The result is bit for bit that of [`upcycle`] and `save_pretrained`, but memory holds two layers' dense weights,
+    whatever the checkpoint's size. It is written beside `target`, which appears when it is complete. What
     cannot be streamed (a pickle, a method that measures on data, weights that loading transforms) is upcycled in
     memory, and the log says so.
 
@@ -224,26 +227,48 @@ def _without_bars() -> Iterator[None]:
 
 def _write_tensors(plan: StreamPlan, writer: ShardWriter) -> Iterator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
-    layer_of = {f"dense.{layer.feed_forward.block_path}.gate.weight": layer for layer in plan.layers}
-    inside = tuple(f"dense.{layer.feed_forward.block_path}." for layer in plan.layers)
-    for key, output in plan.outputs.items():
-        if key in layer_of:
-            yield from _write_layer(plan, layer_of[key], writer)
-        elif not key.startswith(inside) and writer.wants(key):
-            begin = 0
-            for piece in plan.tensors.pieces(key.removeprefix("dense.")):
-                written = writer.write(key, piece.to(output.dtype), begin)
-                begin += written
-                yield written
+    layers = {f"dense.{layer.feed_forward.block_path}.": layer for layer in plan.layers}
+    begun: set[str] = set()
+    before: list[Future[int]] = []
+    with single_threaded_workers() as threads:
+        for key, output in plan.outputs.items():
+            prefix = next((prefix for prefix in layers if key.startswith(prefix)), None)
+            if prefix in begun:
+                continue
+            if prefix is not None:
+                begun.add(prefix)
+                layer = _write_layer(plan, layers[prefix], writer, threads)
+                for block in before:  # the next layer is read where this one was
+                    yield block.result()
+                before = layer
+            elif writer.wants(key):
+                begin = 0
+                for piece in plan.tensors.pieces(key.removeprefix("dense.")):
+                    written = writer.write(key, piece.to(output.dtype), begin)
+                    begin += written
+                    yield written
+        for block in before:
+            yield block.result()
 
 
-def _write_layer(plan: StreamPlan, layer: SparseLayer, writer: ShardWriter) -> Iterator[int]:
+def _write_layer(
+    plan: StreamPlan, layer: SparseLayer, writer: ShardWriter, threads: ThreadPoolExecutor
+) -> list[Future[int]]:
+    """Have a layer written by the threads, in blocks of rows, while the next one is read."""
     prefix = f"dense.{layer.feed_forward.block_path}."
     wanted = {key for key in plan.outputs if key.startswith(prefix) and writer.wants(key)}
     if not wanted:
-        return
-    for key, expert, piece in layer.pieces(plan.tensors.reader(), plan.config, plan.recipe):
+        return []
+
+    def write(key: str, matrix: Matrix, rows: slice, begin: int) -> int:
+        return writer.write(key, matrix[rows].to(plan.outputs[key].dtype), begin)
+
+    written = []
+    for key, expert, matrix in layer.pieces(plan.tensors.reader(), plan.config, plan.recipe):
         if key in wanted:
-            output = plan.outputs[key]
-            row = 0 if expert is None else output[0].numel() * output.element_size()
-            yield writer.write(key, piece.to(output.dtype), row * (expert or 0))
+            matrix = torch.atleast_1d(matrix) if isinstance(matrix, torch.Tensor) else matrix
+            row_bytes = prod(matrix.shape[1:]) * plan.outputs[key].element_size()
+            first = (expert or 0) * matrix.shape[0]
+            for rows in blocks(matrix):
+                written.append(threads.submit(write, key, matrix, rows, (first + rows.start) * row_bytes))
+    return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ def write_weights(
                 progress.advance(task, written)
             writer.close()
         finally:
+            if isinstance(pieces, Generator):
+                pieces.close()  # no thread of its own writes any more
             writer.abandon()
         digests = hashed.result()
     if source is not None:

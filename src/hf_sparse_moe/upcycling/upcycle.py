@@ -13,7 +13,7 @@ from hf_sparse_moe.models.feed_forward import feed_forward_side, find_feed_forwa
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .branches import check_branches, make_trunk, router_centroids
-from .conversion import Recipe, SparseLayer, sparse_layers, sparse_state_dict
+from .conversion import Recipe, SparseLayer, reader, sparse_layers, sparse_state_dict
 from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
 from .layers import layer_types
@@ -144,7 +144,7 @@ def _measure(
         return {
             "activations": None if activations is None else activations[layer.position],
             "centroids": None if centroids is None else centroids[layer.position],
-            "branches": [layer.weights(lambda name, state=state: state[name].cpu()) for state in states],
+            "branches": [layer.weights(reader(state)) for state in states],
         }
 
     return of

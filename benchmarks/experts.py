@@ -1,0 +1,231 @@
+"""
+How fast are the experts of one layer, forward and backward, and what do they keep? All backends side by side.
+
+    python benchmarks/experts.py --quick
+
+Every iteration draws its routing anew, since a backend that has seen a row count before may be faster with it. Beside
+the backends stand "ideal", the bare matrix products on rows that are already sorted and in memory that is already
+there, and "dense", a gated feed-forward of linears with as many active parameters and so as many multiplications. The
+table shows medians over the median of "ideal". Writes the section `experts` of `benchmarks/results/<device>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from measuring import device_name, interleave, peak_bytes, save, saved_bytes
+from torch import nn
+from transformers import MixtralConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import hf_sparse_moe.backends  # noqa: F401  registers ours
+
+
+class Shape(NamedTuple):
+    """Tokens, hidden, intermediate of one expert, experts, experts a token."""
+
+    T: int
+    H: int
+    I: int  # noqa: E741
+    E: int
+    K: int
+
+
+QUICK = [Shape(512, 512, 1024, 8, 2), Shape(512, 512, 256, 64, 8)]
+FULL = [
+    Shape(tokens, hidden, intermediate, experts, top_k)
+    for hidden, intermediate, experts, top_k in (
+        (256, 512, 8, 1),
+        (512, 1024, 8, 2),
+        (512, 512, 16, 4),
+        (512, 256, 64, 8),
+        (1024, 512, 64, 8),
+        (512, 128, 256, 8),
+        (2048, 1024, 16, 2),
+    )
+    for tokens in (128, 2048, 8192)
+]
+MODES = ("float32", "bfloat16", "bf16 autocast")
+# Copies the weights of every pair's expert: beyond this many of them it is only a way to fill the memory.
+BATCHED_MM_LIMIT = 2**28
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds, writes no file")
+    parser.add_argument("--shapes", nargs="+", help="T,H,I,E,K each; the grid of the page by default")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--backends", nargs="+", help="of transformers' registry, and `eager`")
+    parser.add_argument("--rounds", type=int, help="timed calls of each contender")
+    parser.add_argument("--seconds", type=float, default=20.0, help="at most about so long a row, if `--rounds` is not given")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--write", action="store_true", help="write the results file even of chosen shapes")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shapes = [Shape(*map(int, shape.split(","))) for shape in options.shapes or ()]
+    shapes = shapes or (QUICK if options.quick else FULL)
+    backends = options.backends or _default_backends(options.device)
+    print(f"{device_name(options.device)}. Times over those of the bare products (ms); memory in MB.\n")
+    rows = []
+    for mode in options.modes:
+        print(f"### {mode}\n")
+        names = [*backends, "dense"]
+        heads = ["T, H, I, E, K", "ideal ms", *names, *(f"{name} fwd" for name in names)]
+        heads += [f"{name} {what}" for what in ("saved", "peak") for name in names]
+        print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+        for shape in shapes:
+            row = measure(shape, mode, backends, options)
+            rows.append(row)
+            print(_line(row, names), flush=True)
+        print()
+    if options.write or not (options.quick or options.shapes):
+        print("Wrote", save("experts", options.device, {"rows": rows}))
+
+
+def measure(shape: Shape, mode: str, backends: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Times in seconds and memory in bytes of every contender for one shape."""
+    torch.manual_seed(0)
+    setting = Setting(shape, mode, options.device)
+    chosen = [name for name in backends if name != "batched_mm" or setting.sane_for_batched_mm()]
+    steps: dict[str, Callable] = {"ideal": setting.ideal_step, "dense": setting.dense_step}
+    forwards: dict[str, Callable] = {"ideal": setting.ideal_forward, "dense": setting.dense_forward}
+    for name in chosen:
+        steps[name] = lambda number, name=name: setting.step(name, number)
+        forwards[name] = lambda number, name=name: setting.forward(name, number)
+    rounds = options.rounds or (5 if options.quick else None)
+    if rounds is None:
+        once = interleave(steps, options.device, rounds=1, warmup=1)
+        rounds = max(3, min(15, int(options.seconds / (2 * sum(once.values())))))
+    seconds = interleave(steps, options.device, rounds)
+    with torch.no_grad():
+        forward_seconds = interleave(forwards, options.device, rounds)
+    row: dict[str, Any] = {**shape._asdict(), "mode": mode, "rounds": rounds}
+    row["step_s"], row["forward_s"] = seconds, forward_seconds
+    row["saved_bytes"] = {name: setting.saved(name) for name in (*chosen, "dense")}
+    row["peak_bytes"] = {name: peak_bytes(lambda name=name: steps[name](0), options.device) for name in (*chosen, "dense")}
+    return row
+
+
+class Setting:
+    """The experts, their dense twin and the bare products of one shape, with inputs and routing."""
+
+    def __init__(self, shape: Shape, mode: str, device: str):
+        tokens, hidden, intermediate, experts, top_k = self.shape = shape
+        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=mode == "bf16 autocast")
+        weight_dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+        self.product_dtype = torch.float32 if mode == "float32" else torch.bfloat16
+        config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts)
+        with torch.device(device):
+            self.experts = MixtralExperts(config).to(weight_dtype)
+            for parameter in self.experts.parameters():
+                nn.init.normal_(parameter, std=0.02)
+            self.dense = Dense(hidden, top_k * intermediate).to(weight_dtype)
+            self.hidden = torch.randn(tokens, hidden, dtype=weight_dtype, requires_grad=True)
+            self.gradient = torch.randn(tokens, hidden, dtype=weight_dtype)
+            self.favour = torch.randn(experts) / 4  # some experts get more than others, as they do
+            rows = tokens * top_k
+            up, down, dtype = self.experts.gate_up_proj, self.experts.down_proj, self.product_dtype
+            self.matrices = [(a.detach().to(dtype), b.detach().to(dtype)) for a, b in zip(up, down, strict=True)]
+            self.products = [torch.randn(rows, size, dtype=dtype) for size in (hidden, 2 * intermediate, intermediate)]
+            self.outputs = [torch.empty_like(product) for product in (*self.products, self.products[0])]
+            self.gradients = [(torch.empty_like(a), torch.empty_like(b)) for a, b in self.matrices]
+
+    def sane_for_batched_mm(self) -> bool:
+        return 3 * self.shape.T * self.shape.K * self.shape.H * self.shape.I <= BATCHED_MM_LIMIT
+
+    def routing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator(self.hidden.device).manual_seed(number)
+        logits = torch.randn(
+            self.shape.T, self.shape.E, generator=generator, device=self.hidden.device
+        ) + self.favour
+        weights, index = logits.softmax(-1).topk(self.shape.K)
+        return index, weights.to(self.hidden.dtype).requires_grad_()
+
+    def forward(self, backend: str, number: int) -> torch.Tensor:
+        self.experts.config._experts_implementation = backend
+        index, weights = self.routing(number)
+        with self.autocast:
+            return self.experts(self.hidden, index, weights)
+
+    def step(self, backend: str, number: int) -> None:
+        self.forward(backend, number).backward(self.gradient)
+        self._forget()
+
+    def dense_forward(self, number: int) -> torch.Tensor:
+        self.routing(number)  # so that all pay for it
+        with self.autocast:
+            return self.dense(self.hidden)
+
+    def dense_step(self, number: int) -> None:
+        output = self.dense_forward(number)
+        output.backward(self.gradient.to(output.dtype))
+        self._forget()
+
+    def ideal_forward(self, number: int) -> None:
+        index, _ = self.routing(number)
+        counts = torch.bincount(index.flatten(), minlength=self.shape.E).tolist()
+        parts = [tensor.split(counts) for tensor in (*self.products, *self.outputs)]
+        for (up, down), x, first, a, _, d_first, _, y in zip(self.matrices, *parts, strict=True):
+            torch.mm(x, up.t(), out=d_first)
+            torch.mm(a, down.t(), out=y)
+
+    def ideal_step(self, number: int) -> None:
+        index, _ = self.routing(number)
+        counts = torch.bincount(index.flatten(), minlength=self.shape.E).tolist()
+        parts = [tensor.split(counts) for tensor in (*self.products, *self.outputs)]
+        for (up, down), (d_up, d_down), x, first, a, d_x, d_first, d_a, y in zip(
+            self.matrices, self.gradients, *parts, strict=True
+        ):
+            torch.mm(x, up.t(), out=d_first)
+            torch.mm(a, down.t(), out=y)
+            torch.mm(x, down, out=d_a)
+            torch.mm(x.t(), a, out=d_down)
+            torch.mm(first, up, out=d_x)
+            torch.mm(first.t(), x, out=d_up)
+
+    def saved(self, name: str) -> int:
+        forward = self.dense_forward if name == "dense" else lambda number: self.forward(name, number)
+        known = [self.hidden, *self.experts.parameters(), *self.dense.parameters()]
+        return saved_bytes(lambda: forward(0), without=known)
+
+    def _forget(self) -> None:
+        self.experts.zero_grad()
+        self.dense.zero_grad()
+        self.hidden.grad = None
+
+
+class Dense(nn.Module):
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def _default_backends(device: str) -> list[str]:
+    ours = ["segment_mm", "segment_mm_recompute"] if device == "cpu" else []
+    ours += [name for name in ALL_EXPERTS_FUNCTIONS.valid_keys() if "triton" in name and device != "cpu"]
+    return [*ours, "grouped_mm", "eager", "batched_mm"]
+
+
+def _line(row: dict[str, Any], names: list[str]) -> str:
+    steps, forwards = row["step_s"], row["forward_s"]
+    cells = [", ".join(str(row[size]) for size in Shape._fields), f"{steps['ideal'] * 1e3:.1f}"]
+    cells += [f"{steps[name] / steps['ideal']:.2f}" if name in steps else "" for name in names]
+    cells += [f"{forwards[name] / forwards['ideal']:.2f}" if name in forwards else "" for name in names]
+    for memory in (row["saved_bytes"], row["peak_bytes"]):
+        cells += [f"{memory[name] / 1e6:.0f}" if name in memory else "" for name in names]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

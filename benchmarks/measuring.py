@@ -1,0 +1,108 @@
+"""What the benchmarks share: interleaved timing, memory, and the results file of this device."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    """The name of the processor as its maker writes it, and for a CPU the number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def interleave(contenders: dict[str, Callable[[int], Any]], device: str, rounds: int, warmup: int = 2) -> dict:
+    """
+    The median seconds of each contender. A round calls each once with the round's number, so that what slows the
+    machine for a while slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, call in contenders.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call(number)
+            synchronize(device)
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], without: Sequence[torch.Tensor]) -> int:
+    """What autograd keeps between forward and backward, each storage once, without those of `without`."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    total = sum(size for storage, size in storages.items() if storage not in known)
+    del output
+    return total
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most memory that `call` held at once beyond what there was before it: on a CPU by the system's own count."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def save(section: str, device: str, content: dict[str, Any]) -> Path:
+    """Write `content` as a section of the device's results file; the file's other sections stay."""
+    name = device_name(device)
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {"device": name}
+    results[section] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *(part.removeprefix(f"{Path.cwd()}/") for part in sys.argv)]),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers")},
+        **content,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path

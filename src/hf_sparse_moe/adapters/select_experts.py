@@ -1,0 +1,93 @@
+"""Which experts a task uses: Expert-Specialized Fine-Tuning (arXiv 2407.01906)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .expert_layer import follows_interface
+
+
+@torch.no_grad()
+def select_experts(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    share: float = 0.2,
+    by: Literal["weight", "count"] = "weight",
+) -> dict[str, list[int]]:
+    """
+    The fewest experts of each layer that carry `share` of a task, for `expert_lora_config(model, experts=...)`.
+
+    ESFT (arXiv 2407.01906, section 3.3): each expert is scored by its mean router weight over the tokens (equation 6,
+    with 0.2 as the paper's threshold) or by its share of the assignments (equation 7, there with 0.1); the highest
+    scores are taken until they sum to the threshold. Pads do not count. Runs the model in evaluation mode.
+
+    Args:
+        model (`PreTrainedModel`): A mixture, this package's or of transformers, not yet wrapped by PEFT.
+        batches (`Iterable[Mapping[str, torch.Tensor]]`): Some of the task's data, as the forward takes it.
+        share (`float`, defaults to 0.2): Of each layer's scores, above 0 and up to 1.
+        by (`str`, defaults to `"weight"`): What scores an expert: its router weight, or the count of its tokens.
+
+    Returns:
+        `dict[str, list[int]]`: The chosen experts of each experts module, by its name.
+
+    Raises:
+        ValueError: no experts, no data, or a `share` or `by` that is not allowed.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share={share}` must lie above 0 and be at most 1.")
+    if by not in ("weight", "count"):
+        raise ValueError(f'`by={by!r}` must be "weight" or "count".')
+    modules = {name: module for name, module in model.named_modules() if follows_interface(module)}
+    if not modules:
+        raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, not yet wrapped by PEFT.")
+    scores = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name, module in modules.items()}
+    masks: dict[str, torch.Tensor | None] = {}
+
+    def record(name: str):
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            _, index, weights = inputs
+            values = weights.double() if by == "weight" else torch.ones_like(weights, dtype=torch.float64)
+            mask = masks["decoder" if ".decoder." in f".{name}." else "encoder"]
+            if mask is not None and mask.numel() == len(index):
+                values = values * mask.reshape(-1, 1).to(values)
+            real = index < module.num_experts
+            scores[name].index_add_(0, index[real].cpu(), values[real].cpu())
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in modules.items()]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            masks = _token_masks(model, inputs)
+            model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not all(values.sum() > 0 for values in scores.values()):
+        raise ValueError("`batches` is empty, or some layer got no token: there is nothing to choose by.")
+    return {name: _fewest(values / values.sum(), share) for name, values in scores.items()}
+
+
+def _fewest(shares: torch.Tensor, wanted: float) -> list[int]:
+    sorted_shares, order = shares.sort(descending=True, stable=True)
+    before = sorted_shares.cumsum(0) - sorted_shares
+    return sorted(order[before < wanted - 1e-12].tolist())
+
+
+def _token_masks(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    mask = inputs.get("attention_mask")
+    if not model.config.is_encoder_decoder:
+        return {"encoder": mask, "decoder": mask}
+    decoder_mask = inputs.get("decoder_attention_mask")
+    if decoder_mask is None and "labels" in inputs:
+        decoder_mask = inputs["labels"].ne(-100)
+    return {"encoder": mask, "decoder": decoder_mask}

@@ -1,0 +1,95 @@
+"""What an expert does between its two products, and the gradient of that, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.integrations.moe import _default_apply_gate
+
+from hf_sparse_moe.models.experts import SparseMoeExperts
+
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+Pullback = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]]
+
+
+@dataclass
+class Activation:
+    """
+    The activation of an experts module: rows of the first projection to rows for the second. R rows, U = 2I or I.
+
+    Args:
+        function: (R, U) to (R, I): the module's `_apply_gate`, or its `act_fn` if it has no gate.
+        gate_function: What `act_fn(gate) * up` applies to the gate, where `function` is that and nothing more. Its
+            gradient costs fewer passes over memory than that of `function`, which torch differentiates as it stands.
+        parameters: What `function` learns, as XIELU does.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    gate_function: Callable[[torch.Tensor], torch.Tensor] | None
+    parameters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> Activation:
+        """The activation of `experts`, in their present mode (training or not)."""
+        gated = experts.has_gate
+        return cls(
+            function=experts._apply_gate if gated else experts.act_fn,
+            gate_function=experts.act_fn if gated and _multiplies_only(experts) else None,
+            parameters=tuple(
+                parameter
+                for name, parameter in experts.named_parameters()
+                if parameter.requires_grad and name.removesuffix("_bias") not in PROJECTIONS
+            ),
+        )
+
+    def __call__(self, first_RU: torch.Tensor) -> torch.Tensor:
+        if self.gate_function is None:
+            return self.function(first_RU)
+        gate_RI, up_RI = first_RU.chunk(2, dim=-1)
+        return self.gate_function(gate_RI) * up_RI
+
+    def differentiate(self, first_RU: torch.Tensor) -> tuple[torch.Tensor, Pullback]:
+        """
+        The activation, and the function that takes its gradient (which it may overwrite) to that of `first_RU` and
+        those of the parameters.
+        """
+        if self.gate_function is None:
+            output, pull = self._autograd(self.function, first_RU)
+            return output, pull
+        gate_RI, up_RI = first_RU.chunk(2, dim=-1)
+        activated_RI, pull_gate = self._autograd(self.gate_function, gate_RI)
+
+        def pull_both(gradient_RI: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+            gradient_RU = torch.empty_like(first_RU)
+            d_gate_RI, d_up_RI = gradient_RU.chunk(2, dim=-1)
+            torch.mul(gradient_RI, activated_RI, out=d_up_RI)
+            through_gate_RI, of_parameters = pull_gate(gradient_RI.mul_(up_RI))
+            d_gate_RI.copy_(through_gate_RI)
+            return gradient_RU, of_parameters
+
+        return activated_RI * up_RI, pull_both
+
+    def _autograd(self, function: Callable[[torch.Tensor], torch.Tensor], argument: torch.Tensor):
+        with torch.enable_grad():
+            leaf = argument.detach().requires_grad_()
+            output = function(leaf)
+
+        def pull(gradient: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+            of_leaf, *of_parameters = torch.autograd.grad(
+                output, (leaf, *self.parameters), gradient.to(output.dtype), allow_unused=True
+            )
+            return of_leaf, tuple(of_parameters)
+
+        return output.detach(), pull
+
+
+def _multiplies_only(experts: nn.Module) -> bool:
+    """Whether `_apply_gate` is `act_fn(gate) * up`: transformers' own, or ours without a dropout to apply."""
+    apply_gate = type(experts)._apply_gate
+    if apply_gate is SparseMoeExperts._apply_gate:
+        return not experts.training or experts.dropout.p == 0
+    return apply_gate is _default_apply_gate

@@ -1,0 +1,204 @@
+"""
+Experts on the CPU: one differentiable function for the whole call, which runs plain products over segments of rows.
+
+`experts_implementation="segment_mm"`, named after DGL's product over segments of sorted rows, beside transformers' own
+`batched_mm` and `grouped_mm`; and `"segment_mm_recompute"`, which keeps nothing for backward but its arguments.
+
+Shapes: T tokens, K experts a token, E experts, H hidden, I intermediate, U rows of the first projection (2I if gated),
+R rows (one for each pair of a token and an expert, and those that fill up).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.utils import logging
+
+from .activation import Activation
+from .projection import Projection, ProjectionGradient
+from .segments import Segment, Segments, find_segments
+
+
+logger = logging.get_logger(__name__)
+
+# Rows are gathered, multiplied and activated so many bytes of the first projection at a time: what fits into the
+# caches, and below what the C library asks the system anew at every call. Found with benchmarks/experts.py.
+BATCH_BYTES = 4 * 2**20
+
+
+def segment_mm_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    The experts of one layer, in the interface of transformers' `ALL_EXPERTS_FUNCTIONS`, for the CPU.
+
+    Computes in the dtype of autocast where that is on, else in the dtype of the experts' weights. What it cannot do
+    (other devices, a norm after the experts, being traced into one graph) it leaves to `grouped_mm`, and says so once.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, H)`): The tokens.
+        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`): Their weights.
+
+    Returns:
+        `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`.
+    """
+    return _forward(self, hidden_states, top_k_index, top_k_weights, recompute=False)
+
+
+def segment_mm_recompute_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """[`segment_mm_experts_forward`], but backward computes the first projection again instead of keeping it."""
+    return _forward(self, hidden_states, top_k_index, top_k_weights, recompute=True)
+
+
+def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool) -> torch.Tensor:
+    if (reason := _unsupported(self, hidden_states)) is not None:
+        if not torch.compiler.is_compiling():
+            logger.warning_once(f"`segment_mm` does not run {reason}: these experts run with `grouped_mm`.")
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up_bias, down_bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+    up = getattr(self, up_name)
+    dtype = _compute_dtype(up)
+    activation = Activation.of(self)
+    arguments = (hidden_states, top_k_weights, up, up_bias, self.down_proj, down_bias, *activation.parameters)
+    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    segments = find_segments(
+        top_k_index, self.num_experts, fill_up=dtype.itemsize == 2, may_skip=self._is_expert_parallel
+    )
+    call = _Call(segments, activation, dtype, self.is_transposed, keep=learns and not recompute)
+    # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
+    with torch.autocast("cpu", enabled=False):
+        return _SegmentedExperts.apply(call, *arguments) if learns else call.forward(*arguments)[0]
+
+
+def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "while being traced"
+    if hidden_states.device.type != "cpu":
+        return f"on `{hidden_states.device.type}` tensors"
+    return "with a norm after the experts" if experts.has_post_expert_norm else None
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What autocast would choose for a product with this weight: it leaves float64 alone."""
+    if torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return weight.dtype
+
+
+@dataclass
+class _Call:
+    """One call of the experts: its routing and its choices. Owns no memory between forward and backward."""
+
+    segments: Segments
+    activation: Activation
+    dtype: torch.dtype
+    transposed: bool
+    keep: bool
+
+    def forward(self, hidden_TH, weights_TK, up, up_bias, down, down_bias, *_) -> tuple[torch.Tensor, list]:
+        """The output (T, H), and the first projections (R, U) of each batch if they are to be kept."""
+        rows_TH = hidden_TH.to(self.dtype)
+        first = Projection(up, up_bias, self.dtype, self.transposed)
+        second = Projection(down, down_bias, self.dtype, self.transposed)
+        num_rows = len(self.segments.token_R)
+        output_RH = rows_TH.new_empty(num_rows + 1, second.out_features)
+        output_RH[num_rows] = 0  # of the pairs that no expert here serves
+        kept = []
+        for batch in self._batches(first):
+            first_RU = first(rows_TH.index_select(0, self._tokens(batch)), batch)
+            second(self.activation(first_RU).to(self.dtype), batch, out=output_RH[batch[0].start : batch[-1].stop])
+            if self.keep:
+                kept.append(first_RU)
+        output_TH = F.embedding_bag(
+            self.segments.row_TK, output_RH, per_sample_weights=weights_TK.to(self.dtype), mode="sum"
+        )
+        return output_TH.to(hidden_TH.dtype), kept
+
+    def backward(self, needs, kept, gradient_TH, hidden_TH, weights_TK, up, up_bias, down, down_bias, *parameters):
+        """The gradients of [`forward`]'s arguments, those that `needs` says."""
+        need_hidden, need_weights, need_up, need_up_bias, need_down, need_down_bias, *need_parameters = needs
+        need_first = need_hidden or need_up or need_up_bias or any(need_parameters)
+        rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
+        first = Projection(up, up_bias, self.dtype, self.transposed)
+        second = Projection(down, down_bias, self.dtype, self.transposed)
+        d_first = ProjectionGradient(first, need_up, need_up_bias, self.segments)
+        d_second = ProjectionGradient(second, need_down, need_down_bias, self.segments)
+        num_rows = len(self.segments.token_R)
+        d_rows_RH = rows_TH.new_empty(num_rows + 1, rows_TH.shape[1]) if need_hidden else None
+        d_weights_R = rows_TH.new_empty(num_rows + 1)
+        weights_R = torch.cat([weights_TK.to(self.dtype).flatten(), rows_TH.new_zeros(1)])[self.segments.pair_R]
+        d_parameters: list[torch.Tensor | None] = [None] * len(parameters)
+        for number, batch in enumerate(self._batches(first)):
+            rows = slice(batch[0].start, batch[-1].stop)
+            tokens = self._tokens(batch)
+            rows_RH = rows_TH.index_select(0, tokens) if need_up or not kept else None
+            first_RU = kept[number] if kept else first(rows_RH, batch)
+            activated_RI, pull = self.activation.differentiate(first_RU)
+            activated_RI = activated_RI.to(self.dtype)
+            # With g = dL/dy and y = w (a W + b): dL/dw = g.(a W + b) = (g W^T).a + g.b, so that y need not be kept.
+            gradient_RH = gradient_TH.index_select(0, tokens)
+            gradient_RI = second.transposed_product(gradient_RH, batch)
+            if need_weights:
+                torch.linalg.vecdot(gradient_RI, activated_RI, out=d_weights_R[rows])
+                second.add_bias_products(gradient_RH, batch, d_weights_R[rows])
+            gradient_RH.mul_(weights_R[rows, None])
+            d_second.set(gradient_RH, activated_RI, batch)
+            if not need_first:
+                continue
+            gradient_RU, of_parameters = pull(gradient_RI.mul_(weights_R[rows, None]))
+            d_parameters = [_sum(a, b) for a, b in zip(d_parameters, of_parameters, strict=True)]
+            if d_rows_RH is not None:
+                first.transposed_product(gradient_RU, batch, out=d_rows_RH[rows])
+            d_first.set(gradient_RU, rows_RH, batch)
+        d_hidden = d_weights = None
+        if d_rows_RH is not None:
+            d_rows_RH[num_rows] = 0
+            d_hidden = F.embedding_bag(self.segments.row_TK, d_rows_RH, mode="sum").to(hidden_TH.dtype)
+        if need_weights:
+            d_weights_R[num_rows] = 0
+            d_weights = d_weights_R[self.segments.row_TK].to(weights_TK.dtype)
+        return (d_hidden, d_weights, d_first.weight, d_first.bias, d_second.weight, d_second.bias, *d_parameters)
+
+    def _batches(self, first: Projection) -> list[list[Segment]]:
+        return self.segments.batches(BATCH_BYTES // (first.out_features * self.dtype.itemsize))
+
+    def _tokens(self, batch: list[Segment]) -> torch.Tensor:
+        return self.segments.token_R[batch[0].start : batch[-1].stop]
+
+
+class _SegmentedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *arguments: torch.Tensor | None) -> torch.Tensor:
+        state = torch.get_rng_state()
+        output_TH, kept = call.forward(*arguments)
+        ctx.call, ctx.num_arguments = call, len(arguments)
+        # A dropout among the experts' activations must drop the same values when backward computes them again.
+        ctx.random_state = None if torch.equal(state, torch.get_rng_state()) else state
+        ctx.save_for_backward(*arguments, *kept)
+        return output_TH
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "The experts backend `segment_mm` has no second derivative (`create_graph=True`). "
+                'Call `model.set_experts_implementation("eager")` for it.'
+            )
+        arguments, kept = ctx.saved_tensors[: ctx.num_arguments], ctx.saved_tensors[ctx.num_arguments :]
+        with torch.random.fork_rng(devices=[], enabled=ctx.random_state is not None):
+            if ctx.random_state is not None:
+                torch.set_rng_state(ctx.random_state)
+            return None, *ctx.call.backward(ctx.needs_input_grad[1:], kept, gradient_TH, *arguments)
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -1,0 +1,317 @@
+"""
+A stock mixture's balance loss made right: per layer, without pads, the same for every split of a batch.
+
+transformers 5 adds a mean over the micro-batch to a cross entropy that is divided by the whole step's label count, so
+that the pressure on the router grows with the accumulation steps and the ranks; and it pools the layers, so that
+layers which collapse onto different experts look even. T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+
+from hf_sparse_moe.models.balancing import (
+    GlobalLoad,
+    balance,
+    expert_counts,
+    masked_mean,
+    router_z_loss,
+    sequence_balancing_loss,
+)
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.routers import Routing
+from hf_sparse_moe.models.task_losses import batch_weight
+
+from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
+
+
+BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
+COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
+LABEL_NAMES = ("labels", "start_positions")
+STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
+MEAN_LOSS_HEADS = (GenericForSequenceClassification, GenericForTokenClassification)
+
+
+def fix_balance(
+    model: nn.Module,
+    router_aux_loss_coef: float | None = None,
+    router_z_loss_coef: float = 0.0,
+    balance_scope: str = "micro_batch",
+) -> BalanceFix:
+    """
+    Replace the auxiliary loss of a stock mixture, until restored, by one that means the same on every split.
+
+    In training `loss` is then the task loss plus `router_aux_loss_coef` times the mean over the layers of the load
+    balancing loss (and the z-loss with its coefficient), weighted with the micro-batch's share of the step's labels.
+    In evaluation it is the task loss alone. `outputs.aux_loss` is the unscaled mean: 1 where the load is even, E where
+    all goes to one expert; transformers' own reads K where this reads 1, so that the same coefficient presses 1/K as
+    hard. A task loss that ignores `num_items_in_batch` (Switch, NLLB-MoE, classification heads), and so grows with the
+    accumulation steps under Trainer, gets the same weight. Of the model only this instance's hooks are touched.
+
+    Args:
+        model (`nn.Module`): A mixture of transformers with a head, alone or inside PEFT or another wrapper.
+        router_aux_loss_coef (`float`, *optional*): Defaults to the config's.
+        router_z_loss_coef (`float`, defaults to 0.0): Keeps the router logits small (ST-MoE).
+        balance_scope (`str`, defaults to `"micro_batch"`):
+            Over what the load should be even: `"micro_batch"`, `"sequence"` (DeepSeek-V3), or `"global_batch"`: all
+            ranks, and the micro-batches of the step so far (arXiv 2501.11873).
+
+    Returns:
+        [`BalanceFix`]: call its `restore()`, or use it in a `with`.
+
+    Raises:
+        ValueError: no sparse layer, no head, a mixture of this package, one fixed already, or a bad argument. A
+            forward pass raises it under reentrant gradient checkpointing, and where pads cannot be told; a backward
+            pass where the loss is not `outputs.loss` and leaves the balance loss out.
+
+    Example:
+        ```python
+        with fix_balance(model, router_aux_loss_coef=0.01):
+            Trainer(model=model, args=args, train_dataset=dataset).train()
+        ```
+    """
+    layers = find_mixture_layers(model)
+    owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if owner is None or not set(LABEL_NAMES) & set(inspect.signature(owner.forward).parameters):
+        raise ValueError(f"`model` is a `{type(owner or model).__name__}` without a head, so it has no loss to fix.")
+    if isinstance(owner, SparseMoePreTrainedModel):
+        raise ValueError(
+            f"`{type(owner).__name__}` balances itself as it should. Set `model.config.router_aux_loss_coef`, "
+            "`router_z_loss_coef` and `balance_scope` in place of `fix_balance`."
+        )
+    if any(isinstance(getattr(hook, "__self__", None), BalanceFix) for hook in owner._forward_hooks.values()):
+        raise ValueError(
+            "`fix_balance` is on this model already. Call `restore()` on what it returned, then fix anew."
+        )
+    if balance_scope not in BALANCE_SCOPES:
+        raise ValueError(f"`balance_scope` is {balance_scope!r}; it is one of {BALANCE_SCOPES}.")
+    if router_aux_loss_coef is None:
+        router_aux_loss_coef = _configured_coefficient(owner)
+    for name, value in (("router_aux_loss_coef", router_aux_loss_coef), ("router_z_loss_coef", router_z_loss_coef)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` is {value}; it is a number from 0 up, and 0 switches the loss off.")
+    return BalanceFix(owner, layers, router_aux_loss_coef, router_z_loss_coef, balance_scope)
+
+
+class LayerCall(NamedTuple):
+    """What one layer routed in one forward pass of the model."""
+
+    layer: MixtureLayer
+    routing: Routing
+    side: str  # "encoder" or "decoder"
+    mask_T: torch.Tensor | None
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        return self.layer.probabilities(self.routing.router_logits)
+
+
+class BalanceFix:
+    """What [`fix_balance`] put on a model. [`~BalanceFix.restore`], or the end of a `with`, takes it away."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: list[MixtureLayer], aux_coef: float, z_coef: float, balance_scope: str
+    ):
+        self.model = model
+        self.router_aux_loss_coef = aux_coef
+        self.router_z_loss_coef = z_coef
+        self.balance_scope = balance_scope
+        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._global_load = GlobalLoad()
+        self._routings: list[tuple[MixtureLayer, Routing]] = []
+        self._trains = self._wants_logits = False
+        self._handles: list[RemovableHandle | RoutingObservation] = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+            observe_routing(layers, self._collect),
+        ]
+
+    def restore(self) -> None:
+        """Take the hooks away, and with them everything; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> BalanceFix:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        balances = self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
+        self._trains = balances and model.training and torch.is_grad_enabled()
+        self._wants_logits = bool(self._given(args, kwargs).get(STOCK_SWITCH))
+        self._routings = []
+        if STOCK_SWITCH not in self._parameters:
+            return args, kwargs
+        place = self._parameters.index(STOCK_SWITCH)
+        if place < len(args):
+            return (*args[:place], False, *args[place + 1 :]), kwargs
+        return args, {**kwargs, STOCK_SWITCH: False}
+
+    def _collect(self, layer: MixtureLayer, routing: Routing) -> None:
+        if self._trains and not torch.is_grad_enabled():
+            raise ValueError(
+                f"`{layer.name}` ran without gradients in training, as under reentrant gradient checkpointing, and "
+                "the balance loss would not reach its router. Checkpoint with "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+        if self._trains or self._wants_logits:
+            self._routings.append((layer, routing))
+
+    def _after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+        routings, self._routings = self._routings, []
+        if not routings:
+            return outputs
+        given = self._given(args, kwargs)
+        calls = [_layer_call(model, given, layer, routing) for layer, routing in routings]
+        labels, count = _counted_labels(model, given), given.get("num_items_in_batch")
+        weight = batch_weight(labels, count)
+        losses_L, aux_weight = self._load_balancing(calls, labels, given, weight)
+        aux_loss = losses_L.mean()
+        fields: dict[str, Any] = {f"{side}_aux_loss": _mean(calls, losses_L, side) for side in ("encoder", "decoder")}
+        fields["aux_loss"] = aux_loss
+        if self._wants_logits:
+            fields["router_logits"] = tuple(call.routing.router_logits for call in calls)
+        as_tuple = isinstance(outputs, tuple)
+        has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
+        loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
+        if self._trains:
+            extra = aux_loss * self.router_aux_loss_coef * aux_weight
+            if self.router_z_loss_coef > 0:
+                z_losses = [router_z_loss(call.routing.router_logits.float(), call.mask_T) for call in calls]
+                extra = extra + self.router_z_loss_coef * weight * _stack(z_losses, losses_L.device).mean()
+            _refuse_loss_without(aux_loss if self.router_aux_loss_coef > 0 else extra, calls)
+            if loss is not None:
+                task_loss = loss * weight if _ignores_label_count(model) else loss
+                fields["loss"] = loss = task_loss + extra.to(loss.device)
+        if as_tuple:
+            return (loss, *outputs[1:]) if has_loss else outputs
+        for name, value in fields.items():
+            if value is not None and name in type(outputs).__dataclass_fields__:
+                outputs[name] = value
+        return outputs
+
+    def _load_balancing(
+        self,
+        calls: list[LayerCall],
+        labels: torch.Tensor | None,
+        given: dict[str, Any],
+        weight: torch.Tensor | float,
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The loss of each layer `(L,)`, and its weight, which sums to 1 over a step's micro-batches and ranks."""
+        device = calls[-1].routing.router_logits.device
+        if self.balance_scope == "sequence":
+            sequences = [_num_sequences(given, call.side) for call in calls]
+            losses = [
+                sequence_balancing_loss(call.probabilities, call.routing.top_k_index, number, call.mask_T)
+                for call, number in zip(calls, sequences, strict=True)
+            ]
+            return _stack(losses, device), weight
+        counts = [expert_counts(call.routing.top_k_index, call.layer.num_experts, call.mask_T) for call in calls]
+        means = [masked_mean(call.probabilities, call.mask_T) for call in calls]
+        if self.balance_scope == "global_batch" and self._trains:
+            tokens = [len(call.routing.top_k_index) if call.mask_T is None else call.mask_T.sum() for call in calls]
+            tokens_L = _stack([torch.as_tensor(number, dtype=torch.float32) for number in tokens], device)
+            counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
+            counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
+            # `zero_grad` leaves None behind: without any gradient, this is the first micro-batch of its step.
+            new_step = all(parameter.grad is None for parameter in self.model.parameters())
+            counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
+            shares = tokens_L / all_tokens_L.clamp(min=1)
+            counts = [row_E[: len(mean_E)] for row_E, mean_E in zip(counts_LE, means, strict=True)]
+            means = [mean_E.to(device) * share for mean_E, share in zip(means, shares, strict=True)]
+            if (count := given.get("num_items_in_batch")) is not None and labels is not None:
+                weight = all_labels / count
+            else:  # a mean loss, whose gradient is averaged over the ranks
+                weight = distributed.get_world_size() if distributed.is_initialized() else 1.0
+        return _stack([balance(*pair) for pair in zip(counts, means, strict=True)], device), weight
+
+    def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._parameters, args, strict=False)) | kwargs
+
+
+def _configured_coefficient(model: PreTrainedModel) -> float:
+    for owner in (model, model.config.get_text_config()):
+        for name in COEFFICIENT_NAMES:
+            if isinstance(value := getattr(owner, name, None), int | float):
+                return value
+    raise ValueError(f"The config of `{type(model).__name__}` has no coefficient. Give `router_aux_loss_coef`.")
+
+
+def _counted_labels(model: PreTrainedModel, given: dict[str, Any]) -> torch.Tensor | None:
+    """The labels as Trainer counts them for `num_items_in_batch`."""
+    if (shifted := given.get("shift_labels")) is not None:
+        return shifted
+    labels = given.get("labels")
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
+    return labels[..., 1:] if labels is not None and shifts and not model.config.is_encoder_decoder else labels
+
+
+def _ignores_label_count(model: PreTrainedModel) -> bool:
+    """Whether the head takes `num_items_in_batch`, so that Trainer stops dividing, and takes a mean all the same."""
+    calls = inspect.unwrap(type(model).forward).__code__.co_names
+    return "CrossEntropyLoss" in calls or isinstance(model, MEAN_LOSS_HEADS)
+
+
+def _layer_call(model: PreTrainedModel, given: dict[str, Any], layer: MixtureLayer, routing: Routing) -> LayerCall:
+    if not model.config.is_encoder_decoder:
+        side, mask = "decoder", given.get("attention_mask")
+    elif "decoder" not in layer.name.split("."):
+        side, mask = "encoder", given.get("attention_mask")
+    else:
+        side, mask, labels = "decoder", given.get("decoder_attention_mask"), given.get("labels")
+        if mask is None and labels is not None:
+            mask = labels.ne(-100)
+    if mask is None:
+        return LayerCall(layer, routing, side, None)
+    tokens = len(routing.top_k_index)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.numel() != tokens:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"`attention_mask` ({shape}) does not tell the pads among the {tokens} tokens of `{layer.name}`. Give one "
+            "of shape (batch, length), 1 for a token and 0 for a pad, or none where there are no pads."
+        )
+    return LayerCall(layer, routing, side, mask.flatten().to(routing.router_logits.device))
+
+
+def _num_sequences(given: dict[str, Any], side: str) -> int:
+    names = ("input_ids", "inputs_embeds", "labels")
+    return next(len(given[name]) for name in names if given.get(name) is not None)
+
+
+def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack([loss.to(device) for loss in losses])
+
+
+def _mean(calls: list[LayerCall], losses_L: torch.Tensor, side: str) -> torch.Tensor | None:
+    on_side = [loss for call, loss in zip(calls, losses_L, strict=True) if call.side == side]
+    return torch.stack(on_side).mean() if on_side else None
+
+
+def _refuse_loss_without(balance_loss: torch.Tensor, calls: list[LayerCall]) -> None:
+    """Raise in the backward pass of a loss that the balance loss is no part of."""
+    router_logits = calls[-1].routing.router_logits
+    if not (balance_loss.requires_grad and router_logits.requires_grad):
+        return
+    reached: list[bool] = []
+
+    def check(gradient: torch.Tensor) -> None:  # runs when all that flows into the logits has been summed
+        if not reached:
+            raise ValueError(
+                "The loss of this backward pass leaves out the balance loss of `fix_balance`, so the experts would "
+                "collapse unnoticed. Train on `outputs.loss`, add `router_aux_loss_coef * outputs.aux_loss` to the "
+                "loss of your own, or call `restore()` first."
+            )
+
+    balance_loss.register_hook(lambda gradient: reached.append(True))
+    router_logits.register_hook(check)
