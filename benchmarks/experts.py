@@ -12,17 +12,18 @@ table shows medians over the median of "ideal". Writes the section `experts` of 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measuring import device_name, interleave, peak_bytes, save, saved_bytes
 from torch import nn
 from transformers import MixtralConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import hf_sparse_moe.backends  # noqa: F401  registers ours
+from measuring import device_name, interleave, peak_bytes, save, saved_bytes
 
 
 class Shape(NamedTuple):
@@ -61,17 +62,21 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--backends", nargs="+", help="of transformers' registry, and `eager`")
     parser.add_argument("--rounds", type=int, help="timed calls of each contender")
-    parser.add_argument("--seconds", type=float, default=20.0, help="at most about so long a row, if `--rounds` is not given")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="at most about so long a row, if `--rounds` is not given"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: one thread, by its own CPU time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--write", action="store_true", help="write the results file even of chosen shapes")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.cpu_time:
+        torch.set_num_threads(1 if options.cpu_time else options.threads)
     shapes = [Shape(*map(int, shape.split(","))) for shape in options.shapes or ()]
     shapes = shapes or (QUICK if options.quick else FULL)
     backends = options.backends or _default_backends(options.device)
-    print(f"{device_name(options.device)}. Times over those of the bare products (ms); memory in MB.\n")
+    clock = "CPU time" if options.cpu_time else "wall-clock time"
+    print(f"{device_name(options.device)}, {clock}. Times over those of the bare products (ms); memory in MB.\n")
     rows = []
     for mode in options.modes:
         print(f"### {mode}\n")
@@ -85,7 +90,7 @@ def main() -> None:
             print(_line(row, names), flush=True)
         print()
     if options.write or not (options.quick or options.shapes):
-        print("Wrote", save("experts", options.device, {"rows": rows}))
+        print("Wrote", save("experts", options.device, {"clock": clock, "rows": rows}))
 
 
 def measure(shape: Shape, mode: str, backends: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -99,16 +104,19 @@ def measure(shape: Shape, mode: str, backends: list[str], options: argparse.Name
         steps[name] = lambda number, name=name: setting.step(name, number)
         forwards[name] = lambda number, name=name: setting.forward(name, number)
     rounds = options.rounds or (5 if options.quick else None)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     if rounds is None:
-        once = interleave(steps, options.device, rounds=1, warmup=1)
+        once = interleave(steps, options.device, rounds=1, warmup=1, clock=clock)
         rounds = max(3, min(15, int(options.seconds / (2 * sum(once.values())))))
-    seconds = interleave(steps, options.device, rounds)
+    seconds = interleave(steps, options.device, rounds, clock=clock)
     with torch.no_grad():
-        forward_seconds = interleave(forwards, options.device, rounds)
+        forward_seconds = interleave(forwards, options.device, rounds, clock=clock)
     row: dict[str, Any] = {**shape._asdict(), "mode": mode, "rounds": rounds}
     row["step_s"], row["forward_s"] = seconds, forward_seconds
     row["saved_bytes"] = {name: setting.saved(name) for name in (*chosen, "dense")}
-    row["peak_bytes"] = {name: peak_bytes(lambda name=name: steps[name](0), options.device) for name in (*chosen, "dense")}
+    row["peak_bytes"] = {
+        name: peak_bytes(lambda name=name: steps[name](0), options.device) for name in (*chosen, "dense")
+    }
     return row
 
 
@@ -141,9 +149,7 @@ class Setting:
 
     def routing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator(self.hidden.device).manual_seed(number)
-        logits = torch.randn(
-            self.shape.T, self.shape.E, generator=generator, device=self.hidden.device
-        ) + self.favour
+        logits = torch.randn(self.shape.T, self.shape.E, generator=generator, device=self.hidden.device) + self.favour
         weights, index = logits.softmax(-1).topk(self.shape.K)
         return index, weights.to(self.hidden.dtype).requires_grad_()
 
@@ -171,7 +177,7 @@ class Setting:
         index, _ = self.routing(number)
         counts = torch.bincount(index.flatten(), minlength=self.shape.E).tolist()
         parts = [tensor.split(counts) for tensor in (*self.products, *self.outputs)]
-        for (up, down), x, first, a, _, d_first, _, y in zip(self.matrices, *parts, strict=True):
+        for (up, down), x, _, a, _, d_first, _, y in zip(self.matrices, *parts, strict=True):
             torch.mm(x, up.t(), out=d_first)
             torch.mm(a, down.t(), out=y)
 

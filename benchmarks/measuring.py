@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import gc
 import json
+import os
 import platform
 import re
 import statistics
@@ -20,6 +21,8 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+# They change the times: how torch asks for memory (in huge pages, where 1), and how many threads there are.
+ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
 
 
 def device_name(device: str) -> str:
@@ -32,20 +35,26 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def interleave(contenders: dict[str, Callable[[int], Any]], device: str, rounds: int, warmup: int = 2) -> dict:
+def interleave(
+    contenders: dict[str, Callable[[int], Any]],
+    device: str,
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """
     The median seconds of each contender. A round calls each once with the round's number, so that what slows the
-    machine for a while slows all of them.
+    machine for a while slows all of them. With one thread, `time.process_time` as `clock` counts nobody else's work.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, call in contenders.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             call(number)
             synchronize(device)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -101,6 +110,7 @@ def save(section: str, device: str, content: dict[str, Any]) -> Path:
         "command": " ".join(["python", *(part.removeprefix(f"{Path.cwd()}/") for part in sys.argv)]),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         **content,
     }
     RESULTS.mkdir(exist_ok=True)

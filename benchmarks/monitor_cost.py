@@ -5,7 +5,8 @@ What does `RoutingMonitor` cost? Step times of the same training with it and wit
 
 Two Trainers train two equal decoders of 8 experts, in one process, by turns of a few optimizer steps. Each turn with
 the monitor is compared with the one without that ran right beside it, in changing order, so that a busy machine
-slows both. Every turn ends with a log, so that the read and the all-reduce are in it. Prints medians.
+slows both. Every turn ends with a log, so that the read and the all-reduce are in it. Prints medians, and what the
+callback's own code takes: exact on a CPU, where the step times of a busy machine may differ by more than that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import Qwen3Config, Trainer, TrainerCallback, TrainingArguments
@@ -31,30 +33,54 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn, and between logs")
     parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, which other programs disturb less")
     parser.add_argument("--bias", action="store_true", help="measure SelectionBiasCallback in its place")
     options = parser.parse_args()
+    read = time.process_time if options.cpu_time else time.perf_counter
     what = "SelectionBiasCallback" if options.bias else "RoutingMonitor"
-    print(f"\n| hidden | layers | experts | tokens a step | step, ms | with {what}, ms | cost | cost, middle half |")
+    print(f"\n{what}\n")
+    print("| hidden | layers | experts | tokens a step | step, ms | with it, ms | cost, middle half | its own code |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for hidden in options.hidden:
-        plain, watched = make_trainer(options, hidden, False), make_trainer(options, hidden, True)
+        own_seconds = [0.0]
+        plain, watched = make_trainer(options, hidden), make_trainer(options, hidden)
+        callback = SelectionBiasCallback(update_speed=1e-3) if options.bias else RoutingMonitor(log_layers=True)
+        names = ["_add", "_update"] if options.bias else ["_add_calls", "_add_losses", "on_log"]
+        timed(callback, names, read, own_seconds)
+        add_leading_callback(watched, callback)
         for trainer in (plain, watched):  # memory, compiled kernels
-            turn(trainer)
+            turn(trainer, read)
         times: list[tuple[float, float]] = []
         for number in range(options.turns):
             order = (plain, watched) if number % 2 else (watched, plain)
-            seconds = {trainer: turn(trainer) for trainer in order}
+            seconds = {trainer: turn(trainer, read) for trainer in order}
             times.append((seconds[plain], seconds[watched]))
         costs = [there / here - 1 for here, there in times]
-        low, _, high = statistics.quantiles(costs, n=4)
+        low, middle, high = statistics.quantiles(costs, n=4)
         without, with_it = (1000 * statistics.median(column) / options.steps for column in zip(*times, strict=True))
+        own = 1000 * own_seconds[0] / ((options.turns + 1) * options.steps)
         print(
             f"| {hidden} | {options.layers} | {options.experts} | {options.tokens * options.accumulation:,} | "
-            f"{without:.1f} | {with_it:.1f} | {statistics.median(costs):+.2%} | {low:+.2%} to {high:+.2%} |"
+            f"{without:.1f} | {with_it:.1f} | {middle:+.2%} ({low:+.2%} to {high:+.2%}) | "
+            f"{own:.2f} ms, {own / without:.2%} |"
         )
 
 
-def make_trainer(options: argparse.Namespace, hidden: int, watched: bool) -> Trainer:
+def timed(callback: TrainerCallback, names: list[str], read: Callable[[], float], seconds: list[float]) -> None:
+    """Add what these methods take to `seconds[0]`."""
+    for name in names:
+        method = getattr(callback, name)
+
+        def call(*args, method=method, **kwargs):
+            start = read()
+            result = method(*args, **kwargs)
+            seconds[0] += read() - start
+            return result
+
+        setattr(callback, name, call)
+
+
+def make_trainer(options: argparse.Namespace, hidden: int) -> Trainer:
     torch.manual_seed(0)
     dense = Qwen3Config(
         vocab_size=4096,
@@ -85,16 +111,12 @@ def make_trainer(options: argparse.Namespace, hidden: int, watched: bool) -> Tra
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if "Printer" not in type(callback).__name__
     ]
-    if watched and options.bias:
-        trainer.add_callback(SelectionBiasCallback(update_speed=1e-3))
-    elif watched:
-        add_leading_callback(trainer, RoutingMonitor(log_layers=True))
     return trainer
 
 
-def turn(trainer: Trainer) -> float:
+def turn(trainer: Trainer, read: Callable[[], float]) -> float:
     """Seconds of the steps of one `train()`, from its first step's begin to its log."""
-    clock = Clock()
+    clock = Clock(read)
     trainer.add_callback(clock)
     trainer.train()
     trainer.remove_callback(clock)
@@ -102,15 +124,18 @@ def turn(trainer: Trainer) -> float:
 
 
 class Clock(TrainerCallback):
+    def __init__(self, read: Callable[[], float]):
+        self.read = read
+
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self._synchronize()
-            self.start = time.perf_counter()
+            self.start = self.read()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self._synchronize()
-            self.seconds = time.perf_counter() - self.start
+            self.seconds = self.read() - self.start
 
     def _synchronize(self) -> None:
         if torch.cuda.is_available():

@@ -3,8 +3,9 @@ What is wrong with the balance loss of transformers' mixtures, and is it right u
 
 Tiny models of random weights, each as it is ("before") and fixed ("after"). One table:
 - gradient: norm of the router's gradient under the stock Trainer on 8 equal sequences, as 8 micro-batches of 1 over
-  that as 1 of 8. 1 is right. With a coefficient of 1; the task loss is part of it.
-- collapse: the loss of 4 layers of 4 experts of which each sends all tokens to an expert of its own. An even load
+  that as 1 of 8. 1 is right. With a coefficient of 1; the task loss is part of it. DeepSeek-V3 has no balance loss in
+  transformers; Switch's is asked for in each call, because its forward does not look into the config.
+- collapse: the loss of 4 layers of 4 experts of which each sends all tokens to one expert of its own. An even load
   scores 1, so 4 is right.
 - pads: by how much the loss moves, relatively, when 8 pads follow each sequence. 0 is right.
 
@@ -89,6 +90,11 @@ def router_gradient(name: str, fix: bool, micro_batches: int) -> float:
             max_steps=1, max_grad_norm=0.0, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         trainer = hf.Trainer(model=model, args=arguments, train_dataset=[example] * SEQUENCES, callbacks=[callback])
+        trainer.remove_callback(hf.PrinterCallback)
+        if not fix and model.config.is_encoder_decoder:
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"output_router_logits": True}), with_kwargs=True
+            )
         trainer.train()
     return callback.norm
 

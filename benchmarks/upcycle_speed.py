@@ -3,15 +3,18 @@ How fast is streaming upcycling, and how much memory does it take? Side by side 
 
     python benchmarks/upcycle_speed.py
 
-Generates a Llama-shaped bfloat16 checkpoint, then alternates between upcycling it and copying the result, each time up
-to the moment when the disk holds every byte. Each upcycling is a process of its own, whose peak memory is what
-the system says of it. `cp` reads what was just written, so mostly from memory. Removes its files.
+For each method, generates a Llama-shaped bfloat16 checkpoint with as many layers as the output needs to be large
+enough, then alternates between upcycling it and copying the result, each time up to the moment when the disk holds
+every byte. Each upcycling is a process of its own, whose peak memory is what the system says of it. `cp` reads what
+was just written, so mostly from memory. The processor's seconds say what a busy machine hides. Removes its files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,35 +38,44 @@ UPCYCLE = """
 import json, resource, sys, time
 from hf_sparse_moe.upcycling.streaming import stream_upcycle
 source, target, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+imported = resource.getrusage(resource.RUSAGE_SELF)
 start = time.perf_counter()
 stream_upcycle(source, target, **arguments)
-seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "imported": imported * 1024, "peak": peak * 1024}))
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+cpu = used.ru_utime + used.ru_stime - imported.ru_utime - imported.ru_stime
+peaks = {"imported": imported.ru_maxrss * 1024, "peak": used.ru_maxrss * 1024}
+print(json.dumps({"seconds": seconds, "cpu": cpu, **peaks}))
 """
-LAYER_GIB = 8 * 3 * 2048 * 8192 * 2 / 2**30  # of 8 experts
+FEED_FORWARD_GIB = 3 * 2048 * 8192 * 2 / 2**30
+FEED_FORWARDS = {"split": 4, "partition": 1, "graft": 9}  # how many a layer writes; the others 8, one an expert
+METHODS = ["copy", "noise", "drop", "split", "partition", "graft"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4.0, help="output, at least")
-    parser.add_argument("--methods", nargs="+", default=["copy"], help="of upcycling")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one by default")
     options = parser.parse_args()
-    layers = int(options.gib / LAYER_GIB) + 1
-    needed = 3.5 * (layers * LAYER_GIB + 1) * 2**30
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            sys.exit(f"This needs {needed / 2**30:.0f} GiB of disk, and {folder} has {free / 2**30:.0f}.")
-        run(GENERATE, layers, folder / "dense")
-        rows = [measure(folder, method, options.max_shard_size, options.rounds) for method in options.methods]
-    print("\n| method | output GiB | upcycle GiB/s | cp GiB/s | ratio | peak MiB | largest shard MiB | above it MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for method in options.methods:
+        layer_gib = FEED_FORWARDS.get(method, 8) * FEED_FORWARD_GIB
+        layers = int(options.gib / layer_gib) + 1
+        needed = (layers * (FEED_FORWARD_GIB + 2.2 * layer_gib) + 2) * 2**30
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            folder = Path(name)
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                sys.exit(f"This needs {needed / 2**30:.0f} GiB of disk, and {folder} has {free / 2**30:.0f}.")
+            run(GENERATE, layers, folder / "dense")
+            rows.append(measure(folder, method, options.max_shard_size, options.rounds))
+    print(
+        "\n| method | output GiB | upcycle GiB/s | cp GiB/s | ratio | upcycle CPU s/GiB | cp CPU s/GiB | peak MiB | "
+        "largest shard MiB | above it MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
@@ -71,20 +83,23 @@ def main() -> None:
 def measure(folder: Path, method: str, max_shard_size: str, rounds: int) -> list[str]:
     mixture, copy = folder / "mixture", folder / "copy"
     arguments = json.dumps({"num_experts": 8, "method": method, "max_shard_size": max_shard_size})
-    upcycled, copied, peaks = [], [], []
+    upcycled, copied, peaks, cpus, copy_cpus = [], [], [], [], []
     for number in range(rounds):
         measured = json.loads(run(UPCYCLE, folder / "dense", mixture, arguments).splitlines()[-1])
         files = sorted(mixture.glob("*.safetensors"))
         size, largest = sum(path.stat().st_size for path in files), max(path.stat().st_size for path in files)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), children_cpu()
         subprocess.run(["cp", "-r", mixture, copy], check=True)
         subprocess.run(["sync", *copy.iterdir()], check=True)
         copied.append(time.perf_counter() - start)
+        copy_cpus.append(children_cpu() - before)
         upcycled.append(measured["seconds"])
+        cpus.append(measured["cpu"])
         peaks.append(measured["peak"])
         print(
-            f"{method}, round {number + 1}: upcycle {upcycled[-1]:.1f} s, cp {copied[-1]:.1f} s, peak "
-            f"{peaks[-1] / 2**20:.0f} MiB, of which the imports {measured['imported'] / 2**20:.0f} MiB",
+            f"{method}, round {number + 1}, load {os.getloadavg()[0]:.1f}: upcycle {upcycled[-1]:.1f} s, cp "
+            f"{copied[-1]:.1f} s, peak {peaks[-1] / 2**20:.0f} MiB, of which the imports "
+            f"{measured['imported'] / 2**20:.0f} MiB",
             flush=True,
         )
         shutil.rmtree(mixture)
@@ -97,10 +112,17 @@ def measure(folder: Path, method: str, max_shard_size: str, rounds: int) -> list
         f"{gib / statistics.median(upcycled):.2f}",
         f"{gib / statistics.median(copied):.2f}",
         f"{ratio:.2f}",
+        f"{statistics.median(cpus) / gib:.2f}",
+        f"{statistics.median(copy_cpus) / gib:.2f}",
         f"{peak / 2**20:.0f}",
         f"{largest / 2**20:.0f}",
         f"{(peak - largest) / 2**20:.0f}",
     ]
+
+
+def children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(program: str, *arguments: object) -> str:

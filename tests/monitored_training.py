@@ -1,8 +1,8 @@
 """
-Trainings with `RoutingMonitor` and `SelectionBiasCallback`, in this process or, as a script, on every rank of torchrun.
+Trainings with `RoutingMonitor` and `SelectionBiasCallback`, in this process or, as a script, on all ranks of torchrun.
 
-As a script: `torchrun ... monitored_training.py OUT '{"family": ..., "fields": {...}, "arguments": {...}}'` writes what
-the first rank logged, the biases of every rank, and the number of ranks.
+As a script, `monitored_training.py OUT SPEC` (SPEC is JSON: family, fields, bias, arguments) writes what the first
+rank logged, the biases of every rank, and the number of ranks.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     conversion_mapping,
     core_model_loading,
+    modeling_layers,
 )
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
@@ -26,6 +27,17 @@ from transformers.loss import loss_utils
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import CompileableContextVar
+
+
+TINY_MIXTRAL = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+}
 
 
 def parameters(function) -> list[str]:
@@ -236,3 +248,49 @@ def test_streaming_names_and_types_tensors_as_the_loader_does(function, first):
 def test_modules_without_tensors_are_skipped_in_custom_code():
     """`initialize_weights` makes up for it; else buffers that a model fills in its layers stay empty memory."""
     assert "is_custom_code" in inspect.getsource(PreTrainedModel._initialize_weights)
+
+
+def test_a_head_knows_the_loss_that_shifts():
+    """Else `fix_balance` counts a causal model's labels as Trainer does not, and the weights of a step miss 1."""
+    model = MixtralForCausalLM._from_config(MixtralConfig(**TINY_MIXTRAL))
+    assert loss_utils.LOSS_MAPPING[model.loss_type] is loss_utils.ForCausalLMLoss
+
+
+def test_classification_heads_take_a_mean_and_take_the_count_too():
+    """Else `fix_balance` weighs their task loss although transformers has begun to."""
+    source = inspect.getsource(modeling_layers.GenericForSequenceClassification.forward)
+    assert "num_items_in_batch" not in source
+    assert "num_items_in_batch" not in inspect.getsource(modeling_layers.GenericForTokenClassification.forward)
+
+
+def test_backward_pass_is_told_from_a_forward_pass():
+    """Else the second pass of gradient checkpointing is taken for routing of its own."""
+    seen = []
+    leaf = torch.ones(1, requires_grad=True)
+    leaf.register_hook(lambda gradient: seen.append(torch._C._current_graph_task_id()))
+    (2 * leaf).backward()
+    assert torch._C._current_graph_task_id() == -1
+    assert seen[0] != -1
+
+
+def test_optimizer_step_event_comes_after_the_step_and_before_the_gradients_go():
+    """Else `SelectionBiasCallback` moves the bias at another time, or `global_batch` misses a new step."""
+    source = inspect.getsource(Trainer._run_epoch) if hasattr(Trainer, "_run_epoch") else inspect.getsource(Trainer)
+    step, event, zero = (source.index(part) for part in ("optimizer.step()", "on_optimizer_step(", ".zero_grad()"))
+    assert step < event < zero
+
+
+def test_grouped_linear_takes_rows_weight_offsets_bias_and_layout():
+    """Else LoRA on experts has no path for CUDA and for torch.compile."""
+    assert parameters(moe._grouped_linear) == ["input", "weight", "offs", "bias", "is_transposed"]
+
+
+def test_peft_knows_its_wrapper_of_parameters_by_name_and_lets_it_be_replaced():
+    """Else our layer for experts is not found again when a second adapter comes, or is never made."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
+    assert {"parameter_name", "config"} <= set(parameters(ParamWrapper.__init__))
+    assert parameters(LoraConfig._register_custom_module) == ["self", "mapping"]

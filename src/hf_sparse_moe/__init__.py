@@ -42,15 +42,26 @@ register_auto_classes(AUTO_CLASSES)
 
 # Found on first use, so that importing the package needs torch and transformers only.
 _LAZY = {
+    "RoutingMonitor": ".train",
+    "SelectionBiasCallback": ".train",
+    "add_leading_callback": ".train",
+    "disable_experts": ".routing",
     "expand": ".upcycling",
     "expert_lora_config": ".adapters",
     "explain_export": ".export",
+    "find_mixture_layers": ".routing",
+    "fix_balance": ".routing",
     "import_native": ".export",
+    "load_expert_lora": ".adapters",
+    "observe_routing": ".routing",
     "plan": ".upcycling",
     "push_to_hub": ".hub",
+    "record_routing": ".routing",
     "render_model_card": ".hub",
+    "replay_routing": ".routing",
     "stream_upcycle": ".upcycling",
     "upcycle": ".upcycling",
+    "use_top_k": ".routing",
     "verify": ".upcycling",
 }
 
@@ -62,6 +73,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "RoutingMonitor",
+    "SelectionBiasCallback",
     "SparseMoeConfig",
     "SparseMoeDecoderConfig",
     "SparseMoeDecoderForCausalLM",
@@ -82,16 +95,26 @@ __all__ = [
     "SparseMoeEncoderForTokenClassification",
     "SparseMoeEncoderModel",
     "SparseMoePreTrainedModel",
+    "add_leading_callback",
+    "disable_experts",
     "expand",
     "expert_lora_config",
     "explain",
     "explain_export",
+    "find_mixture_layers",
+    "fix_balance",
     "import_native",
     "list_feed_forward_layouts",
+    "load_expert_lora",
+    "observe_routing",
     "plan",
     "push_to_hub",
+    "record_routing",
     "render_model_card",
+    "replay_routing",
+    "select_experts",
     "stream_upcycle",
     "upcycle",
+    "use_top_k",
     "verify",
 ]

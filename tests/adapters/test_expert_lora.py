@@ -1,65 +1,86 @@
-"""LoRA on experts reaches every expert, trains, and round-trips through PEFT's own files."""
+"""LoRA on experts through `get_peft_model`: it reaches what was asked, trains, merges, and refuses what it cannot."""
+
+import copy
+import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig
+from peft import get_peft_model
 
+from adapted_models import STOCK, adapted, logits_of, stock_mixture
 from hf_sparse_moe import expert_lora_config
+from hf_sparse_moe.adapters.expert_layer import ExpertLora
 from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
 
 
-def logits_of(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
-
-
-def trained(model, config, inputs):
-    """Three steps that move the adapter away from its zero start."""
-    peft_model = get_peft_model(model, config)
+def train(peft_model, inputs, steps=3):
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(3):
+    for _ in range(steps):
         loss = peft_model.train()(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return peft_model, losses
+    return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_expert_is_adapted_and_nothing_else_trains(family):
-    model = tiny_sparse(family)
+def mixtures():
+    return [*FAMILIES, *STOCK]
+
+
+def mixture(name):
+    return stock_mixture(name) if name in STOCK else tiny_sparse(name)
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", mixtures())
+def test_every_expert_is_adapted_and_nothing_else_trains(name):
+    model = mixture(name)
     peft_model = get_peft_model(model, expert_lora_config(model, r=2))
-    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    assert all(".experts." in name and ".lora_" in name for name in trainable)
-    # A and B, of two projections, in every sparse layer
-    assert len(trainable) == 4 * len(model.sparse_blocks)
-    for name, parameter in peft_model.named_parameters():
-        if name in trainable and "lora_A" in name:
-            assert parameter.shape[0] == 2 * model.config.num_experts
+    layers = [module for module in peft_model.modules() if isinstance(module, ExpertLora)]
+    # two projections in every sparse layer, A and B of each
+    assert len(trainable(peft_model)) == 2 * len(layers)
+    for parameter_name, parameter in trainable(peft_model).items():
+        assert ".experts." in parameter_name
+        assert ".lora_" in parameter_name
+        assert parameter.shape[:2] == (4, 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_train_save_load_merge(family, tmp_path):
-    inputs = tiny_inputs(tiny_sparse(family))
-    model = without_dropout(tiny_sparse(family))
+@pytest.mark.parametrize("name", mixtures())
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_merges(name):
+    model = without_dropout(mixture(name))
+    inputs = tiny_inputs(model)
     before = logits_of(model, inputs)
-    peft_model, losses = trained(model, expert_lora_config(model, r=2), inputs)
+    peft_model = get_peft_model(model, expert_lora_config(model, r=2))
+    torch.testing.assert_close(logits_of(peft_model, inputs), before, rtol=1e-4, atol=1e-4)
+
+    frozen = {key: value.clone() for key, value in peft_model.named_parameters() if not value.requires_grad}
+    losses = train(peft_model, inputs)
     assert losses[-1] < losses[0]
-    adapted = logits_of(peft_model, inputs)
-    assert (adapted - before).abs().max() > 1e-3
+    assert all(torch.equal(value, frozen[key]) for key, value in peft_model.named_parameters() if key in frozen)
+    after = logits_of(peft_model, inputs)
+    assert (after - before).abs().max() > 1e-3
 
-    peft_model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_sparse(family), tmp_path)
-    torch.testing.assert_close(logits_of(loaded, inputs), adapted, rtol=0, atol=1e-6)
+    peft_model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits_of(peft_model, inputs), after, rtol=1e-4, atol=1e-4)
+    peft_model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(peft_model, inputs), after, rtol=1e-4, atol=1e-4)
+    with peft_model.disable_adapter():
+        torch.testing.assert_close(logits_of(peft_model, inputs), before, rtol=1e-4, atol=1e-4)
+    merged = peft_model.merge_and_unload()
+    assert not any(isinstance(module, ExpertLora) for module in merged.modules())
+    torch.testing.assert_close(logits_of(merged, inputs), after, rtol=1e-4, atol=1e-4)
 
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits_of(merged, inputs), adapted, rtol=1e-4, atol=1e-4)
-    merged.save_pretrained(tmp_path / "merged")
-    again = type(model).from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(again, inputs), logits_of(merged, inputs), rtol=0, atol=1e-6)
+
+def test_a_broken_adapter_does_not_merge():
+    peft_model = adapted(tiny_sparse("decoder"))
+    next(iter(trainable(peft_model).values())).data[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        peft_model.merge_adapter(safe_merge=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,40 +88,64 @@ def test_attention_and_router_only_when_asked(family):
     model = tiny_sparse(family)
     config = expert_lora_config(model, r=2, attention=True, router=True)
     peft_model = get_peft_model(model, config)
-    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    routers = {name for name in trainable if ".gate." in name}
+    names = set(trainable(peft_model))
+    routers = {name for name in names if ".gate." in name}
     assert len(routers) == len(model.sparse_blocks)
-    attention = {name for name in trainable if ".experts." not in name and ".gate." not in name}
+    attention = {name for name in names if ".experts." not in name and ".gate." not in name}
     assert attention
     assert all("lora_" in name for name in attention)
-    loss = peft_model.train()(**tiny_inputs(model)).loss
-    loss.backward()
+    peft_model.train()(**tiny_inputs(model)).loss.backward()
     for name, parameter in peft_model.named_parameters():
         if name in routers:
             assert parameter.grad.abs().max() > 0, name
 
 
-def test_router_is_frozen_by_default():
+def test_gradient_checkpointing_gives_the_same_gradients():
+    inputs, gradients = tiny_inputs(tiny_sparse("decoder")), []
+    for checkpointing in (False, True):
+        model = without_dropout(tiny_sparse("decoder"))
+        peft_model = adapted(model, lora_dropout=0.3)
+        if checkpointing:
+            peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        peft_model.train()(**inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in trainable(peft_model).items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["decoder", "mixtral"])
+def test_autocast_reaches_experts_and_adapters(name):
+    peft_model = adapted(mixture(name))
+    seen = set()
+    layer = next(module for module in peft_model.modules() if isinstance(module, ExpertLora))
+    layer.experts.act_fn.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        peft_model.train()(**tiny_inputs(peft_model.get_base_model())).loss.backward()
+    assert seen == {torch.bfloat16}
+    assert {parameter.grad.dtype for parameter in trainable(peft_model).values()} == {torch.float32}
+
+
+def test_compiled_as_one_graph():
+    peft_model = adapted(tiny_sparse("decoder"))
+    layer = next(module for module in peft_model.modules() if isinstance(module, ExpertLora))
+    hidden = torch.randn(6, 32)
+    weights, index = torch.rand(6, 4).topk(2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, index, weights), layer(hidden, index, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_adapters_copies_and_pickles():
+    peft_model = adapted(tiny_sparse("decoder"))
+    inputs = tiny_inputs(peft_model.get_base_model(), labels=False)
+    expected = logits_of(peft_model, inputs)
+    for again in (copy.deepcopy(peft_model), pickle.loads(pickle.dumps(peft_model))):
+        assert torch.equal(logits_of(again, inputs), expected)
+
+
+def test_a_wrapped_model_raises():
     model = tiny_sparse("decoder")
-    peft_model = get_peft_model(model, expert_lora_config(model, r=2))
-    assert not any(p.requires_grad for name, p in peft_model.named_parameters() if name.endswith("gate.weight"))
-
-
-def test_stock_mixture():
-    config = MixtralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    peft_model = get_peft_model(model, expert_lora_config(model, r=2, router=True))
-    trainable = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
-    assert sum("lora_" in name for name in trainable) == 8
-    assert sum("gate" in name and "lora_" not in name for name in trainable) == 2
-
-
-def test_a_partial_match_raises():
-    model = tiny_sparse("decoder")
-    get_peft_model(model, expert_lora_config(model, r=2))  # wraps the experts, so that they cannot be reached again
+    get_peft_model(model, expert_lora_config(model, r=2))
     with pytest.raises(ValueError, match=r"experts modules of .* do not hold two fused"):
         expert_lora_config(model)
 
@@ -111,10 +156,33 @@ def test_a_dense_model_raises():
         expert_lora_config(model.dense.get_input_embeddings())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("lora_dropout", 0.1), ("use_dora", True), ("layers_to_transform", [0]), ("exclude_modules", ["experts"])],
-)
-def test_what_peft_refuses_or_ignores_is_refused_with_a_sentence(name, value):
+@pytest.mark.parametrize(("name", "value"), [("layers_to_transform", [0]), ("exclude_modules", ["experts"])])
+def test_what_peft_ignores_is_refused_with_a_sentence(name, value):
     with pytest.raises(ValueError, match=f"`{name}=.*Leave it out"):
         expert_lora_config(tiny_sparse("decoder"), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa"), ("r", 0)]
+)
+def test_what_is_not_built_is_refused_with_a_sentence(name, value):
+    model = tiny_sparse("decoder")
+    with pytest.raises(ValueError, match=f"`{name}="):
+        get_peft_model(model, expert_lora_config(model, **{name: value}))
+
+
+def test_quantised_experts_are_refused_with_a_sentence():
+    model = stock_mixture("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj` is quantised \(torch.int8\)"):
+        get_peft_model(model, expert_lora_config(model))
+
+
+def test_packed_experts_are_refused_with_a_sentence():
+    """As bitsandbytes leaves them: behind a parametrisation."""
+    model = stock_mixture("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
+    with pytest.raises(ValueError, match="not yet wrapped or quantised"):
+        expert_lora_config(model)

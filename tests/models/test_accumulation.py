@@ -1,56 +1,28 @@
 """
 The gradient of one logical batch does not depend on how it is split over micro-batches.
 
-With the stock `Trainer`, on 8 identical sequences (so that each micro-batch routes alike), as 8 x 1, 4 x 2, 2 x 4 and
-1 x 8. Stock mixtures add a mean balance loss to a cross entropy that is divided by the step's label count already, so
-their router's gradient grows with the accumulation steps; `test_stock_mixtral_grows` measures that with the same
-harness, which shows that the harness can tell.
+With the stock `Trainer`, on 8 sequences as 8 x 1, 4 x 2, 2 x 4 and 1 x 8. Identical sequences route alike in each
+micro-batch; different ones give the same gradient where a loss is one of each sequence. Stock mixtures add a mean
+balance loss to a cross entropy that is divided by the step's label count already, so their router's gradient grows
+with the accumulation steps; `test_stock_mixtral_grows` measures that with the same harness, which shows that the
+harness can tell. Over processes: test_global_batch.py.
 """
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.modeling_outputs import ModelOutput
 
+from models.balance_worker import (
+    SCOPES,
+    SPLITS,
+    balanced_model,
+    examples,
+    relative_difference,
+    router_gradient,
+    step_trainer,
+)
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
-
-
-SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
-
-
-class RouterGradient(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.gradient = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "gate.weight" in name])
-
-
-def train(model, examples, batch_size, accumulation, tmp_path, callbacks=()):
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        max_grad_norm=0.0,
-        learning_rate=0.0,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        use_cpu=True,
-    )
-    Trainer(model=model, args=arguments, train_dataset=examples, callbacks=list(callbacks)).train()
-
-
-def router_gradient(model, examples, batch_size, accumulation, tmp_path):
-    callback = RouterGradient()
-    train(model, examples, batch_size, accumulation, tmp_path, [callback])
-    return callback.gradient
-
-
-def one_batch(model, identical):
-    """8 examples, the last tokens of each padded out."""
-    inputs = tiny_inputs(model, batch=1 if identical else 8)
-    inputs["attention_mask"][:, -2:] = 0
-    inputs["labels"][:, -2:] = -100
-    return [{name: value[0 if identical else row] for name, value in inputs.items()} for row in range(8)]
 
 
 def ratios(gradients):
@@ -58,28 +30,46 @@ def ratios(gradients):
     return [(gradient.norm() / reference).item() for gradient in gradients]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_router_gradient_is_the_same_for_every_split(family, tmp_path, capsys):
-    def model():
-        return without_dropout(tiny_sparse(family, router_aux_loss_coef=1.0, router_z_loss_coef=0.1))
+def differences_over_splits(make_model, kind, folder):
+    """Relative to the gradient of one micro-batch."""
+    gradients = [router_gradient(model := make_model(), examples(model, kind), *split, folder) for split in SPLITS]
+    return [relative_difference(gradient, gradients[0]) for gradient in gradients[1:]]
 
-    examples = one_batch(model(), identical=True)
-    gradients = [router_gradient(model(), examples, *split, tmp_path) for split in SPLITS]
+
+def show(capsys, title, numbers):
     with capsys.disabled():
-        print(f"\n{family}: router gradient over that of 8 x 1:", *(f"{ratio:.6f}" for ratio in ratios(gradients)))
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+        print(f"\n{title}:", *(f"{number:.1e}" for number in numbers))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_router_gradient_is_the_same_for_every_split(family, scope, tmp_path, capsys):
+    differences = differences_over_splits(lambda: balanced_model(family, scope, z_loss=0.1), "identical", tmp_path)
+    show(capsys, f"{family}, {scope}: 4 x 2, 2 x 4, 1 x 8 differ from 8 x 1 by", differences)
+    assert max(differences) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sequence_scope_is_the_same_on_different_sequences(family, tmp_path, capsys):
+    """Of equal numbers of labels, by which a micro-batch weighs; the other scopes' load is that of several."""
+    differences = differences_over_splits(lambda: balanced_model(family, "sequence", 0.1), "equal labels", tmp_path)
+    show(capsys, f"{family}, sequence, different sequences: 4 x 2, 2 x 4, 1 x 8 differ from 8 x 1 by", differences)
+    assert max(differences) <= 1e-5
+
+
+def test_the_micro_batch_scope_is_not_the_same_on_different_sequences(tmp_path, capsys):
+    """Its load is that of the micro-batch, so the difference is no fault; it shows that these tests can fail."""
+    differences = differences_over_splits(lambda: balanced_model("decoder", "micro_batch"), "equal labels", tmp_path)
+    show(capsys, "decoder, micro_batch, different sequences: 4 x 2, 2 x 4, 1 x 8 differ from 8 x 1 by", differences)
+    assert min(differences) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_task_gradient_is_the_same_on_different_sequences(family, tmp_path):
-    def model():
+    def make_model():
         return without_dropout(tiny_sparse(family, router_aux_loss_coef=0.0))
 
-    examples = one_batch(model(), identical=False)
-    gradients = [router_gradient(model(), examples, *split, tmp_path) for split in SPLITS]
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+    assert max(differences_over_splits(make_model, "unequal labels", tmp_path)) <= 1e-5
 
 
 def test_stock_mixtral_grows(tmp_path, capsys):
@@ -110,7 +100,7 @@ def test_stock_task_gradients_grow(name, tmp_path, capsys):
         gradients = {}
         for key, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda p, key=key: gradients.__setitem__(key, p.grad.clone()))
-        train(model, one_batch(model, identical=True), *split, tmp_path)
+        step_trainer(model, examples(model, "identical"), *split, tmp_path).train()
         return torch.cat([tensor.flatten() for tensor in gradients.values()]).norm()
 
     ratio = (gradient(2, 4) / gradient(8, 1)).item()

@@ -1,13 +1,22 @@
 """The balance losses against their formulas, written out token by token."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from hf_sparse_moe.models.balancing import expert_counts, load_balancing_loss, router_z_loss
-from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
+from hf_sparse_moe.models.balancing import (
+    expert_counts,
+    load_balancing_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+    sequence_counts,
+)
+from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
 
 
 def routed(tokens, experts, k, seed):
@@ -49,17 +58,62 @@ def test_even_load_gives_one_and_collapse_gives_the_number_of_experts():
     assert load_balancing_loss(collapsed, torch.zeros(8, 1, dtype=torch.long)).item() == pytest.approx(4.0)
 
 
-def test_layers_that_collapse_onto_different_experts_are_not_balanced():
-    """Four layers, each on its own two of eight experts: transformers' pooled loss calls that perfect."""
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99), st.booleans())
+def test_sequence_scope_equals_the_formula_of_each_sequence(sequences, length, experts, k, seed, masked):
+    k = min(k, experts)
+    logits, _, index = routed(sequences * length, experts, k, seed)
+    probabilities = logits.double().softmax(-1)
+    mask = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
+    losses, all_counts = [], []
+    for sequence in range(sequences):
+        tokens = range(sequence * length, (sequence + 1) * length)
+        real = [t for t in tokens if mask is None or mask[t]]
+        counts = [sum(int(index[t, slot] == e) for t in real for slot in range(k)) for e in range(experts)]
+        all_counts.append(counts)
+        if real:
+            means = [sum(probabilities[t, e].item() for t in real) / len(real) for e in range(experts)]
+            losses.append(experts * sum(c / (len(real) * k) * p for c, p in zip(counts, means, strict=True)))
+    assert sequence_counts(index, experts, sequences, mask).tolist() == all_counts
+    expected = sum(losses) / max(len(losses), 1)
+    assert sequence_balancing_loss(probabilities, index, sequences, mask).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sequence_scope_punishes_sequences_that_are_even_only_together():
+    """Each of 4 sequences sends all its tokens to an expert of its own."""
+    index = torch.arange(4).repeat_interleave(6)[:, None]
+    probabilities = torch.eye(4)[index[:, 0]]
+    assert load_balancing_loss(probabilities, index).item() == pytest.approx(1.0)
+    assert sequence_balancing_loss(probabilities, index, 4).item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_layers_that_collapse_onto_different_experts_are_not_balanced(k, capsys):
+    """Each layer on its own k of eight experts, so that all are used: transformers' pooled loss calls that perfect."""
     layers = []
-    for layer in range(4):
+    for layer in range(8 // k):
         logits = torch.full((16, 8), -50.0)
-        logits[:, 2 * layer : 2 * layer + 2] = 0.0
+        logits[:, k * layer : k * (layer + 1)] = 0.0
         layers.append(logits)
-    ours = torch.stack([load_balancing_loss(x.softmax(-1), x.topk(2, dim=-1).indices) for x in layers]).mean()
-    stock = load_balancing_loss_func(tuple(layers), num_experts=8, top_k=2)
-    assert ours.item() == pytest.approx(4.0)  # 8 experts, an even load over 2 of them
-    assert stock.item() == pytest.approx(2.0)  # what it gives for a perfectly even load
+    ours = torch.stack([load_balancing_loss(x.softmax(-1), x.topk(k, dim=-1).indices) for x in layers]).mean()
+    stock = load_balancing_loss_func(tuple(layers), num_experts=8, top_k=k)
+    even = load_balancing_loss_func(tuple(torch.eye(8).repeat(2, 1) for _ in layers), num_experts=8, top_k=8) / 8 * k
+    with capsys.disabled():
+        print(f"\nlayers of 8 experts collapsed onto {k}: ours {ours:.4f} (even: 1), stock {stock:.4f} ({even:.4f})")
+    assert ours.item() == pytest.approx(8 / k)
+    assert stock.item() == pytest.approx(even.item())
+
+
+def test_a_model_whose_layers_collapse_scores_the_number_of_experts():
+    """Layer l sends every token to expert l."""
+    model = tiny_sparse("decoder", dense_fields={"num_hidden_layers": 4}, num_experts_per_tok=1).eval()
+    for number, block in enumerate(model.sparse_blocks):
+        with torch.no_grad():
+            block.gate.weight.fill_(-1.0)[number] = 1.0
+        block.gate.register_forward_pre_hook(lambda gate, args: (torch.ones_like(args[0]),))
+    outputs = model(**tiny_inputs(model), output_router_logits=True)
+    assert outputs.aux_loss.item() == pytest.approx(4.0)
+    assert load_balancing_loss_func(outputs.router_logits, num_experts=4, top_k=1).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,12 +132,51 @@ def test_model_averages_its_layers_and_leaves_pads_out(family):
     torch.testing.assert_close(outputs.aux_loss, torch.stack(expected).mean())
 
 
+class Operations(TorchDispatchMode):
+    """The operations that torch runs while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model, step):
+    with Operations() as counted:
+        step().backward()
+    model.zero_grad()  # else the next backward pass adds to the gradients
+    return counted.names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_coefficient_zero_records_nothing(family):
-    model = tiny_sparse(family, router_aux_loss_coef=0.0).train()
-    outputs = model(**tiny_inputs(model))
+def test_coefficients_of_zero_cost_nothing(family, capsys):
+    """Forward and backward run the operations of the dense model and its task loss, and none of their own."""
+    model = without_dropout(tiny_sparse(family, router_aux_loss_coef=0.0)).train()
+    inputs = tiny_inputs(model)
+    labels = inputs["labels"]
+    dense_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+
+    def dense_alone():
+        if model.config.is_encoder_decoder:
+            labels.ne(-100)  # the decoder's pads, which some routers ask for
+            dense_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        return model.compute_task_loss(model.dense(**dense_inputs), labels, model.config, None)
+
+    with_zero = operations(model, lambda: model(**inputs).loss)
+    outputs = model(**inputs)
     assert outputs.aux_loss is None
     assert outputs.router_logits is None
+    alone = operations(model, dense_alone)
+    model.config.router_aux_loss_coef = 0.1
+    balanced = operations(model, lambda: model(**inputs).loss)
+    with capsys.disabled():
+        counts = [len(alone), len(with_zero), len(balanced)]
+        print(f"\n{family}, operations: dense model and task loss, coefficient 0, coefficient 0.1:", *counts)
+    assert Counter(with_zero) == Counter(alone)
+    assert len(balanced) > len(with_zero)
 
 
 def test_all_pads_give_zero_and_finite_gradients():

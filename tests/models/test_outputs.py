@@ -7,7 +7,7 @@ import transformers as hf
 import hf_sparse_moe
 from hf_sparse_moe.models.balancing import load_balancing_loss
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
-from tiny_models import BACKBONES, FAMILIES, tiny_dense, tiny_inputs, tiny_sparse
+from tiny_models import BACKBONES, FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
 
 
 ONE_A_FAMILY = [names[0] for names in FAMILIES.values()]
@@ -133,6 +133,39 @@ def test_pads_change_neither_the_aux_loss_nor_the_real_tokens(name):
     outputs = model(**padded, output_router_logits=True)
     torch.testing.assert_close(outputs.logits[:, :real], expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-6)
+
+
+def padded(inputs, model, pads, side):
+    """`inputs` with pads on one side; a decoder that reads an encoder has its own on the right."""
+
+    def pad(name, value, fill):
+        left = side == "left" and not (name == "labels" and model.config.is_encoder_decoder)
+        return torch.nn.functional.pad(value, (pads, 0) if left else (0, pads), value=fill)
+
+    fills = {"input_ids": model.config.pad_token_id, "attention_mask": 0, "labels": -100, "position_ids": 0}
+    return {name: pad(name, value, fills[name]) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_pads_change_neither_the_losses_nor_the_router_gradient(name, scope, side):
+    model = tiny_sparse(name, router_aux_loss_coef=0.5, router_z_loss_coef=0.25, balance_scope=scope)
+    without_dropout(model).train()
+    inputs = tiny_inputs(model)
+    if name == "bert":  # which counts positions from the first pad
+        inputs["position_ids"] = torch.arange(7).expand(2, 7)
+    if name == "llama":  # a pad must not predict the first token
+        inputs["labels"][:, 0] = -100
+    results = []
+    for given in (inputs, padded(inputs, model, pads=5, side=side)):
+        outputs = model(**given)
+        outputs.loss.backward()
+        gradient = torch.cat([block.gate.weight.grad.flatten() for block in model.sparse_blocks])
+        results.append((outputs.task_loss, outputs.aux_loss, outputs.z_loss, gradient))
+        model.zero_grad()
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)

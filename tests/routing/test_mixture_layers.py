@@ -64,7 +64,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LAST_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 FIELDS = {
     "axk1": _LATENT, "axk2": _LATENT, "deepseek_v2": _LATENT, "deepseek_v3": _LATENT, "deepseek_v32": _LATENT,
-    "glm_moe_dsa": _LATENT, "kimi_linear": _LATENT | _HYBRID, "mistral_large4": _LATENT,
+    "glm4_moe_lite": _LATENT, "glm_moe_dsa": _LATENT, "kimi_linear": _LATENT | _HYBRID, "mistral_large4": _LATENT,
     "longcat_flash": _LATENT | {"num_layers": 2, "head_dim": 8},
     "dbrx": {"ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": TOP_K}},
     "deepseek_ocr2": _LAST_SPARSE,
@@ -83,6 +83,10 @@ FIELDS = {
     "step3p7": _LAST_SPARSE,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+
+
+BIAS_ON_LOGITS = ("kolibri1",)  # all others add it to the scores
+OTHER_WEIGHTS = {"phimoe": "SparseMixer: each weight is a softmax over the experts close to the best one left"}
 
 
 def build(folder):
@@ -123,9 +127,11 @@ def test_every_mixture_of_transformers(folder):
     layers = find_mixture_layers(model)
     for layer in layers:
         assert model.get_submodule(layer.name) is layer.block
-        if layer.selection_bias is not None:
-            with torch.no_grad():
-                layer.selection_bias.normal_()
+        with torch.no_grad():  # so that scores, bias and the function between decide together
+            for parameter in layer.router.parameters():
+                parameter.mul_(10.0 if parameter.dim() == 2 else 1.0)
+            if layer.selection_bias is not None:
+                layer.selection_bias.normal_(std=0.2)
     seen, _ = observed(model, **inputs_of(model))
     # Without an image, the experts of images are not called.
     called = sorted(layer.name for layer in layers if "vision" not in layer.name)
@@ -138,9 +144,16 @@ def test_every_mixture_of_transformers(folder):
         # The choice is the best by score and bias, so logits, scoring function, bias and index belong together.
         logits = routing.router_logits.float()
         scores = logits.softmax(-1) if layer.scoring_func == "softmax" else ACT2FN[layer.scoring_func](logits)
-        biased = scores if layer.selection_bias is None else scores + layer.selection_bias
+        ranked = logits if folder in BIAS_ON_LOGITS else scores
+        biased = ranked if layer.selection_bias is None else ranked + layer.selection_bias
         best = biased.topk(layer.top_k).indices
         torch.testing.assert_close(routing.top_k_index.sort(-1).values, best.sort(-1).values)
+        if (
+            folder not in OTHER_WEIGHTS and layer.top_k > 1
+        ):  # normalised or not, scaled or not: in proportion to the scores
+            chosen = scores.gather(-1, routing.top_k_index)
+            shares = routing.top_k_weights / routing.top_k_weights.sum(-1, keepdim=True)
+            torch.testing.assert_close(shares.float(), chosen / chosen.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
 RECORDED = ["mixtral", "qwen2_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe", "minimax", "deepseek_v3"]
@@ -175,6 +188,16 @@ def test_switch_reports_the_choice_and_what_capacity_dropped():
         kept[:, 0] = True  # one token a sequence
         torch.testing.assert_close(routing.kept, kept.reshape(12, 1))
         assert routing.top_k_weights[~routing.kept].eq(0).all()
+
+
+def test_llama_4_weighs_with_its_scores():
+    model = build("llama4").eval()
+    returned = []
+    for layer in find_mixture_layers(model):
+        layer.router.register_forward_hook(lambda module, args, output: returned.append(output))
+    for (_, routing), (scores, logits) in zip(observed(model, **inputs_of(model))[0], returned, strict=True):
+        assert routing.router_logits is logits
+        torch.testing.assert_close(routing.top_k_weights, scores.gather(-1, routing.top_k_index))
 
 
 def test_the_expert_that_skips_is_the_last_class():
@@ -227,7 +250,7 @@ def test_inside_peft_and_other_wrappers():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("folder", ["mixtral", "llama4", "jetmoe"])
+@pytest.mark.parametrize("folder", ["mixtral", "llama4", "switch_transformers"])
 def test_recomputation_is_not_reported_again(folder, use_reentrant):
     model = build(folder).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

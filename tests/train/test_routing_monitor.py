@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 from hf_sparse_moe.routing import find_mixture_layers
 from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback
 from hf_sparse_moe.train.routing_monitor import layer_labels
+from hf_sparse_moe.train.training_routing import TrainingRouting
 from monitored_training import make_model, make_rows, make_trainer
-from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse
+from tiny_models import FAMILIES, tiny_dense, tiny_sparse
 
 
 def routed_by_hand(model, rows):
@@ -343,14 +344,15 @@ def test_tensorboard_holds_every_key(tmp_path, monkeypatch):
 
 
 def test_trackio_holds_the_keys(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
     model = make_model("decoder")
     arguments = {"report_to": ["trackio"], "project": "monitor", "run_name": "tiny"}
     trainer = make_trainer(model, tmp_path, make_rows(model), monitor=RoutingMonitor(), **arguments)
     trainer.train()
-    (run,) = trackio.Api().runs("monitor")
-    logged = [row for row in run.history() if "train/loss" in row]
+    logged = [row for row in SQLiteStorage.get_logs("monitor", "tiny") if "train/loss" in row]
     log = trainer.state.log_history[0]
     for name in ("task_loss", "aux_loss", *router_part(log)):
         assert logged[0][f"train/{name}"] == pytest.approx(log[name])
@@ -397,3 +399,16 @@ def test_a_collapsed_router_is_named_with_its_remedy(family, tmp_path, warnings_
     assert "layer_1" in collapsed[0]
     assert "Expert" in collapsed[0]
     assert "router_aux_loss_coef" in collapsed[0]
+
+
+def test_a_forward_pass_that_fails_counts_for_nothing():
+    model = make_model("decoder").train()
+    inputs = {name: value[None] for name, value in make_rows(model)[0].items()}
+    calls = []
+    routing = TrainingRouting(model, find_mixture_layers(model), calls.extend)
+    with pytest.raises(ValueError, match="batch_size"):
+        model(**{**inputs, "labels": inputs["labels"].repeat(2, 1)})  # the layers have run by then
+    model(**inputs)
+    routing.remove()
+    model(**inputs)
+    assert [call.row for call in calls] == [0, 1]

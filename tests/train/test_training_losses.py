@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sparse_moe.models.task_losses import batch_weight
+from hf_sparse_moe.routing import fix_balance
 from hf_sparse_moe.train import RoutingMonitor
 from monitored_training import make_model, make_rows, make_trainer
 from tiny_models import FAMILIES
@@ -67,6 +68,16 @@ def test_the_parts_of_a_stock_mixture_sum_to_its_loss(tmp_path):
     model = make_model("mixtral")
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.5
     for log in logs_of(model, tmp_path, learning_rate=1e-3):
+        assert log["loss"] == pytest.approx(log["task_loss"] + 0.5 * log["aux_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_parts_of_a_fixed_stock_mixture_sum_to_its_loss(accumulation, tmp_path):
+    model = make_model("mixtral")
+    with fix_balance(model, router_aux_loss_coef=0.5):
+        logs = logs_of(model, tmp_path, learning_rate=1e-3, gradient_accumulation_steps=accumulation)
+    for log in logs:
+        assert 0.9 < log["aux_loss"] < 2
         assert log["loss"] == pytest.approx(log["task_loss"] + 0.5 * log["aux_loss"], rel=1e-5)
 
 

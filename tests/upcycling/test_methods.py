@@ -197,6 +197,25 @@ def test_the_same_seed_gives_the_same_bits(method):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+def test_seeds_above_32_bits_and_below_zero_are_seeds_of_their_own():
+    dense = tiny_dense("decoder")
+    routers = [upcycle(dense, 4, seed=seed).sparse_blocks[0].gate.weight for seed in (0, 2**16, 2**32, -1)]
+    assert not any(torch.equal(routers[i], routers[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("method", ["noise", "drop", "graft"])
+def test_the_number_of_threads_does_not_change_the_bits(method):
+    dense, before = tiny_dense("decoder"), torch.get_num_threads()
+    states = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            states.append(upcycle(dense, 4, method=method).state_dict())
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 @pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "partition", "graft"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_trains(method, family):

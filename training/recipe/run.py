@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from yaml import YAMLError
 
-from hf_sparse_moe.train import RoutingMonitor, add_leading_callback
+from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 
 
 logger = logging.getLogger("recipe")
@@ -61,6 +61,8 @@ def train_and_evaluate(trainer: Trainer) -> None:
     """Train where there is training data, evaluate where there is validation data; write the model and the numbers."""
     if trainer.train_dataset is not None:
         add_leading_callback(trainer, RoutingMonitor())
+        if trainer.model.config.router_bias_update_speed > 0:
+            trainer.add_callback(SelectionBiasCallback())
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()

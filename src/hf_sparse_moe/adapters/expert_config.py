@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -23,7 +23,7 @@ FILE = "expert_lora.json"  # what PEFT's own file has no place for, or refuses o
 
 
 @cache
-def config_class() -> type:
+def config_class() -> type[Any]:
     """`ExpertLoraConfig`; made on first use, since PEFT is an extra."""
     from peft import LoraConfig
 
@@ -40,7 +40,7 @@ def config_class() -> type:
 
         def __post_init__(self):
             super().__post_init__()
-            self._register_custom_module({nn.Module: make_layer})
+            self._register_custom_module({nn.Module: cast(type[nn.Module], make_layer)})  # PEFT only calls it
 
         def to_dict(self) -> dict[str, Any]:
             """What plain PEFT reads: dropout acts in training only, and PEFT refuses to load it on experts."""
@@ -85,7 +85,7 @@ def load_expert_lora(
     model: PreTrainedModel, adapter: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs
 ) -> PeftModel:
     """
-    `PeftModel.from_pretrained` for an adapter of experts, saved from here or by plain PEFT, with this package's layers.
+    `PeftModel.from_pretrained` for an adapter of experts, saved here or by plain PEFT, with this package's layers.
 
     `PeftModel.from_pretrained` itself loads such an adapter too, with PEFT's layers: the same function, slower.
 

@@ -20,7 +20,7 @@ class ExpertFactor(nn.Module):
         features (`int`): The projection's inputs (A) or outputs (B), all of them.
         columns (`slice`): Which of the features it reaches.
         is_b (`bool`): Whether it is B.
-        like (`torch.Tensor`): Gives device and, where it is a floating one, dtype.
+        like (`torch.Tensor`): Gives device and dtype.
     """
 
     def __init__(
@@ -37,8 +37,7 @@ class ExpertFactor(nn.Module):
         self.experts, self.num_experts, self.rank = experts, num_experts, rank
         self.features, self.columns, self.is_b = features, columns, is_b
         reached = len(range(*columns.indices(features)))
-        dtype = like.dtype if like.dtype.is_floating_point else torch.float32
-        self.weight = nn.Parameter(torch.empty(len(experts), rank, reached, device=like.device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(len(experts), rank, reached, device=like.device, dtype=like.dtype))
 
     def all_experts(self) -> torch.Tensor:
         """`(E, r, features)`, zero where there is no adapter."""
@@ -71,7 +70,11 @@ class ExpertFactor(nn.Module):
                     f"{self._packed_shape()}. Load it into the model, and with the rank, that it was trained for."
                 )
                 return
-            full = packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0) if self.is_b else packed.unflatten(0, (-1, self.rank))
+            full = (
+                packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0)
+                if self.is_b
+                else packed.unflatten(0, (-1, self.rank))
+            )
             state_dict[key] = full[list(self.experts)][..., self.columns].contiguous()
             if self.is_b and state_dict[key].count_nonzero() != full.count_nonzero():
                 errors.append(

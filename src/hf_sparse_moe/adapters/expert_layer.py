@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .expert_factors import ExpertFactor
-from .low_rank_experts import FrozenExperts, LowRank, low_rank_experts
+from .low_rank import LowRank
+from .low_rank_experts import low_rank_experts
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
+    from peft.tuners.lora.layer import ParamWrapper as _Base
+else:  # what `layer_class` makes has both
+    _Base = nn.Module
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 PROJECTIONS = ("gate", "up", "down")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
 
 
@@ -29,22 +34,16 @@ def follows_interface(module: nn.Module) -> bool:
     return hasattr(module, "has_gate") and {"down_proj"} < names <= {"down_proj", *UP_NAMES} and len(names) == 2
 
 
-class ExpertLora(nn.Module):
+class ExpertLora(_Base):
     """
     Low-rank adapters of one projection of all experts; PEFT nests two, and the outer one computes for both.
 
     It stands before PEFT's `ParamWrapper` in [`layer_class`], whose place in the model, keys and files it keeps.
     """
 
-    base_layer: nn.Module
-    parameter_name: str
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
-    r: dict[str, int]
-    lora_alpha: dict[str, int]
-    scaling: dict[str, float]
-    merged_adapters: list[str]
+    in_features: int
+    out_features: int
+    num_experts: int
 
     def __init__(
         self,
@@ -61,12 +60,12 @@ class ExpertLora(nn.Module):
 
         nn.Module.__init__(self)
         self.parameter_name = parameter_name
-        LoraLayer.__init__(self, base_layer, **kwargs)
+        LoraLayer.__init__(cast(LoraLayer, self), base_layer, **kwargs)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         shape = getattr(module, self.parameter_name).shape
         self.num_experts = shape[0]
         self._did_swap_in_out_features = not module.is_transposed  # PEFT's name for (E, out, in)
@@ -82,6 +81,7 @@ class ExpertLora(nn.Module):
         experts = self._chosen_experts(config, target_name)
         columns = self._chosen_columns(config)
         weight = self.get_param()
+        _refuse_unsupported_weight(weight, target_name)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
         self.lora_bias[adapter_name] = False
@@ -90,14 +90,16 @@ class ExpertLora(nn.Module):
         self.lora_A[adapter_name] = ExpertFactor(
             experts, self.num_experts, r, self.in_features, slice(None), False, weight
         )
-        self.lora_B[adapter_name] = ExpertFactor(experts, self.num_experts, r, self.out_features, columns, True, weight)
+        self.lora_B[adapter_name] = ExpertFactor(
+            experts, self.num_experts, r, self.out_features, columns, True, weight
+        )
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """As PEFT draws them: A of each expert like a linear layer's weight, or normal of 1 / r; B zero."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        a, b = (factor.weight for factor in self._factors(adapter_name))
         if init_lora_weights == "gaussian":
             a.normal_(std=1 / self.r[adapter_name])
         else:
@@ -106,6 +108,14 @@ class ExpertLora(nn.Module):
             b.zero_()
         else:
             b.uniform_(-(self.r[adapter_name] ** -0.5), self.r[adapter_name] ** -0.5)
+
+    def _factors(self, name: str) -> tuple[ExpertFactor, ExpertFactor]:
+        return cast(ExpertFactor, self.lora_A[name]), cast(ExpertFactor, self.lora_B[name])
+
+    @property
+    def experts(self) -> Any:
+        """The experts module itself."""
+        return self.get_base_layer()
 
     def _chosen_experts(self, config: LoraConfig, target_name: str) -> tuple[int, ...]:
         chosen = getattr(config, "experts", None)
@@ -126,7 +136,7 @@ class ExpertLora(nn.Module):
         if self.parameter_name != "gate_up_proj" or {"gate", "up"} <= projections:
             return slice(None)
         half = self.out_features // 2
-        if self.get_base_layer().is_concatenated:
+        if self.experts.is_concatenated:
             return slice(0, half) if "gate" in projections else slice(half, None)
         return slice(0, None, 2) if "gate" in projections else slice(1, None, 2)
 
@@ -155,7 +165,7 @@ class ExpertLora(nn.Module):
             `torch.Tensor` of shape `(T, H)`.
         """
         layers = self._projections()
-        experts = self.get_base_layer()
+        experts = self.experts
         if self.disable_adapters:
             for layer in layers:
                 if layer.merged:
@@ -169,7 +179,7 @@ class ExpertLora(nn.Module):
             return experts(hidden_states, top_k_index, top_k_weights)
         up_name = "gate_up_proj" if experts.has_gate else "up_proj"
         return low_rank_experts(
-            FrozenExperts(experts, up_name),
+            experts,
             hidden_states,
             top_k_index,
             top_k_weights,
@@ -178,20 +188,15 @@ class ExpertLora(nn.Module):
         )
 
     def _low_rank(self, tokens: dict[str, torch.Tensor] | None) -> list[LowRank]:
-        names = self.active_adapters if tokens is None else tokens
-        return [
-            LowRank(
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                self.scaling[name],
-                self.lora_A[name].experts,
-                self.lora_B[name].columns,
-                self.lora_dropout[name].p if self.training and isinstance(self.lora_dropout[name], nn.Dropout) else 0.0,
-                None if tokens is None else tokens[name],
-            )
-            for name in names
-            if name in self.lora_A
-        ]
+        found = []
+        for name in self.active_adapters if tokens is None else tokens:
+            if name in self.lora_A:
+                a, b = self._factors(name)
+                dropout = self.lora_dropout[name]
+                rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+                served = None if tokens is None else tokens[name]
+                found.append(LowRank(a.weight, b.weight, self.scaling[name], a.experts, b.columns, rate, served))
+        return found
 
     def _tokens_of(self, adapter_names: Sequence[str] | None, count: int, device: torch.device):
         """`(T, 1)` an adapter: the tokens of the sequences that ask for it."""
@@ -199,7 +204,7 @@ class ExpertLora(nn.Module):
             return None
         if self.merged:
             raise ValueError("`adapter_names` needs adapters that are not merged. Call `unmerge_adapter()` first.")
-        if getattr(self.get_base_layer().config, "router_type", "top_k") == "expert_choice":
+        if getattr(self.experts.config, "router_type", "top_k") == "expert_choice":
             raise ValueError("`adapter_names` does not work where experts choose tokens. Use one adapter a batch.")
         if count % len(adapter_names):
             raise ValueError(
@@ -231,21 +236,21 @@ class ExpertLora(nn.Module):
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, safe: bool) -> None:
         weight = self.get_param()
-        a, b = self.lora_A[name], self.lora_B[name]
+        a, b = self._factors(name)
         if safe and not all(factor.weight.isfinite().all() for factor in (a, b)):
-            raise ValueError(f"Adapter `{name}` holds numbers that are not finite. Nothing was merged.")
+            raise ValueError(f"Adapter `{name}` holds numbers that are not finite. Load or train it again.")
         for slot, expert in enumerate(a.experts):
             update = (b.weight[slot].t() @ a.weight[slot]).mul_(sign * self.scaling[name]).to(weight.dtype)
-            if self.get_base_layer().is_transposed:
+            if self.experts.is_transposed:
                 weight[expert, :, b.columns] += update.t()
             else:
                 weight[expert, b.columns] += update
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """`(lhs, rhs, scale)`, so that the update of the weight is `scale * lhs @ rhs`."""
-        a, b = self.lora_A[adapter_name].all_experts(), self.lora_B[adapter_name].all_experts()
+        a, b = (factor.all_experts() for factor in self._factors(adapter_name))
         lhs, rhs = b.transpose(1, 2), a
-        if self.get_base_layer().is_transposed:
+        if self.experts.is_transposed:
             lhs, rhs = a.transpose(1, 2), b
         return lhs, rhs, self.scaling[adapter_name]
 
@@ -269,8 +274,21 @@ def _refuse_unsupported(config: LoraConfig) -> None:
         )
 
 
+def _refuse_unsupported_weight(weight: torch.Tensor, name: str) -> None:
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"`{name}` is sharded over ranks, which LoRA on experts does not support. Load the model without a "
+            "`distributed_config`, and shard it, if at all, after `get_peft_model`."
+        )
+    if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"`{name}` is quantised ({weight.dtype}), and no adapter of experts computes with it or merges into it. "
+            "Load the experts unquantised."
+        )
+
+
 @cache
-def layer_class() -> type:
+def layer_class() -> type[Any]:
     """PEFT's wrapper of parameters with the methods above; made on first use, since PEFT is an extra."""
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -278,7 +296,7 @@ def layer_class() -> type:
     return type("ParamWrapper", (ExpertLora, ParamWrapper), {"__module__": __name__})
 
 
-def make_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> nn.Module | None:
+def make_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs) -> nn.Module | None:
     """The layer for `target`, or None for what is left to PEFT; PEFT calls it for every target of a config."""
     experts = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if kwargs.get("parameter_name") is None or not follows_interface(experts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def expert_lora_config(
     )
 
 
-def _expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _expert_modules(model: nn.Module) -> dict[str, Any]:
     """The experts of all layers, by name."""
     found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
     if not found:
@@ -112,7 +112,7 @@ def _expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _chosen_experts(
-    modules: dict[str, nn.Module], experts: Mapping[str | int, Sequence[int] | None]
+    modules: dict[str, Any], experts: Mapping[str | int, Sequence[int] | None]
 ) -> dict[str, list[int]]:
     chosen = {}
     for layer, numbers in experts.items():
@@ -133,7 +133,7 @@ def _chosen_experts(
 
 
 def _target_parameters(
-    modules: dict[str, nn.Module], projections: Collection[str], chosen: dict[str, list[int]] | None
+    modules: dict[str, Any], projections: Collection[str], chosen: dict[str, list[int]] | None
 ) -> list[str]:
     """The suffixes that name them in every layer, or whole names where layers are chosen."""
     gated = all(module.has_gate for module in modules.values())
@@ -148,7 +148,7 @@ def _target_parameters(
     return sorted(f"{name}.{parameter}" for name in (chosen or ["experts"]) for parameter in parameters)
 
 
-def _routers(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _routers(model: nn.Module, modules: dict[str, Any]) -> list[str]:
     names = {name for name, _ in model.named_modules()}
     parents = [name.rpartition(".")[0] for name in modules]
     routers = [f"{parent}.{gate}" for parent in parents for gate in ("gate", "router") if f"{parent}.{gate}" in names]

@@ -1,79 +1,30 @@
 """
-Experts with low-rank adapters beside their frozen weights: `y = W_e x + s B_e (A_e x)`, expert after expert.
+Experts with low-rank adapters beside their frozen weights: `y = W_e x + s B_e (A_e x)`, grouped by expert.
 
-T tokens, K experts a token, E experts, H hidden, I intermediate, R rows of one expert, r rank, N adapted experts. No
-update of W is ever built and W gets no gradient. Between forward and backward stay, of each (token, expert) pair, the
-projection before its activation and `A_e x`; the rest is computed again.
+T tokens, K experts a token, E experts, H hidden, I intermediate, U rows of the first projection, R rows, r rank. No
+update of W is ever built and W gets no gradient. On the CPU, between forward and backward stay, of each pair of token
+and expert, the first projection and the `A_e x`; the rest is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
+from hf_sparse_moe.backends.activation import Activation
+from hf_sparse_moe.backends.projection import Projection
+from hf_sparse_moe.backends.segment_mm import BATCH_BYTES
+from hf_sparse_moe.backends.segments import Segment, find_segments
 
-@dataclass(frozen=True)
-class LowRank:
-    """
-    One adapter of one projection.
-
-    Args:
-        a (`torch.Tensor` of shape `(N, r, in)`): A of each adapted expert.
-        b (`torch.Tensor` of shape `(N, r, out)`): B of each, transposed; `out` covers `columns` only.
-        scale (`float`): s.
-        experts (`tuple[int, ...]`): The N adapted experts.
-        columns (`slice`): Which outputs of the projection it reaches.
-        dropout (`float`): Of the adapter's input, 0 outside training.
-        tokens (`torch.BoolTensor` of shape `(T, 1)`, *optional*): The tokens that it serves; all by default.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    experts: tuple[int, ...]
-    columns: slice
-    dropout: float = 0.0
-    tokens: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FrozenExperts:
-    """What the computation takes from an experts module in the interface of transformers' experts backends."""
-
-    module: nn.Module
-    up_name: str
-
-    @property
-    def num_experts(self) -> int:
-        return self.module.num_experts
-
-    def weight(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """`(in, out)`"""
-        weight = getattr(self.module, name)[expert].to(dtype)
-        return weight if self.module.is_transposed else weight.t()
-
-    def bias(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """`(out,)`"""
-        return getattr(self.module, f"{name}_bias")[expert].to(dtype) if self.module.has_bias else None
-
-    def activate(self, projected: torch.Tensor) -> torch.Tensor:
-        """`(R, I)` from what the up projection gives."""
-        return self.module._apply_gate(projected) if self.module.has_gate else self.module.act_fn(projected)
-
-    @property
-    def drops(self) -> bool:
-        """Whether two activations of the same input differ."""
-        return self.module.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.module.modules())
+from .low_rank import LowRank, LowRankProducts
 
 
 def low_rank_experts(
-    experts: FrozenExperts,
+    experts: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -82,9 +33,9 @@ def low_rank_experts(
 ) -> torch.Tensor:
     """
     Args:
-        experts (`FrozenExperts`): The experts.
+        experts (`nn.Module`): Frozen experts in the interface of transformers' experts backends.
         hidden_states (`torch.Tensor` of shape `(T, H)`): The tokens.
-        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token; an index of E or more is skipped.
+        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token; an index of E is skipped.
         top_k_weights (`torch.Tensor` of shape `(T, K)`): Their weights.
         up, down (`list[LowRank]`): The adapters of each projection, added up.
 
@@ -92,271 +43,177 @@ def low_rank_experts(
         `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`. Under autocast experts and adapters compute
         in its dtype, otherwise in that of the weights.
     """
-    device = hidden_states.device.type
-    dtype = experts.module.down_proj.dtype
-    if torch.is_autocast_enabled(device):
+    device, dtype = hidden_states.device.type, experts.down_proj.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    loops = device == "cpu" and not torch.compiler.is_compiling() and not experts.module.has_post_expert_norm
     with torch.autocast(device, enabled=False):
-        if not loops:
-            return _grouped(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
-        factors = [tensor for adapter in (*up, *down) for tensor in (adapter.a, adapter.b)]
+        if device != "cpu" or torch.compiler.is_compiling() or experts.has_post_expert_norm:
+            return grouped_low_rank_experts(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
         call = _Call(experts, top_k_index, up, down, dtype)
+        factors = [factor for adapter in (*up, *down) for factor in (adapter.a, adapter.b)]
         return _LowRankExperts.apply(call, hidden_states, top_k_weights, *factors)
 
 
 class _Call:
-    """The parts of one call that no gradient flows to."""
+    """One call of the experts on the CPU: its routing, its adapters and its frozen projections."""
 
-    def __init__(self, experts, top_k_index: torch.Tensor, up: list[LowRank], down: list[LowRank], dtype: torch.dtype):
-        self.experts = experts
-        self.up_name, self.down_name = experts.up_name, "down_proj"
-        self.up, self.down = up, down
+    def __init__(
+        self, experts: Any, top_k_index: torch.Tensor, up: list[LowRank], down: list[LowRank], dtype: torch.dtype
+    ):
         self.dtype, self.sum_dtype = dtype, torch.promote_types(dtype, torch.float32)
-        self.top_k = top_k_index.shape[1]
-        index, self.order = top_k_index.flatten().sort(stable=True)
-        bounds = torch.searchsorted(index, torch.arange(experts.num_experts + 1, device=index.device)).tolist()
-        self.segments = [(e, bounds[e], bounds[e + 1]) for e in range(experts.num_experts) if bounds[e] < bounds[e + 1]]
-        self.slots = {id(adapter): {e: n for n, e in enumerate(adapter.experts)} for adapter in (*up, *down)}
+        self.activation = Activation.of(experts)
+        self.segments = find_segments(top_k_index, experts.num_experts, fill_up=dtype.itemsize == 2, may_skip=True)
+        self.first = self._projection(experts, "gate_up_proj" if experts.has_gate else "up_proj")
+        self.second = self._projection(experts, "down_proj")
+        self.adapters = up, down
         drops = any(adapter.dropout for adapter in (*up, *down))
         self.seed = int(torch.randint(2**62, ()).item()) if drops else 0
+        rows = BATCH_BYTES // (self.first.out_features * dtype.itemsize)
+        self.batches = self.segments.batches(rows)
 
-    def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each expert that was hit, and its rows: places in the flattened `(T, K)`."""
-        for expert, start, end in self.segments:
-            yield expert, self.order[start:end]
+    def _projection(self, experts: Any, name: str) -> Projection:
+        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+        return Projection(getattr(experts, name), bias, self.dtype, experts.is_transposed)
 
-    def padded(self, rows: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """`source[index]` in the dtype of the call, with zero rows up to a size that comes again."""
-        size = _bucket(len(rows)) if self.dtype.itemsize == 2 else len(rows)
-        gathered = source.new_empty(size, source.shape[1])
-        torch.index_select(source, 0, index, out=gathered[: len(rows)])
-        gathered[len(rows) :] = 0
-        return gathered.to(self.dtype)
+    def products(self) -> list[list[LowRankProducts]]:
+        """Those of the first and of the second projection."""
+        number_of_rows = len(self.segments.token_R)
+        seeds = iter(range(self.seed, self.seed + 2**16 * (number_of_rows + 1), number_of_rows + 1))
+        return [[LowRankProducts(one, self.dtype, next(seeds)) for one in side] for side in self.adapters]
 
-    def keep(self, adapter: LowRank, number: int, expert: int, inputs: torch.Tensor) -> torch.Tensor | None:
-        """The scaled dropout mask of one adapter and expert: drawn anew, the same, in the backward."""
-        if not adapter.dropout:
-            return None
-        generator = torch.Generator().manual_seed((self.seed + number * self.experts.num_experts + expert) % 2**63)
-        keep = torch.empty_like(inputs).bernoulli_(1 - adapter.dropout, generator=generator)
-        return keep.div_(1 - adapter.dropout)
+    def tokens(self, batch: list[Segment]) -> torch.Tensor:
+        return self.segments.token_R[batch[0].start : batch[-1].stop]
 
+    def row_weights(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """`(R, 1)`, 0 for rows that only fill up."""
+        weights_P = torch.cat([weights_TK.to(self.dtype).flatten(), weights_TK.new_zeros(1, dtype=self.dtype)])
+        return weights_P[self.segments.pair_R, None]
 
-def _bucket(rows: int) -> int:
-    """
-    The next of eight sizes an octave.
+    def forward(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, keep: bool):
+        """The output (T, H), and of each batch what backward needs."""
+        rows_TH, weights_R = hidden_TH.to(self.dtype), self.row_weights(weights_TK)
+        first_adapters, second_adapters = self.products()
+        output_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=self.sum_dtype)
+        kept: list[torch.Tensor] = []
+        for batch in self.batches:
+            token_R = self.tokens(batch)
+            rows_RH = rows_TH.index_select(0, token_R)
+            first_RU = self.first(rows_RH, batch)
+            thins = [adapter.add(first_RU, rows_RH, batch, token_R) for adapter in first_adapters]
+            activated_RI = self.activation(first_RU).to(self.dtype)
+            second_RH = self.second(activated_RI, batch)
+            thins += [adapter.add(second_RH, activated_RI, batch, token_R) for adapter in second_adapters]
+            second_RH *= weights_R[batch[0].start : batch[-1].stop]
+            output_TH.index_add_(0, token_R, second_RH.to(self.sum_dtype))
+            if keep:
+                kept += (first_RU, *thins)
+        return output_TH.to(hidden_TH.dtype), kept
 
-    oneDNN compiles a product anew for every row count that it has not seen, some 20 times the product's own time for
-    a thin one, and routing gives other counts at every step.
-    """
-    step = 1 << max(0, rows.bit_length() - 4)
-    return -(-rows // step) * step
+    def backward(self, needs_hidden: bool, gradient_TH, hidden_TH, weights_TK, kept: list[torch.Tensor]):
+        """The gradients of hidden states (None where not needed), weights and factors."""
+        rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
+        weights_R = self.row_weights(weights_TK)
+        first_adapters, second_adapters = self.products()
+        for adapter in (*first_adapters, *second_adapters):
+            adapter.start_gradients()
+        d_hidden_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=self.sum_dtype) if needs_hidden else None
+        d_weights_R = rows_TH.new_zeros(len(weights_R) + 1)
+        remaining = iter(kept)
+        for batch in self.batches:
+            token_R, rows = self.tokens(batch), slice(batch[0].start, batch[-1].stop)
+            activated_RI, pull = self.activation.differentiate(next(remaining))
+            activated_RI = activated_RI.to(self.dtype)
+            first_thins = [next(remaining) for _ in first_adapters]
+            # y = w (W a + ...) and g = dL/dy: dL/dw = g.(W a + ...) = (W^T g + ...).a, so that y need not be kept.
+            gradient_RH = gradient_TH.index_select(0, token_R)
+            gradient_RI = self.second.transposed_product(gradient_RH, batch)
+            for adapter in second_adapters:
+                thin = next(remaining)
+                adapter.backward(gradient_RH, activated_RI, thin, batch, token_R, weights_R[rows], gradient_RI)
+            torch.linalg.vecdot(gradient_RI, activated_RI, out=d_weights_R[rows])
+            self.second.add_bias_products(gradient_RH, batch, d_weights_R[rows])
+            gradient_RU, _ = pull(gradient_RI.mul_(weights_R[rows]))
+            gradient_RU = gradient_RU.to(self.dtype)
+            rows_RH = rows_TH.index_select(0, token_R)
+            d_rows_RH = self.first.transposed_product(gradient_RU, batch) if needs_hidden else None
+            for adapter, thin in zip(first_adapters, first_thins, strict=True):
+                adapter.backward(gradient_RU, rows_RH, thin, batch, token_R, None, d_rows_RH)
+            if d_hidden_TH is not None and d_rows_RH is not None:
+                d_hidden_TH.index_add_(0, token_R, d_rows_RH.to(self.sum_dtype))
+        d_weights_R[-1] = 0  # of the pairs that no expert here serves
+        d_weights_TK = d_weights_R[self.segments.row_TK].to(weights_TK.dtype)
+        factors = [
+            gradient
+            for adapter in (*first_adapters, *second_adapters)
+            for gradient in (adapter.gradient_a, adapter.gradient_b)
+        ]
+        return None if d_hidden_TH is None else d_hidden_TH.to(hidden_TH.dtype), d_weights_TK, *factors
 
 
 class _LowRankExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, hidden_states, top_k_weights, *factors):
-        weights = top_k_weights.flatten()
-        output = hidden_states.new_zeros(hidden_states.shape, dtype=call.sum_dtype)
-        keeps_graph = call.experts.drops
-        saved: list[torch.Tensor] = []
-        ctx.activated = []
-        for expert, rows in call.rows():
-            token = rows // call.top_k
-            inputs = call.padded(rows, hidden_states, token)
-            projected, thin_up = _project(call, call.up_name, call.up, 0, expert, inputs, token)
-            if keeps_graph:
-                with torch.enable_grad():
-                    projected.requires_grad_()
-                    activated = call.experts.activate(projected)
-                ctx.activated.append(activated)
-                activated = activated.detach()
-            else:
-                activated = call.experts.activate(projected)
-            weight = call.padded(rows, weights[:, None], rows)
-            result, thin_down = _project(
-                call, call.down_name, call.down, len(call.up), expert, activated * weight, token, weight
-            )
-            output.index_add_(0, token, result[: len(rows)].to(call.sum_dtype))
-            saved += (projected, *thin_up, *thin_down)
+    def forward(ctx: Any, call: _Call, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, *factors: torch.Tensor):
+        state = torch.get_rng_state()
+        output_TH, kept = call.forward(hidden_TH, weights_TK, keep=any(ctx.needs_input_grad))
         ctx.call = call
-        ctx.save_for_backward(hidden_states, top_k_weights, *factors, *saved)
-        return output.to(hidden_states.dtype)
+        # A dropout among the experts' activations must drop the same values when backward computes them again.
+        ctx.random_state = None if torch.equal(state, torch.get_rng_state()) else state
+        ctx.save_for_backward(hidden_TH, weights_TK, *kept)
+        return output_TH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        call: _Call = ctx.call
-        adapters = (*call.up, *call.down)
-        hidden_states, top_k_weights, *rest = ctx.saved_tensors
-        saved = iter(rest[2 * len(adapters) :])
-        weights = top_k_weights.flatten()
-        wants_hidden, wants_weights = ctx.needs_input_grad[1:3]
-        grad_hidden = hidden_states.new_zeros(hidden_states.shape, dtype=call.sum_dtype) if wants_hidden else None
-        grad_weights = torch.zeros_like(weights) if wants_weights else None
-        grads = [_FactorGrads(adapter) for adapter in adapters]
-        for place, (expert, rows) in enumerate(call.rows()):
-            token = rows // call.top_k
-            inputs, grad = call.padded(rows, hidden_states, token), call.padded(rows, grad_output, token)
-            weight = call.padded(rows, weights[:, None], rows)
-            projected = next(saved)
-            thin_up = [next(saved) for adapter in call.up if expert in call.slots[id(adapter)]]
-            thin_down = [next(saved) for adapter in call.down if expert in call.slots[id(adapter)]]
-            with torch.enable_grad():
-                if ctx.activated:
-                    activated = ctx.activated[place]
-                else:
-                    projected = projected.detach().requires_grad_()
-                    activated = call.experts.activate(projected)
-            grad_scaled = _project_backward(
-                call, call.down_name, call.down, len(call.up), expert, activated.detach() * weight, token, grad,
-                thin_down, grads, True,
-            )  # fmt: skip
-            if wants_weights:
-                grad_weight = (grad_scaled * activated.detach()).sum(-1)
-                if (bias := call.experts.bias(call.down_name, expert, call.dtype)) is not None:
-                    grad_weight += grad @ bias
-                grad_weights[rows] = grad_weight[: len(rows)].to(weights.dtype)
-            (grad_projected,) = torch.autograd.grad(activated, projected, grad_scaled.mul_(weight))
-            grad_inputs = _project_backward(
-                call, call.up_name, call.up, 0, expert, inputs, token, grad_projected, thin_up, grads, wants_hidden
-            )
-            if wants_hidden:
-                grad_hidden.index_add_(0, token, grad_inputs[: len(rows)].to(call.sum_dtype))
-        if wants_hidden:
-            grad_hidden = grad_hidden.to(hidden_states.dtype)
-        if wants_weights:
-            grad_weights = grad_weights.view_as(top_k_weights)
-        factor_grads = [tensor for grad in grads for tensor in grad.finished()]
-        return None, grad_hidden, grad_weights, *factor_grads
+    def backward(ctx: Any, gradient_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_TH, weights_TK, *kept = ctx.saved_tensors
+        with torch.random.fork_rng(devices=[], enabled=ctx.random_state is not None):
+            if ctx.random_state is not None:
+                torch.set_rng_state(ctx.random_state)
+            return None, *ctx.call.backward(ctx.needs_input_grad[1], gradient_TH, hidden_TH, weights_TK, kept)
 
 
-def _project(
-    call: _Call,
-    name: str,
-    adapters: list[LowRank],
-    first: int,
-    expert: int,
-    inputs: torch.Tensor,
-    token: torch.Tensor,
-    bias_weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`(R, out)` of one projection, and `s A x` of each adapter `(R, r)`."""
-    output = inputs @ call.experts.weight(name, expert, call.dtype)
-    if (bias := call.experts.bias(name, expert, call.dtype)) is not None:
-        output += bias if bias_weight is None else bias * bias_weight
-    thins = []
-    for number, adapter in enumerate(adapters, first):
-        slot = call.slots[id(adapter)].get(expert)
-        if slot is None:
-            continue
-        keep = call.keep(adapter, number, expert, inputs)
-        thin = (inputs if keep is None else inputs * keep) @ adapter.a[slot].to(call.dtype).t()
-        thin *= adapter.scale
-        if adapter.tokens is not None:
-            thin[: len(token)] *= adapter.tokens[token]
-        output[:, adapter.columns].addmm_(thin, adapter.b[slot].to(call.dtype))
-        thins.append(thin)
-    return output, thins
-
-
-def _project_backward(
-    call: _Call,
-    name: str,
-    adapters: list[LowRank],
-    first: int,
-    expert: int,
-    inputs: torch.Tensor,
-    token: torch.Tensor,
-    grad: torch.Tensor,
-    thins: list[torch.Tensor],
-    grads: list[_FactorGrads],
-    wants_inputs: bool,
-) -> Any:
-    """The gradient of `inputs`, or None where it is not wanted; those of the factors go into `grads`."""
-    grad_inputs = grad @ call.experts.weight(name, expert, call.dtype).t() if wants_inputs else None
-    remaining = iter(thins)
-    for number, adapter in enumerate(adapters, first):
-        slot = call.slots[id(adapter)].get(expert)
-        if slot is None:
-            continue
-        columns = grad[:, adapter.columns]
-        grad_thin = columns @ adapter.b[slot].to(call.dtype).t()
-        grad_thin *= adapter.scale
-        if adapter.tokens is not None:
-            grad_thin[: len(token)] *= adapter.tokens[token]
-        keep = call.keep(adapter, number, expert, inputs)
-        grads[number].add(slot, grad_thin.t() @ (inputs if keep is None else inputs * keep), next(remaining).t() @ columns)
-        if wants_inputs and keep is None:
-            grad_inputs.addmm_(grad_thin, adapter.a[slot].to(call.dtype))
-        elif wants_inputs:
-            grad_inputs.addcmul_(grad_thin @ adapter.a[slot].to(call.dtype), keep)
-    return grad_inputs
-
-
-class _FactorGrads:
-    """The gradients of one adapter's factors; zero for the experts that no token reached."""
-
-    def __init__(self, adapter: LowRank):
-        self.a, self.b = torch.empty_like(adapter.a), torch.empty_like(adapter.b)
-        self.missing = set(range(len(adapter.experts)))
-
-    def add(self, slot: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
-        self.a[slot], self.b[slot] = grad_a, grad_b
-        self.missing.discard(slot)
-
-    def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
-        for slot in self.missing:
-            self.a[slot], self.b[slot] = 0, 0
-        return self.a, self.b
-
-
-def _grouped(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype) -> torch.Tensor:
-    """The same by grouped products over all experts, for accelerators and `torch.compile`: no loop, no wait."""
+def grouped_low_rank_experts(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: list[LowRank],
+    down: list[LowRank],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[`low_rank_experts`] by grouped products, for accelerators and `torch.compile`: the host waits for nothing."""
     num_experts, top_k = experts.num_experts, top_k_index.shape[1]
-    index, order = top_k_index.flatten().sort(stable=True)
-    token = order // top_k
-    ends = torch.searchsorted(index, torch.arange(1, num_experts + 1, device=index.device)).int()
-    real = (index < num_experts)[:, None]
-    index = index.clamp(max=num_experts - 1)
+    expert_R, order_R = top_k_index.flatten().sort(stable=True)
+    token_R = order_R // top_k
+    ends_E = torch.searchsorted(expert_R, torch.arange(1, num_experts + 1, device=expert_R.device)).int()
+    served_R = (expert_R < num_experts)[:, None]
+    expert_R = expert_R.clamp(max=num_experts - 1)
 
     def project(name: str, adapters: list[LowRank], inputs: torch.Tensor) -> torch.Tensor:
-        module = experts.module
-        bias = getattr(module, f"{name}_bias")[index].to(dtype) if module.has_bias else None
-        weight = getattr(module, name).to(dtype)
-        output = _grouped_linear(inputs, weight, ends, bias=bias, is_transposed=module.is_transposed)
+        bias = getattr(experts, f"{name}_bias")[expert_R].to(dtype) if experts.has_bias else None
+        weight = getattr(experts, name).to(dtype)
+        output = _grouped_linear(inputs, weight, ends_E, bias=bias, is_transposed=experts.is_transposed)
         for adapter in adapters:
-            a, b = _all_experts(adapter, num_experts, dtype)
-            dropped = nn.functional.dropout(inputs, adapter.dropout) if adapter.dropout else inputs
-            thin = _grouped_linear(dropped, a, ends) * adapter.scale
+            a, b = adapter.all_experts(num_experts, dtype)
+            dropped = F.dropout(inputs, adapter.dropout) if adapter.dropout else inputs
+            thin = _grouped_linear(dropped, a, ends_E) * adapter.scale
             if adapter.tokens is not None:
-                thin = thin * adapter.tokens[token]
-            update = _grouped_linear(thin, b, ends, is_transposed=True)
+                thin = thin * adapter.tokens[token_R]
+            update = _grouped_linear(thin, b, ends_E, is_transposed=True)
             if adapter.columns == slice(None):
                 output = output + update
             else:
                 output = output.clone()
                 output[:, adapter.columns] += update
-        return torch.where(real, output, 0)
+        return torch.where(served_R, output, 0)
 
-    inputs = torch.where(real, hidden_states[token].to(dtype), 0)
-    result = project("down_proj", down, experts.activate(project(experts.up_name, up, inputs)))
-    if experts.module.has_post_expert_norm:
-        result = experts.module.post_expert_norm(result)
-    weighted = result * torch.where(real, top_k_weights.flatten()[order, None], 0)
+    first = project(
+        "gate_up_proj" if experts.has_gate else "up_proj",
+        up,
+        torch.where(served_R, hidden_states[token_R].to(dtype), 0),
+    )
+    second = project("down_proj", down, experts._apply_gate(first) if experts.has_gate else experts.act_fn(first))
+    if experts.has_post_expert_norm:
+        second = experts.post_expert_norm(second)
+    weighted = second * torch.where(served_R, top_k_weights.flatten()[order_R, None], 0)
     output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(weighted.dtype, torch.float32))
-    return output.index_add(0, token, weighted.to(output.dtype)).to(hidden_states.dtype)
-
-
-def _all_experts(adapter: LowRank, num_experts: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B with zeros for the experts without adapter, and a rank of whole 16 bytes, as grouped products ask."""
-    rank, multiple = adapter.a.shape[1], 16 // dtype.itemsize
-    factors = []
-    for factor in (adapter.a.to(dtype), adapter.b.to(dtype)):
-        factor = nn.functional.pad(factor, (0, 0, 0, -rank % multiple))
-        if len(adapter.experts) < num_experts:
-            place = torch.tensor(adapter.experts, device=factor.device)
-            factor = factor.new_zeros(num_experts, *factor.shape[1:]).index_copy(0, place, factor)
-        factors.append(factor)
-    return factors[0], factors[1]
+    return output.index_add(0, token_R, weighted.to(output.dtype)).to(hidden_states.dtype)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .expert_layer import follows_interface
@@ -42,14 +41,14 @@ def select_experts(
         raise ValueError(f"`share={share}` must lie above 0 and be at most 1.")
     if by not in ("weight", "count"):
         raise ValueError(f'`by={by!r}` must be "weight" or "count".')
-    modules = {name: module for name, module in model.named_modules() if follows_interface(module)}
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if follows_interface(module)}
     if not modules:
         raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, not yet wrapped by PEFT.")
     scores = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name, module in modules.items()}
     masks: dict[str, torch.Tensor | None] = {}
 
     def record(name: str):
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             _, index, weights = inputs
             values = weights.double() if by == "weight" else torch.ones_like(weights, dtype=torch.float64)
             mask = masks["decoder" if ".decoder." in f".{name}." else "encoder"]

@@ -36,8 +36,8 @@ def describe_checkpoint(name_or_path: str, revision: str | None = None) -> dict[
     Raises:
         ValueError: no checkpoint, or no mixture.
     """
-    config = _read_config(name_or_path, revision)
-    model = _model_without_weights(config)
+    config = read_config(name_or_path, revision)
+    model = model_without_weights(config)
     path = cached_file(name_or_path, RECEIPT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     receipt = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     return {
@@ -83,7 +83,8 @@ def _claim(part_of: dict[int, str], module: nn.Module, part: str) -> None:
         part_of.setdefault(id(parameter), part)
 
 
-def _read_config(name_or_path: str, revision: str | None) -> SparseMoeConfig:
+def read_config(name_or_path: str, revision: str | None = None) -> SparseMoeConfig:
+    """The config of a mixture; raises a `ValueError` for what is no checkpoint, or a dense one."""
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"`{name_or_path}` has no config.json. Pass the folder of a saved model.")
@@ -104,7 +105,7 @@ def _read_config(name_or_path: str, revision: str | None) -> SparseMoeConfig:
     return config
 
 
-def _model_without_weights(config: SparseMoeConfig) -> SparseMoePreTrainedModel:
+def model_without_weights(config: SparseMoeConfig) -> SparseMoePreTrainedModel:
     """With the checkpoint's own head, where its config names one of the family's classes."""
     named = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
     for architecture in config.architectures or []:

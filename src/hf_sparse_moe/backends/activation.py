@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class Activation:
     parameters: tuple[nn.Parameter, ...]
 
     @classmethod
-    def of(cls, experts: nn.Module) -> Activation:
+    def of(cls, experts: Any) -> Activation:
         """The activation of `experts`, in their present mode (training or not)."""
         gated = experts.has_gate
         return cls(
@@ -58,8 +59,7 @@ class Activation:
         those of the parameters.
         """
         if self.gate_function is None:
-            output, pull = self._autograd(self.function, first_RU)
-            return output, pull
+            return self._autograd(self.function, first_RU)
         gate_RI, up_RI = first_RU.chunk(2, dim=-1)
         activated_RI, pull_gate = self._autograd(self.gate_function, gate_RI)
 
@@ -73,7 +73,9 @@ class Activation:
 
         return activated_RI * up_RI, pull_both
 
-    def _autograd(self, function: Callable[[torch.Tensor], torch.Tensor], argument: torch.Tensor):
+    def _autograd(
+        self, function: Callable[[torch.Tensor], torch.Tensor], argument: torch.Tensor
+    ) -> tuple[torch.Tensor, Pullback]:
         with torch.enable_grad():
             leaf = argument.detach().requires_grad_()
             output = function(leaf)
@@ -87,9 +89,9 @@ class Activation:
         return output.detach(), pull
 
 
-def _multiplies_only(experts: nn.Module) -> bool:
+def _multiplies_only(experts: Any) -> bool:
     """Whether `_apply_gate` is `act_fn(gate) * up`: transformers' own, or ours without a dropout to apply."""
     apply_gate = type(experts)._apply_gate
     if apply_gate is SparseMoeExperts._apply_gate:
-        return not experts.training or experts.dropout.p == 0
+        return not (experts.training and experts.dropout.p > 0)
     return apply_gate is _default_apply_gate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .huge_pages import empty_like_in_huge_pages
 from .segments import Segment, Segments
 
 
@@ -23,18 +24,18 @@ class Projection:
         self.weight, self.bias, self.dtype, self.transposed = weight, bias, dtype, transposed
         self.out_features = weight.shape[2 if transposed else 1]
         self.in_features = weight.shape[1 if transposed else 2]
-        self._matrices = weight.detach().unbind(0)
-        self._biases = None if bias is None else bias.detach().to(dtype).unbind(0)
+        self._weight = weight.detach().mT if transposed else weight.detach()
+        self._biases = None if bias is None else bias.detach().to(dtype)
         self._cast = None if weight.dtype == dtype else weight.new_empty(weight.shape[1:], dtype=dtype)
 
     def _matrix(self, expert: int) -> torch.Tensor:
         """(out, in)"""
-        matrix = self._matrices[expert] if self._cast is None else self._cast.copy_(self._matrices[expert])
+        if self._cast is None:
+            return self._weight[expert]
+        matrix = self._cast.copy_(self.weight[expert])
         return matrix.t() if self.transposed else matrix
 
-    def __call__(
-        self, rows: torch.Tensor, batch: list[Segment], out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, batch: list[Segment], out: torch.Tensor | None = None) -> torch.Tensor:
         """(R, in) to (R, out)."""
         if out is None:
             out = rows.new_empty(len(rows), self.out_features)
@@ -74,7 +75,6 @@ class ProjectionGradient:
         unused = set(range(len(projection.weight))).difference(segment.expert for segment in segments.segments)
         self.weight = _zero_at(unused, projection.weight) if need_weight else None
         self.bias = _zero_at(unused, projection.bias) if need_bias and projection.bias is not None else None
-        self._matrices = () if self.weight is None else self.weight.unbind(0)
         self._cast = None if projection._cast is None else torch.empty_like(projection._cast)
 
     def set(self, gradient: torch.Tensor, rows: torch.Tensor, batch: list[Segment]) -> None:
@@ -83,9 +83,9 @@ class ProjectionGradient:
             left, right = (rows, gradient) if self._transposed else (gradient, rows)
             for (expert, _, _), a, b in zip(batch, split(left, batch), split(right, batch), strict=True):
                 if self._cast is None:
-                    torch.mm(a.t(), b, out=self._matrices[expert])
+                    torch.mm(a.t(), b, out=self.weight[expert])
                 else:
-                    self._matrices[expert].copy_(torch.mm(a.t(), b, out=self._cast))
+                    self.weight[expert].copy_(torch.mm(a.t(), b, out=self._cast))
         if self.bias is not None:
             for (expert, _, _), d_y in zip(batch, split(gradient, batch), strict=True):
                 self.bias[expert] = d_y.sum(0)
@@ -97,7 +97,7 @@ def split(rows: torch.Tensor, batch: list[Segment]) -> tuple[torch.Tensor, ...]:
 
 
 def _zero_at(experts: set[int], parameter: torch.Tensor) -> torch.Tensor:
-    gradient = torch.empty_like(parameter)
+    gradient = empty_like_in_huge_pages(parameter)
     if experts:
         gradient[sorted(experts)] = 0
     return gradient

@@ -10,6 +10,7 @@ R rows (one for each pair of a token and an expert, and those that fill up).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool) -
     )
     call = _Call(segments, activation, dtype, self.is_transposed, keep=learns and not recompute)
     # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         return _SegmentedExperts.apply(call, *arguments) if learns else call.forward(*arguments)[0]
 
 
@@ -140,25 +141,24 @@ class _Call:
         for number, batch in enumerate(self._batches(first)):
             rows = slice(batch[0].start, batch[-1].stop)
             tokens = self._tokens(batch)
-            rows_RH = rows_TH.index_select(0, tokens) if need_up or not kept else None
+            rows_RH = rows_TH.index_select(0, tokens)
             first_RU = kept[number] if kept else first(rows_RH, batch)
             activated_RI, pull = self.activation.differentiate(first_RU)
             activated_RI = activated_RI.to(self.dtype)
             # With g = dL/dy and y = w (a W + b): dL/dw = g.(a W + b) = (g W^T).a + g.b, so that y need not be kept.
             gradient_RH = gradient_TH.index_select(0, tokens)
-            gradient_RI = second.transposed_product(gradient_RH, batch)
+            if need_weights or need_first:
+                gradient_RI = second.transposed_product(gradient_RH, batch)
             if need_weights:
                 torch.linalg.vecdot(gradient_RI, activated_RI, out=d_weights_R[rows])
                 second.add_bias_products(gradient_RH, batch, d_weights_R[rows])
-            gradient_RH.mul_(weights_R[rows, None])
-            d_second.set(gradient_RH, activated_RI, batch)
-            if not need_first:
-                continue
-            gradient_RU, of_parameters = pull(gradient_RI.mul_(weights_R[rows, None]))
-            d_parameters = [_sum(a, b) for a, b in zip(d_parameters, of_parameters, strict=True)]
+            d_second.set(gradient_RH.mul_(weights_R[rows, None]), activated_RI, batch)
+            if need_first:
+                gradient_RU, of_parameters = pull(gradient_RI.mul_(weights_R[rows, None]))
+                d_parameters = [_sum(a, b) for a, b in zip(d_parameters, of_parameters, strict=True)]
+                d_first.set(gradient_RU, rows_RH, batch)
             if d_rows_RH is not None:
                 first.transposed_product(gradient_RU, batch, out=d_rows_RH[rows])
-            d_first.set(gradient_RU, rows_RH, batch)
         d_hidden = d_weights = None
         if d_rows_RH is not None:
             d_rows_RH[num_rows] = 0
@@ -193,7 +193,8 @@ class _SegmentedExperts(torch.autograd.Function):
                 "The experts backend `segment_mm` has no second derivative (`create_graph=True`). "
                 'Call `model.set_experts_implementation("eager")` for it.'
             )
-        arguments, kept = ctx.saved_tensors[: ctx.num_arguments], ctx.saved_tensors[ctx.num_arguments :]
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+        arguments, kept = saved[: ctx.num_arguments], saved[ctx.num_arguments :]
         with torch.random.fork_rng(devices=[], enabled=ctx.random_state is not None):
             if ctx.random_state is not None:
                 torch.set_rng_state(ctx.random_state)

@@ -62,7 +62,7 @@ def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool,
     if expert_P.size and (expert_P.min() < 0 or (expert_P.max() >= num_experts and not may_skip)):
         wrong = expert_P[(expert_P < 0) | (expert_P >= num_experts)][0]
         raise ValueError(
-            f"`top_k_index` names expert {wrong}, but the experts are 0 to {num_experts - 1}. Check the router's top-k."
+            f"`top_k_index` names expert {wrong}, but the experts are 0 to {num_experts - 1}. Check the router."
         )
     # A stable sort of small integers is a radix sort, 20 times faster than torch's own.
     expert_P = np.minimum(expert_P, num_experts).astype(np.min_scalar_type(num_experts))
@@ -90,7 +90,7 @@ def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool,
 
 
 def padded_lengths(lengths: np.ndarray) -> np.ndarray:
-    """The next of 1, 2, 4, 8, 16, 24, ..., 256, 272, ..., 512, 544, ...: at most an eighth above 64 rows is filling."""
+    """The next of 1, 2, ..., 32, 40, 48, ..., 256, 272, ..., 512, 544, ...: few lengths, and little filling up."""
     exponents = np.frexp(lengths - 0.5)[1]  # lengths are in (2^(e-1), 2^e]
-    steps = np.where(lengths <= 8, 1 << exponents, np.maximum(8, (1 << exponents) >> 5))
+    steps = np.where(lengths <= 32, 1, np.maximum(8, (1 << exponents) >> 5))
     return -(-lengths // steps) * steps

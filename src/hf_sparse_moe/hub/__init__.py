@@ -1,7 +1,8 @@
 """Sharing: the model card and the push."""
 
-from hf_sparse_moe.hub.model_card import render_model_card
-from hf_sparse_moe.hub.publish import push_to_hub
+from .model_card import render_model_card, write_model_card
+from .publish import push_to_hub
+from .training_record import ModelCardCallback
 
 
-__all__ = ["push_to_hub", "render_model_card"]
+__all__ = ["ModelCardCallback", "push_to_hub", "render_model_card", "write_model_card"]

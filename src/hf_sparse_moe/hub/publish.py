@@ -4,30 +4,118 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
-from hf_sparse_moe.hub.model_card import render_model_card
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.upcycling.source import Source, read_config
+
+from .card_sections import GENERATED
+from .checkpoint import read_checkpoint
+from .errors import ATTEMPTS, NOT_DONE, check_repo_id, is_passing, pause, status_of, told_by_the_hub, with_retries
+from .evaluation_results import evaluation_entries, write_evaluation_results
+from .fingerprint import FINGERPRINT_NAME, make_fingerprint
+from .model_card import render_model_card
+from .publishable import publishable_files
 
 
 logger = logging.get_logger(__name__)
 
-ATTEMPTS = 4
 # What an earlier push may have left that this model does not have: `from_pretrained` prefers an old single file to new
-# shards, and a receipt describes the weights beside it.
+# shards, and the others describe the weights beside them.
 SUPERSEDABLE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|receipt\.json", re.ASCII
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|(receipt|fingerprint|training_record|routing_statistics)\.json",
+    re.ASCII,
 )
-NOT_COMMITTED = {409, 412, 429}  # a commit under way, a head that moved, a limit: surely nothing was written
-PERHAPS_COMMITTED = {500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    What a push did.
+
+    Args:
+        commit ([`~huggingface_hub.CommitInfo`]): Its `oid` pins what was published.
+        files (`list[str]`): What the repository now has of the folder.
+        left_out (`list[str]`): What of the folder was not published.
+    """
+
+    commit: CommitInfo
+    files: list[str]
+    left_out: list[str]
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    token: bool | str | None = None,
+) -> Published:
+    """
+    Publish the checkpoint or adapter in a folder as one commit, which also deletes the weight files that it supersedes.
+
+    The model is loaded once, for its fingerprint: outputs that [`doctor`] compares wherever the checkpoint arrives.
+    Pickles, training states and whatever else is no part of a checkpoint are left out. The folder stays as it is, and
+    keeps its card where [`write_model_card`] rendered it. Large files that reached the Hub in a call that was
+    interrupted are not sent again.
+
+    Args:
+        folder (`str` or `Path`): Of a saved model.
+        repo_id (`str`): `"user/name"`. Created if it does not exist.
+        private (`bool`, *optional*): For a new repository. Defaults to the namespace's own setting.
+        revision (`str`, *optional*): A branch, created from main if it does not exist. Defaults to main.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of writing to the branch.
+        commit_message (`str`, *optional*): Defaults to `"Upload <class>"`.
+        tag (`str`, *optional*): A name for the commit.
+        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
+
+    Returns:
+        [`Published`]
+
+    Raises:
+        ValueError: no checkpoint, weights in a pickle, a sharded training state, a token in a file, a tag that names
+            another commit.
+        PermissionError: the token is missing, wrong, or may not write there.
+        HubUnavailableError: the Hub could not do it now.
+    """
+    folder = Path(folder)
+    files, left_out = publishable_files(folder)
+    check_repo_id(repo_id)
+    title = "Upload adapter"
+    with tempfile.TemporaryDirectory() as temporary, told_by_the_hub(repo_id, revision, writes=True):
+        staged = Path(temporary)
+        if "config.json" in files:
+            title = f"Upload {_architecture(folder)}"
+            make_fingerprint(folder, staged / FINGERPRINT_NAME)
+        api = HfApi(token=token)
+        repo_id = _prepare(api, repo_id, private, revision)
+        if "config.json" in files and _is_mixture(folder):
+            _stage_card(folder, staged, repo_id)
+        files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+        commit = _commit(
+            api,
+            repo_id,
+            files,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or title,
+            commit_description=None,
+            tag=tag,
+        )
+    return Published(commit, sorted(files), left_out)
 
 
 def push_to_hub(
@@ -47,8 +135,9 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
 ) -> CommitInfo:
     """
-    Publish weights, config, code, receipt and model card as one commit, which also deletes the weight files that it
-    supersedes. The head is read again after a failure, so that a commit whose answer was lost is not made twice.
+    Publish weights, config, code, receipt, fingerprint and model card as one commit, which also deletes the weight
+    files that it supersedes. The head is read again after a failure, so that a commit whose answer was lost is not
+    made twice.
 
     It overwrites the repository's card, and does not gather a model whose weights are spread over several processes.
 
@@ -73,9 +162,9 @@ def push_to_hub(
     Raises:
         PermissionError: the token is missing, wrong, or may not write there.
         ValueError: the model wrote no weights, or the Hub refuses the card.
+        HubUnavailableError: the Hub could not do it now.
     """
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, told_by_the_hub(repo_id, revision, writes=True):
         folder = Path(temporary)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if not any(folder.glob("*.safetensors")):
@@ -85,73 +174,106 @@ def push_to_hub(
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            card = render_model_card(model, repo_id, evaluation=evaluation, license=license, tags=tags)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            return _commit(
-                api,
-                repo_id,
-                folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or f"Upload {type(model).__name__}",
-                commit_description=commit_description,
-            )
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (401, 403):
-                raise
-            raise PermissionError(
-                f"The Hub ({api.endpoint}) refused to let you write to `{repo_id}` (status "
-                f"{error.response.status_code}): the token is missing, wrong, or may not write there. Run "
-                "`hf auth login`, or pass `token=` one with write access."
-            ) from error
+        make_fingerprint(folder, folder / FINGERPRINT_NAME)
+        api = HfApi(token=token)
+        repo_id = _prepare(api, repo_id, private, revision)
+        card = render_model_card(model, repo_id, evaluation=evaluation, license=license, tags=tags)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return _commit(
+            api,
+            repo_id,
+            {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()},
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+        )
+
+
+def _architecture(folder: Path) -> str:
+    architectures = read_config(Source(folder.resolve().name, folder, None)).architectures
+    return architectures[0] if architectures else folder.resolve().name
+
+
+def _is_mixture(folder: Path) -> bool:
+    return read_config(Source(folder.resolve().name, folder, None)).model_type.startswith("sparse_moe_")
+
+
+def _stage_card(folder: Path, staged: Path, repo_id: str) -> None:
+    readme = folder / "README.md"
+    previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    if previous is not None and GENERATED in previous:
+        return
+    checkpoint = read_checkpoint(folder)
+    write_evaluation_results(evaluation_entries(checkpoint.record), staged)
+    card = render_model_card(checkpoint, repo_id, previous=previous)
+    (staged / "README.md").write_text(card, encoding="utf-8")
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Create what does not exist yet; returns the full id."""
+    repo_id = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):
+        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    return repo_id
 
 
 def _commit(
     api: HfApi,
     repo_id: str,
-    folder: Path,
+    files: Mapping[str, Path],
     *,
     commit_message: str,
     commit_description: str | None,
     revision: str | None,
     create_pr: bool,
+    tag: str | None = None,
 ) -> CommitInfo:
-    attempt = 0
-    while True:
-        attempt += 1
-        head = api.model_info(repo_id, revision=revision)
+    tagged = None if tag is None else _tagged(api, repo_id, tag, revision)
+    for attempt in range(1, ATTEMPTS + 1):
+        head = with_retries(lambda: api.model_info(repo_id, revision=revision))
         try:
             # Files that the head holds already are left out, so where an earlier attempt did succeed this is a no-op.
-            return api.create_commit(
+            commit = api.create_commit(
                 repo_id,
-                _operations(folder, present={sibling.rfilename for sibling in head.siblings or ()}),
+                _operations(files, present={sibling.rfilename for sibling in head.siblings or ()}),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=head.sha,
             )
+            break
         except HTTPError as error:
             if attempt == ATTEMPTS or not _worth_another_try(error, create_pr):
                 raise
-            logger.warning(f"Attempt {attempt} to commit to {repo_id} failed; reading its head again. ({error})")
-        time.sleep(0.5 * 2**attempt)
+            reason = f"status {status_of(error)}" if status_of(error) else type(error).__name__
+            logger.warning(f"Attempt {attempt} to commit to {repo_id} failed ({reason}); reading its head again.")
+        pause(attempt)
+    if tagged not in (None, commit.oid):
+        raise ValueError(f"`{repo_id}` now has commit {commit.oid}, but its tag `{tag}` names {tagged}. Choose another.")
+    if tag is not None and tagged is None:
+        with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
+    return commit
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str, revision: str | None) -> str | None:
+    """The commit that has the tag; it may be the head, which a call that is run again has tagged."""
+    references = with_retries(lambda: api.list_repo_refs(repo_id)).tags
+    commit = next((reference.target_commit for reference in references if reference.name == tag), None)
+    if commit is not None and commit != with_retries(lambda: api.model_info(repo_id, revision=revision)).sha:
+        raise ValueError(
+            f"`{repo_id}` has the tag `{tag}` already, on commit {commit}, and people may rely on it. Choose another."
+        )
+    return commit
 
 
 def _worth_another_try(error: HTTPError, create_pr: bool) -> bool:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in NOT_COMMITTED:
-        return True
     # A lost answer may hide a pull request that exists: the head of its base cannot tell, and a second is worse.
-    return not create_pr and (status is None or status in PERHAPS_COMMITTED)
+    return status_of(error) in NOT_DONE if create_pr else is_passing(error)
 
 
-def _operations(folder: Path, *, present: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+def _operations(files: Mapping[str, Path], *, present: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     superseded = sorted(name for name in present - set(files) if SUPERSEDABLE.fullmatch(name))
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in superseded)]

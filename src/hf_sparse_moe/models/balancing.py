@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import distributed
 
@@ -110,12 +112,22 @@ def sequence_balancing_loss(
 class GlobalLoad:
     """
     The load that `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the
-    micro-batches of the optimizer step so far. Probabilities stay those of the micro-batch, over the tokens of all
-    ranks, so that the ranks' losses sum to the one of their joint batch.
+    micro-batches of the optimizer step so far. Probabilities stay those of the rank's micro-batch, weighted by its
+    share of the tokens, so that the mean of the ranks' losses is the one of their joint batch.
     """
 
     def __init__(self) -> None:
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
+        self.version = 0  # of the router's parameters, which an optimizer step raises
+
+    def is_new_step(self, router_parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """
+        Whether an optimizer step, or a `zero_grad` that leaves None, came after the last micro-batch. Under
+        torch.compile only the latter is seen.
+        """
+        version = 0 if torch.compiler.is_compiling() else sum(parameter._version for parameter in router_parameters)
+        stepped, self.version = version != self.version, version
+        return stepped or all(parameter.grad is None for parameter in router_parameters)
 
     def add(
         self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor, new_step: bool

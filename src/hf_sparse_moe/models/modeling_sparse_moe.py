@@ -17,6 +17,7 @@ from transformers import (
     Cache,
     GenerationMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from .configuration_sparse_moe import (
@@ -461,3 +462,7 @@ for _config_class, _classes in AUTO_CLASSES.items():
     _config_class.register_for_auto_class("AutoConfig")
     for _auto_class, _model_class in _classes.items():
         _model_class.register_for_auto_class(_auto_class.__name__)
+
+# By this list of names Trainer's label smoothing knows a class whose labels it must shift. What it adds here is not
+# looked up otherwise: the Auto classes ask their own register first.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SparseMoeDecoderConfig.model_type] = SparseMoeDecoderForCausalLM.__name__

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from .experts import make_experts
 from .feed_forward import FeedForward, feed_forward_side, find_feed_forwards
 from .routers import make_router
-from .routing_record import report_routing
+from .routing_record import record_when_alone, report_routing
 
 
 class SparseMoeBlock(nn.Module):
@@ -138,6 +138,8 @@ def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, fami
     """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
     for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
         _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
+    if config.is_encoder_decoder:
+        record_when_alone(dense.get_encoder())
 
 
 def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoeBlock) -> None:

@@ -9,12 +9,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import distributed, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import ModelOutput, cached_file, logging
@@ -105,6 +106,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.generation_config = self.dense.generation_config
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
+        self.base_model.register_forward_pre_hook(partial(_refuse_body_alone, config), with_kwargs=True)
         self.receipt: dict[str, Any] | None = None
         self._global_load = GlobalLoad()
         self.post_init()
@@ -145,7 +147,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if labels is not None and self.compute_task_loss is None:
             raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        balances = self.training and (config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0)
+        balances = self.training and _has_balance_loss(config)
         outer = outer_record()
         record = self._new_record(inputs, token_masks, keep=wants_logits or balances or outer is not None)
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -174,8 +176,11 @@ class SparseMoePreTrainedModel(PreTrainedModel):
                     extra = extra + config.router_z_loss_coef * weight * z_loss
                 fields["task_loss"] = fields["loss"]
                 fields["loss"] = fields["loss"] + extra.to(fields["loss"].device)
-            if balances:
-                _refuse_loss_without(aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss, record)
+            # A graph cannot hold the hooks; one that computes the loss as well is left whole all the same.
+            watches = not torch.compiler.is_compiling() or (labels is None and self.compute_task_loss is not None)
+            if balances and watches and _router_trains(self):
+                balance_loss = aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss
+                _refuse_loss_without(balance_loss, record.entries[-1].router_logits)
         if wants_logits:
             fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
         result = self.output_class(**fields)
@@ -242,20 +247,25 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         tokens = [len(probs_TE) if mask is None else mask.sum() for _, mask, probs_TE in layers]
         tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in tokens])
         probs_LE = torch.stack([(masked_mean(probs_TE, mask)).to(device) for _, mask, probs_TE in layers])
-        if not self.training:  # a rank may evaluate alone
+        if not (self.training and torch.is_grad_enabled()):  # a rank may evaluate alone
             return balance(counts_LE, probs_LE).mean(), weight
         counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
-        gates = (block.gate for block in self.sparse_blocks)
-        # `zero_grad` leaves None behind: a router that has no gradient yet is at the first micro-batch of its step.
-        new_step = all(parameter.grad is None for gate in gates for parameter in gate.parameters())
+        parameters = [parameter for block in self.sparse_blocks for parameter in block.gate.parameters()]
+        new_step = self._global_load.is_new_step(parameters)
         counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
-        share_L1 = (tokens_L / all_tokens_L.clamp(min=1))[:, None]
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        share_L1 = (ranks * tokens_L / all_tokens_L.clamp(min=1))[:, None]
         loss = balance(counts_LE, probs_LE * share_L1).mean()
         if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
-            return loss, distributed.get_world_size() if distributed.is_initialized() else 1.0
-        return loss, all_labels / num_items_in_batch
+            return loss, 1.0
+        return loss, all_labels / (ranks * num_items_in_batch)
 
     # ---- delegation to the dense model ------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The dense model without its head."""
+        return self.dense.base_model
 
     @property
     def vocab_size(self) -> int:
@@ -453,14 +463,41 @@ def _assignments(entry: RoutingEntry, mask_T: torch.Tensor | None, num_experts: 
     return expert_counts(entry.top_k_index, num_experts, entry.counting_mask(mask_T))
 
 
-def _refuse_loss_without(balance_loss: torch.Tensor, record: RoutingRecord) -> None:
+def _has_balance_loss(config: PreTrainedConfig) -> bool:
+    return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+
+
+def _router_trains(model: nn.Module) -> bool:
+    blocks = (module for module in model.modules() if isinstance(module, SparseMoeBlock))
+    return any(parameter.requires_grad for block in blocks for parameter in block.gate.parameters())
+
+
+def _refuse_body_alone(config: PreTrainedConfig, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise where somebody else runs the model without its head and computes a loss: nobody adds the balance loss."""
+    if torch.compiler.is_compiling() or outer_record() is not None:
+        return
+    trains = body.training and torch.is_grad_enabled() and _has_balance_loss(config) and _router_trains(body)
+    if trains or kwargs.get("output_router_logits"):
+        raise ValueError(
+            f"The body of this model was run by itself, `{type(body).__name__}`, so its balance loss is missing from "
+            "the loss (TRL's trainers put a head of their own on it). Call the whole model, in a subclass of TRL's "
+            "`SFTTrainer` by `compute_loss = transformers.Trainer.compute_loss`; or train without balance loss: "
+            "`router_aux_loss_coef=0` and `router_z_loss_coef=0`."
+        )
+
+
+@torch.compiler.disable(reason="`labels` are missing, so somebody else computes the loss, and is watched in backward")
+def _refuse_loss_without(balance_loss: torch.Tensor, router_logits: torch.Tensor) -> None:
     """Raise in the backward pass of a loss that the balance loss is no part of."""
-    router_logits = record.entries[-1].router_logits
-    if torch.compiler.is_compiling() or not (balance_loss.requires_grad and router_logits.requires_grad):
+    if not (balance_loss.requires_grad and router_logits.requires_grad):
         return
     reached: list[bool] = []
 
-    def check(gradient: torch.Tensor) -> None:  # runs when all that flows into the logits has been summed
+    def note(gradient: torch.Tensor | None) -> None:  # None where another output of one function has a gradient
+        if gradient is not None:
+            reached.append(True)
+
+    def check(gradient: torch.Tensor | None) -> None:  # runs when all that flows into the logits has been summed
         if not reached:
             raise ValueError(
                 "The loss of this backward pass leaves out the balance loss, so the experts would collapse unnoticed "
@@ -469,5 +506,5 @@ def _refuse_loss_without(balance_loss: torch.Tensor, record: RoutingRecord) -> N
                 "`model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0`."
             )
 
-    balance_loss.register_hook(lambda gradient: reached.append(True))
+    balance_loss.register_hook(note)
     router_logits.register_hook(check)

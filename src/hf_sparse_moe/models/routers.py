@@ -82,7 +82,7 @@ def within_capacity(
     if token_mask_T is not None:
         valid = valid & token_mask_T.bool()[:, None]
     valid = valid.flatten()
-    capacity = torch.ceil(valid.sum() * (capacity_factor / num_experts) - ROUNDING)
+    capacity = torch.ceil(valid.sum() * (capacity_factor / num_experts) - ROUNDING).clamp(min=1)
     order = scores.masked_fill(~valid, -math.inf).argsort(descending=True, stable=True)
     order = order[expert[order].argsort(stable=True)]  # by expert, the best first
     counts = torch.zeros(num_experts, dtype=torch.long, device=expert.device)
@@ -165,19 +165,11 @@ class SparseMoeTopKRouter(nn.Module):
         router_logits = self.compute_logits(hidden_states_TH)
         scores = self.enabled_scores(router_logits)
         top_k_index = self.choose(scores)
-        top_k_weights = scores.gather(-1, top_k_index)
         kept = None
         if self.training and self.capacity_factor is not None:
-            mask = token_context(self.side, len(scores)).mask
-            kept = within_capacity(top_k_weights, top_k_index, self.num_experts, self.capacity_factor, mask)
-        if self.norm_topk_prob:
-            # Sigmoids can all be 0; the smallest float32 keeps such a token's weights 0 rather than NaN.
-            total = top_k_weights.sum(dim=-1, keepdim=True)
-            top_k_weights = top_k_weights / total.clamp(min=torch.finfo(torch.float32).tiny)
-        top_k_weights = top_k_weights * self.routed_scaling_factor
-        if kept is not None:
-            top_k_weights = top_k_weights.masked_fill(~kept, 0.0)
-        return Routing(router_logits, top_k_weights, top_k_index, kept)
+            mask, chosen = token_context(self.side, len(scores)).mask, scores.gather(-1, top_k_index)
+            kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, mask)
+        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept)
 
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """`(T, K)`: the experts of each token."""
@@ -190,6 +182,21 @@ class SparseMoeTopKRouter(nn.Module):
             best = 2 if self.scoring_func == "sigmoid" else 1
             choice = mask_lower_groups(choice, self.n_group, self.topk_group, best)
         return torch.topk(choice, self.top_k, dim=-1).indices
+
+    def weigh(self, scores_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> torch.Tensor:
+        """`(T, K)`: the weights of the experts that were chosen."""
+        weights = scores_TE.gather(-1, index_TK)
+        if self.norm_topk_prob:
+            # Sigmoids can all be 0; the smallest float32 keeps such a token's weights 0 rather than NaN.
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        weights = weights * self.routed_scaling_factor
+        return weights if kept_TK is None else weights.masked_fill(~kept_TK, 0.0)
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        """The experts of `choice` with the weights that these logits give them."""
+        scores_TE = self.enabled_scores(router_logits_TE)
+        weights_TK = self.weigh(scores_TE, choice.top_k_index, choice.kept)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, scoring_func={self.scoring_func!r}"
@@ -238,15 +245,25 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
         if context.mask is not None:
             mask_BS = context.mask.bool().reshape(sequences, length)
         factor = (self.top_k if self.capacity_factor is None else self.capacity_factor) / self.num_experts
-        slots = min(length, math.ceil(factor * length - ROUNDING))
+        slots = min(length, max(1, math.ceil(factor * length - ROUNDING)))
         best = scores_BSE.masked_fill(~mask_BS[..., None], -1.0).topk(slots, dim=1)  # (B, C, E)
-        capacity_B = torch.ceil(mask_BS.sum(dim=1) * factor - ROUNDING)
+        capacity_B = torch.ceil(mask_BS.sum(dim=1) * factor - ROUNDING).clamp(min=1)
         kept = torch.arange(slots, device=best.values.device)[:, None] < capacity_B[:, None, None]
-        kept = (kept & (best.values > 0)).reshape(-1, 1)
+        kept = kept & (best.values >= 0)  # pads have -1
+        if self.disabled_experts is not None:
+            kept = kept & ~self.disabled_experts
+        kept = kept.reshape(-1, 1)
         first_token = torch.arange(sequences, device=best.indices.device)[:, None, None] * length
         expert = torch.arange(self.num_experts, device=best.indices.device).expand_as(best.indices)
         weights = best.values.reshape(-1, 1).masked_fill(~kept, 0.0) * self.routed_scaling_factor
         return Routing(router_logits, weights, expert.reshape(-1, 1), kept, (best.indices + first_token).reshape(-1))
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        scores_TE = self.enabled_scores(router_logits_TE)
+        weights_R1 = scores_TE[choice.token_index, choice.top_k_index[:, 0]][:, None] * self.routed_scaling_factor
+        if choice.kept is not None:
+            weights_R1 = weights_R1.masked_fill(~choice.kept, 0.0)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_R1)
 
 
 class SparseMoeHashRouter(nn.Module):
@@ -279,13 +296,16 @@ class SparseMoeHashRouter(nn.Module):
         weights = torch.full(top_k_index.shape, self.routed_scaling_factor / self.top_k, device=logits.device)
         return Routing(logits, weights, top_k_index.to(logits.device))
 
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        """The experts of `choice` with equal weights."""
+        weights_TK = torch.full_like(choice.top_k_weights, self.routed_scaling_factor / choice.top_k_index.shape[-1])
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def make_router(
-    config: PreTrainedConfig, hidden_size: int, side: str
-) -> SparseMoeTopKRouter | SparseMoeHashRouter:
+def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> SparseMoeTopKRouter | SparseMoeHashRouter:
     """The router that the config asks for. In an encoder-decoder, expert choice is the encoder's alone."""
     if config.router_type == "hash":
         return SparseMoeHashRouter(config, hidden_size, side)

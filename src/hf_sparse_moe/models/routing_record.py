@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.utils.output_capturing import CompileableContextVar
 
 
@@ -63,16 +66,21 @@ class RoutingRecord:
         """Of the `num_tokens` tokens that a layer of `side` sees; what does not fit that number is left out."""
         ids = self.ids.get(side)
         ids = None if ids is None or ids.numel() != num_tokens else ids.reshape(-1)
-        sequences = self.num_sequences.get(side, 1)
-        sequences = sequences if sequences and num_tokens % sequences == 0 else 1
-        return TokenContext(_token_mask(self.masks.get(side), num_tokens), ids, sequences)
+        sequences = self.num_sequences.get(side)
+        mask = _token_mask(self.masks.get(side), num_tokens, sequences)
+        return TokenContext(mask, ids, sequences if sequences and num_tokens % sequences == 0 else 1)
 
 
-def _token_mask(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """`(T,)` of a `(B, S)` mask, its last columns where a cache holds the earlier tokens; None if it cannot tell."""
-    if mask is None or mask.dim() < 2 or mask.numel() == 0:
+def _token_mask(mask: torch.Tensor | None, num_tokens: int, num_sequences: int | None) -> torch.Tensor | None:
+    """
+    `(T,)` of a `(B, S)` mask, its last columns where a cache holds the earlier tokens; None if it cannot tell, as from
+    a mask of pairs of tokens, `(B, S, S)` or `(B, 1, S, S)`.
+    """
+    if mask is None or mask.dim() not in (2, 3) or mask.numel() == 0:  # 3: several choices for each row
         return None
     mask = mask.reshape(-1, mask.shape[-1])
+    if num_sequences is not None and len(mask) != num_sequences:
+        return None
     length = num_tokens // mask.shape[0]
     if length * mask.shape[0] != num_tokens or length > mask.shape[1]:
         return None
@@ -111,6 +119,37 @@ def token_context(side: str, num_tokens: int) -> TokenContext:
     """What is known of the tokens of this call; see [`TokenContext`]."""
     record = _active_record.get()
     return TokenContext() if record is None else record.context(side, num_tokens)
+
+
+def record_when_alone(encoder: nn.Module) -> None:
+    """
+    Have `encoder` open a record of its own where it runs outside its model's forward pass, as in `generate`: its
+    routers must know the mask, the ids and the number of the sequences there too.
+    """
+    encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
+    encoder.register_forward_hook(_after_encoder, always_call=True)
+
+
+def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    outer = _active_record.get()
+    if outer is not None and "encoder" in outer.num_sequences:
+        return
+    given = dict(zip(inspect.signature(encoder.forward).parameters, args, strict=False)) | kwargs
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    record = RoutingRecord({"encoder": given.get("attention_mask")}, {"encoder": ids}, keep=outer is not None)
+    if ids is not None:
+        record.num_sequences["encoder"] = math.prod(ids.shape[:-1])
+    elif embeds is not None:
+        record.num_sequences["encoder"] = math.prod(embeds.shape[:-2])
+    if outer is not None:
+        record.entries = outer.entries
+    encoder._record_token = _active_record.set(record)
+
+
+def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> None:
+    token = encoder.__dict__.pop("_record_token", None)
+    if token is not None:
+        _active_record.reset(token)
 
 
 def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:

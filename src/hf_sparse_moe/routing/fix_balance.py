@@ -37,6 +37,7 @@ from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layer
 BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
 COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 LABEL_NAMES = ("labels", "start_positions")
+BATCHED_NAMES = ("input_ids", "inputs_embeds", "labels")
 STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
 MEAN_LOSS_HEADS = (GenericForSequenceClassification, GenericForTokenClassification)
 
@@ -51,11 +52,13 @@ def fix_balance(
     Replace the auxiliary loss of a stock mixture, until restored, by one that means the same on every split.
 
     In training `loss` is then the task loss plus `router_aux_loss_coef` times the mean over the layers of the load
-    balancing loss (and the z-loss with its coefficient), weighted with the micro-batch's share of the step's labels.
-    In evaluation it is the task loss alone. `outputs.aux_loss` is the unscaled mean: 1 where the load is even, E where
-    all goes to one expert; transformers' own reads K where this reads 1, so that the same coefficient presses 1/K as
-    hard. A task loss that ignores `num_items_in_batch` (Switch, NLLB-MoE, classification heads), and so grows with the
-    accumulation steps under Trainer, gets the same weight. Of the model only this instance's hooks are touched.
+    balancing loss (and the z-loss with its coefficient), weighted with the micro-batch's share of the step's labels;
+    `outputs.aux_loss` is the unscaled mean: 1 where the load is even, E where all goes to one expert. transformers'
+    own reads K where this reads 1, so the same coefficient presses 1/K as hard. In evaluation `loss` is the task loss
+    alone; `output_router_logits` only decides what else is returned.
+
+    A task loss that ignores `num_items_in_batch` (Switch, NLLB-MoE, classification heads), and so grows with the
+    accumulation steps under Trainer, gets the same weight. Of the model, only the hooks of this instance are touched.
 
     Args:
         model (`nn.Module`): A mixture of transformers with a head, alone or inside PEFT or another wrapper.
@@ -149,7 +152,8 @@ class BalanceFix:
     def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         balances = self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
         self._trains = balances and model.training and torch.is_grad_enabled()
-        self._wants_logits = bool(self._given(args, kwargs).get(STOCK_SWITCH))
+        asked = self._given(args, kwargs).get(STOCK_SWITCH)
+        self._wants_logits = getattr(model.config.get_text_config(), STOCK_SWITCH, False) if asked is None else asked
         self._routings = []
         if STOCK_SWITCH not in self._parameters:
             return args, kwargs
@@ -169,33 +173,39 @@ class BalanceFix:
             self._routings.append((layer, routing))
 
     def _after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-        routings, self._routings = self._routings, []
+        routings, trains, wants_logits = self._routings, self._trains, self._wants_logits
+        self._routings, self._trains, self._wants_logits = [], False, False
+        if trains and not routings:
+            raise ValueError(
+                f"No layer of this `{type(model).__name__}` reported its routing to `fix_balance`, as in a copy of a "
+                "model that was fixed. Copy first, then fix the copy."
+            )
         if not routings:
             return outputs
         given = self._given(args, kwargs)
         calls = [_layer_call(model, given, layer, routing) for layer, routing in routings]
-        labels, count = _counted_labels(model, given), given.get("num_items_in_batch")
-        weight = batch_weight(labels, count)
-        losses_L, aux_weight = self._load_balancing(calls, labels, given, weight)
+        labels = _counted_labels(model, given)
+        weight = batch_weight(labels, given.get("num_items_in_batch"))
+        losses_L, aux_weight = self._load_balancing(calls, labels, given, weight, trains)
         aux_loss = losses_L.mean()
-        fields: dict[str, Any] = {f"{side}_aux_loss": _mean(calls, losses_L, side) for side in ("encoder", "decoder")}
-        fields["aux_loss"] = aux_loss
-        if self._wants_logits:
-            fields["router_logits"] = tuple(call.routing.router_logits for call in calls)
-        as_tuple = isinstance(outputs, tuple)
         has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
+        as_tuple = isinstance(outputs, tuple)
         loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
-        if self._trains:
+        if trains:
             extra = aux_loss * self.router_aux_loss_coef * aux_weight
             if self.router_z_loss_coef > 0:
                 z_losses = [router_z_loss(call.routing.router_logits.float(), call.mask_T) for call in calls]
                 extra = extra + self.router_z_loss_coef * weight * _stack(z_losses, losses_L.device).mean()
             _refuse_loss_without(aux_loss if self.router_aux_loss_coef > 0 else extra, calls)
             if loss is not None:
-                task_loss = loss * weight if _ignores_label_count(model) else loss
-                fields["loss"] = loss = task_loss + extra.to(loss.device)
+                loss = (loss * weight if _ignores_label_count(model) else loss) + extra.to(loss.device)
         if as_tuple:
             return (loss, *outputs[1:]) if has_loss else outputs
+        fields: dict[str, Any] = {"loss": loss, "aux_loss": aux_loss}
+        for side in ("encoder", "decoder"):
+            fields[f"{side}_aux_loss"] = _mean(calls, losses_L, side)
+        if wants_logits:
+            fields["router_logits"] = tuple(call.routing.router_logits for call in calls)
         for name, value in fields.items():
             if value is not None and name in type(outputs).__dataclass_fields__:
                 outputs[name] = value
@@ -207,33 +217,34 @@ class BalanceFix:
         labels: torch.Tensor | None,
         given: dict[str, Any],
         weight: torch.Tensor | float,
+        trains: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """The loss of each layer `(L,)`, and its weight, which sums to 1 over a step's micro-batches and ranks."""
         device = calls[-1].routing.router_logits.device
         if self.balance_scope == "sequence":
-            sequences = [_num_sequences(given, call.side) for call in calls]
+            sequences = next(len(given[name]) for name in BATCHED_NAMES if given.get(name) is not None)
             losses = [
-                sequence_balancing_loss(call.probabilities, call.routing.top_k_index, number, call.mask_T)
-                for call, number in zip(calls, sequences, strict=True)
+                sequence_balancing_loss(call.probabilities, call.routing.top_k_index, sequences, call.mask_T)
+                for call in calls
             ]
             return _stack(losses, device), weight
         counts = [expert_counts(call.routing.top_k_index, call.layer.num_experts, call.mask_T) for call in calls]
         means = [masked_mean(call.probabilities, call.mask_T) for call in calls]
-        if self.balance_scope == "global_batch" and self._trains:
+        if self.balance_scope == "global_batch" and trains:
             tokens = [len(call.routing.top_k_index) if call.mask_T is None else call.mask_T.sum() for call in calls]
             tokens_L = _stack([torch.as_tensor(number, dtype=torch.float32) for number in tokens], device)
             counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
             counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
-            # `zero_grad` leaves None behind: without any gradient, this is the first micro-batch of its step.
-            new_step = all(parameter.grad is None for parameter in self.model.parameters())
+            # Of all that trains, not of the routers: those may be frozen.
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            new_step = self._global_load.is_new_step(trained)
             counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
-            shares = tokens_L / all_tokens_L.clamp(min=1)
+            ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+            shares = ranks * tokens_L / all_tokens_L.clamp(min=1)
             counts = [row_E[: len(mean_E)] for row_E, mean_E in zip(counts_LE, means, strict=True)]
             means = [mean_E.to(device) * share for mean_E, share in zip(means, shares, strict=True)]
-            if (count := given.get("num_items_in_batch")) is not None and labels is not None:
-                weight = all_labels / count
-            else:  # a mean loss, whose gradient is averaged over the ranks
-                weight = distributed.get_world_size() if distributed.is_initialized() else 1.0
+            count = given.get("num_items_in_batch")
+            weight = 1.0 if labels is None or count is None else all_labels / (ranks * count)
         return _stack([balance(*pair) for pair in zip(counts, means, strict=True)], device), weight
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -282,11 +293,6 @@ def _layer_call(model: PreTrainedModel, given: dict[str, Any], layer: MixtureLay
             "of shape (batch, length), 1 for a token and 0 for a pad, or none where there are no pads."
         )
     return LayerCall(layer, routing, side, mask.flatten().to(routing.router_logits.device))
-
-
-def _num_sequences(given: dict[str, Any], side: str) -> int:
-    names = ("input_ids", "inputs_embeds", "labels")
-    return next(len(given[name]) for name in names if given.get(name) is not None)
 
 
 def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:

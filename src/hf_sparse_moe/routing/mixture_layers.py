@@ -55,7 +55,7 @@ class MixtureLayer:
 
     @property
     def selection_bias(self) -> torch.Tensor | None:
-        """The buffer or parameter of E entries that is added to the scores for the selection only; mostly none."""
+        """The buffer or parameter of E entries that is added to the scores (or logits) for the selection alone."""
         for owner in (self.router, *self.router.children(), self.block):
             for name in SELECTION_BIAS_NAMES:
                 if isinstance(bias := getattr(owner, name, None), torch.Tensor):

@@ -10,6 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.task_losses import batch_weight, shifted_labels
+from hf_sparse_moe.routing.fix_balance import BalanceFix
 
 
 LOSSES = ("task_loss", "aux_loss", "z_loss")
@@ -20,41 +21,46 @@ def weighted_losses(model: nn.Module, inputs: dict[str, Any], outputs: Any) -> t
     The losses of one micro-batch.
 
     Args:
-        model (`nn.Module`): Ours, or a stock mixture, which adds `router_aux_loss_coef * aux_loss` to its loss.
+        model (`nn.Module`): Ours, or a stock mixture, with or without `fix_balance`.
         inputs (`dict`): The arguments of its forward.
         outputs (`ModelOutput`): What it returned.
 
     Returns:
         `torch.FloatTensor` of shape `(3, 2)`: for each of `LOSSES` what to add to its sum, and to its weight. The mean
-        of a step is the sum over the weights of its micro-batches. Zeros where the model has no such loss.
+        of a step is the sum over the weights of its micro-batches. Zeros where the model has no such loss, or does not
+        tell it from the others.
     """
-    zero = torch.zeros(2, device=next(model.parameters()).device)
+    nothing = torch.zeros(2, device=next(model.parameters()).device)
     loss = outputs.get("loss")
     if loss is None:
-        return zero.expand(len(LOSSES), 2)
-    ours = isinstance(model, SparseMoePreTrainedModel)
-    count = inputs.get("num_items_in_batch")
-    share = _on(loss, batch_weight(_counted_labels(model, inputs), count))
+        return nothing.expand(len(LOSSES), 2)
+
+    def number(value: Any) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=torch.float32, device=nothing.device)
+
     config: Any = model.config
-    aux_loss, z_loss, task_loss = outputs.get("aux_loss"), outputs.get("z_loss"), outputs.get("task_loss")
-    if task_loss is None:
-        task_loss = loss if ours or aux_loss is None else loss - config.router_aux_loss_coef * aux_loss
-    weight = share if ours else torch.ones_like(share)
-    if ours and aux_loss is not None and config.balance_scope == "global_batch" and config.router_aux_loss_coef > 0:
-        # Its weight depends on what the other ranks have, so that it is read off the sum.
-        extra = _on(loss, loss) - _on(loss, task_loss)
-        if z_loss is not None:
-            extra = extra - config.router_z_loss_coef * share * _on(loss, z_loss)
-        aux = torch.stack([extra / config.router_aux_loss_coef, share])
-    else:
-        aux = zero if aux_loss is None else torch.stack([weight * _on(loss, aux_loss), weight])
-    z = zero if z_loss is None else torch.stack([weight * _on(loss, z_loss), weight])
-    parts = (torch.stack([_on(loss, task_loss), share]), aux, z)
-    return torch.stack([part.to(zero.device) for part in parts])
+    fix = _fix_of(model)
+    ours = isinstance(model, SparseMoePreTrainedModel)
+    share = number(batch_weight(_counted_labels(model, inputs), inputs.get("num_items_in_batch")))
+    weight = share if ours or fix is not None else torch.ones_like(share)  # stock ones weigh every micro-batch alike
+    task, aux, z = (None if outputs.get(name) is None else number(outputs.get(name)) for name in LOSSES)
+    aux, z = (None if part is None else weight * part for part in (aux, z))
+    coefficient = getattr(config if fix is None else fix, "router_aux_loss_coef", 0.0)
+    if fix is not None and (fix.balance_scope == "global_batch" or fix.router_z_loss_coef > 0):
+        aux = None  # the sum does not tell
+    elif ours and config.balance_scope == "global_batch" and task is not None and coefficient > 0:
+        # The balance loss weighs what the other ranks have too, so that it is read off the sum.
+        z_part = 0.0 if z is None else config.router_z_loss_coef * z
+        aux = (number(loss) - task - z_part) / coefficient
+    elif task is None:
+        task = number(loss) if ours or aux is None else number(loss) - coefficient * aux
+    parts = ((task, share), (aux, weight), (z, weight))
+    return torch.stack([nothing if part is None else torch.stack([part, of]) for part, of in parts])
 
 
-def _on(loss: torch.Tensor, value: Any) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=loss.device)
+def _fix_of(model: nn.Module) -> BalanceFix | None:
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, BalanceFix)), None)
 
 
 def _counted_labels(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -67,4 +73,4 @@ def _counted_labels(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | 
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
     shifts = getattr(model, "loss_function", None) is ForCausalLMLoss
-    return shifted_labels(labels) if shifts else labels
+    return shifted_labels(labels) if shifts and not getattr(model.config, "is_encoder_decoder", False) else labels

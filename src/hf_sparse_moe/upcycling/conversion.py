@@ -17,8 +17,8 @@ from hf_sparse_moe.models.feed_forward import FeedForward
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 
 from .initialization import INITIALIZATION_METHODS, FeedForwardWeights, InitializationMethod, LayerContext
-from .rows import Matrix, fill, single_threaded_workers
 from .router_start import router_tensors
+from .rows import Matrix, fill, single_threaded_workers
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -21,27 +22,29 @@ QUANTILES = _quantiles()
 DRAWS_IN_A_WORD = 4  # 16 random bits choose a quantile
 
 
-def normal_rows(
-    shape: torch.Size, dtype: torch.dtype, mean: torch.Tensor | float, std: torch.Tensor | float, seed: int
-) -> Rows:
+@lru_cache(maxsize=64)
+def _scaled_quantiles(mean: float, std: float, dtype: torch.dtype) -> torch.Tensor:
+    return (QUANTILES * std + mean).to(dtype)
+
+
+def normal_rows(shape: torch.Size, dtype: torch.dtype, mean: float, std: float, seed: int) -> Rows:
     """
-    A matrix of normal numbers. Sixteen bits of a PCG64 stream each choose a quantile: that is several times as fast as
-    `torch.Tensor.normal_`, and finer than bfloat16 up to 3.5 deviations. None is beyond 4.4 deviations.
+    A matrix of normal numbers. Sixteen bits of a PCG64 stream choose one of 65,536 quantiles. That is several times as
+    fast as `torch.Tensor.normal_`; up to 3.5 deviations the quantiles lie closer than bfloat16 numbers do, and the
+    last is at 4.3.
 
     Args:
-        shape, dtype: Of the matrix. All is computed in float32, so that a dtype changes the rounding alone.
-        mean, std (`torch.Tensor` or `float`): Of each element; they broadcast to `shape`.
-        seed (`int`): At least 0. Element i is draw i of the seed's stream.
+        shape, dtype: Of the matrix. Another dtype is another rounding of the same numbers.
+        mean, std (`float`): Of the distribution.
+        seed (`int`): At least 0. Element i of the matrix is draw i of the seed's stream.
     """
-    width = prod(shape[1:])
-    means, stds = (torch.as_tensor(value, dtype=torch.float32).expand(shape) for value in (mean, std))
+    values, width = _scaled_quantiles(mean, std, dtype), prod(shape[1:])
 
     def draw(rows: slice) -> torch.Tensor:
         begin, end = rows.start * width, rows.stop * width
-        word = begin // DRAWS_IN_A_WORD
+        word, skipped = divmod(begin, DRAWS_IN_A_WORD)
         words = np.random.PCG64(seed).advance(word).random_raw(-(-end // DRAWS_IN_A_WORD) - word)
-        choices = words.view(np.uint16)[begin - word * DRAWS_IN_A_WORD :][: end - begin].astype(np.int32)
-        normal = QUANTILES.index_select(0, torch.from_numpy(choices)).reshape(-1, *shape[1:])
-        return normal.mul_(stds[rows]).add_(means[rows])
+        chosen = words.view(np.uint16)[skipped : skipped + end - begin].astype(np.int32)
+        return values.index_select(0, torch.from_numpy(chosen)).reshape(rows.stop - rows.start, *shape[1:])
 
     return Rows(shape, dtype, draw)

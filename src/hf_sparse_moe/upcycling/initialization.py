@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from hf_sparse_moe.models.routers import ROUTER_INIT_STD
 
 from .clustering import balanced_k_means
 from .drawing import normal_rows
-from .rows import Matrix, Rows, by_rows, mean_and_std
+from .rows import Matrix, Rows, by_rows, mean_and_std, with_rows
 
 
 @dataclass
@@ -123,10 +123,10 @@ class LayerContext:
     def random_router(self, rows: int, hidden: int) -> torch.Tensor:
         return torch.empty(rows, hidden).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
 
-    def normal_like(self, matrix: Matrix, mean: torch.Tensor | float, std: torch.Tensor | float) -> Rows:
-        """Normal numbers of a stream of their own; mean and deviation broadcast to the matrix."""
+    def normal(self, shape: Sequence[int], dtype: torch.dtype, mean: float, std: float) -> Rows:
+        """Normal numbers of a stream of their own."""
         seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
-        return normal_rows(matrix.shape, matrix.dtype, mean, std, seed)
+        return normal_rows(torch.Size(shape), dtype, mean, std, seed)
 
 
 def has_constant_weights(config: SparseMoeConfig) -> bool:
@@ -159,7 +159,7 @@ def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     std = copied.map(lambda matrix: torch.tensor(context.options["noise_std"] * _root_mean_square(matrix)))
 
     def shake(matrix: Matrix, std: torch.Tensor) -> Rows:
-        return by_rows(torch.add, matrix, context.normal_like(matrix, 0.0, std))
+        return by_rows(torch.add, matrix, context.normal(matrix.shape, matrix.dtype, 0.0, std.item()))
 
     experts = (copied.map(shake, std) for _ in range(config.num_experts))
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
@@ -176,37 +176,36 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
     config, copied = context.config, dense.scale(output_scale(context.config))
-    units, parts = dense.num_units, dense.parts
-    of_up, of_bias = (_moments(matrix, parts) for matrix in (dense.up, dense.up_bias))
-    of_down = mean_and_std(copied.down)
-
-    def redraw(matrix: Matrix, chosen: torch.Tensor, moments: tuple) -> Rows:
-        fresh = context.normal_like(matrix, *moments)
-        return by_rows(
-            lambda old, new, chosen: torch.where(chosen, new, old), matrix, fresh, chosen.expand(matrix.shape)
-        )
+    units, count = dense.num_units, round(context.options["drop_ratio"] * dense.num_units)
+    of_up, of_up_bias, of_down = (
+        _moments(dense.up, dense.parts),
+        _moments(dense.up_bias, dense.parts),
+        _moments(copied.down),
+    )
 
     def drop() -> FeedForwardWeights:
-        redrawn = torch.zeros(units, dtype=torch.bool)
-        redrawn[torch.randperm(units, generator=context.generator)[: round(context.options["drop_ratio"] * units)]] = (
-            True
-        )
-        rows = redrawn.repeat(parts)
-        up_bias = None if dense.up_bias is None else redraw(dense.up_bias, rows, of_bias)
-        up, down = redraw(dense.up, rows[:, None], of_up), redraw(copied.down, redrawn, of_down)
+        redrawn = torch.randperm(units, generator=context.generator)[:count].sort().values
+
+        def redraw_rows(matrix: Any, moments: list[tuple[float, float]]) -> Any:
+            for part, of_part in enumerate(moments):
+                fresh = context.normal((count, *matrix.shape[1:]), matrix.dtype, *of_part)
+                matrix = with_rows(matrix, redrawn + part * units, fresh)
+            return matrix
+
+        fresh = context.normal((len(dense.down), count), dense.down.dtype, *of_down[0])
+        down = by_rows(lambda old, new: old.index_copy(1, redrawn, new), copied.down, fresh)
+        up, up_bias = redraw_rows(dense.up, of_up), redraw_rows(dense.up_bias, of_up_bias)
         return replace(copied, up=up, down=down, up_bias=up_bias)
 
     experts = (drop() for _ in range(config.num_experts))
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
 
 
-def _moments(matrix: torch.Tensor | None, parts: int) -> tuple[torch.Tensor, ...]:
-    """Mean and deviation of gate and of up, for each row."""
+def _moments(matrix: Any, parts: int = 1) -> list[tuple[float, float]]:
+    """Mean and deviation of the gate and of the up projection, where there are both."""
     if matrix is None:
-        return ()
-    of_parts = torch.tensor([mean_and_std(part) for part in matrix.chunk(parts)])
-    rows = of_parts.repeat_interleave(len(matrix) // parts, dim=0)
-    return tuple(column.reshape(-1, *[1] * (matrix.dim() - 1)) for column in rows.T)
+        return []
+    return [mean_and_std(part) for part in (matrix.chunk(parts) if parts > 1 else [matrix])]
 
 
 def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -278,7 +277,7 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     down = torch.zeros((), dtype=dense.down.dtype).expand(routed.down.shape)
     down_bias = None if dense.down_bias is None else torch.zeros_like(dense.down_bias)
     experts = (
-        replace(routed, up=context.normal_like(routed.up, *moments), down=down, down_bias=down_bias)
+        replace(routed, up=context.normal(routed.up.shape, routed.up.dtype, *moments), down=down, down_bias=down_bias)
         for _ in range(config.num_experts)
     )
     return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)

@@ -41,6 +41,16 @@ def by_rows(function: Callable[..., torch.Tensor], first: Matrix, *others: Matri
     return Rows(first.shape, first.dtype, lambda rows: function(first[rows], *(other[rows] for other in others)))
 
 
+def with_rows(matrix: Matrix, places: torch.Tensor, new: Matrix) -> Rows:
+    """The matrix with new rows in some places, which must rise."""
+
+    def make(rows: slice) -> torch.Tensor:
+        begin, end = torch.searchsorted(places, torch.tensor([rows.start, rows.stop])).tolist()
+        return matrix[rows].index_copy(0, places[begin:end] - rows.start, new[begin:end])
+
+    return Rows(matrix.shape, matrix.dtype, make)
+
+
 def blocks(matrix: Matrix) -> Iterator[slice]:
     """All rows, about `BLOCK_ELEMENTS` elements at a time."""
     height = max(1, BLOCK_ELEMENTS // max(1, prod(matrix.shape[1:])))
@@ -62,7 +72,7 @@ def mean_and_std(matrix: Matrix) -> tuple[float, float]:
     """Mean and standard deviation of all elements."""
     count, total, squares = prod(matrix.shape), 0.0, 0.0
     for rows in blocks(matrix):
-        values = matrix[rows].float().flatten()
+        values = matrix[rows].flatten().double()  # new memory: the last bits of a sum depend on how that is aligned
         total += values.sum().item()
         squares += values.dot(values).item()
     mean = total / count

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+import hf_sparse_moe
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
@@ -138,6 +139,7 @@ class StreamPlan:
             **self.fields,
             "dtype": str(self.sparse.dtype),
             "torch": torch.__version__,
+            "hf_sparse_moe": hf_sparse_moe.__version__,
         }
 
 

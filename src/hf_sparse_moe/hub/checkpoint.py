@@ -1,0 +1,126 @@
+"""What a card is made from: a mixture in memory, or the files of a checkpoint without its weights in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hf_sparse_moe.analysis.anatomy import model_without_weights, read_config
+from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+
+
+RECORD_NAME = "training_record.json"
+ROUTING_NAME = "routing_statistics.json"
+PICTURE_NAME = "expert_load.png"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A mixture and the files beside its weights. The files may come from someone else's repository, and be anything.
+
+    Args:
+        model ([`SparseMoePreTrainedModel`]): The mixture; its parameters may lie on the meta device.
+        dtype (`str`): Of the weights; several are joined by commas.
+        receipt (`Mapping`): Of `receipt.json`.
+        record (`Mapping`): Of `training_record.json`, which [`ModelCardCallback`] writes.
+        routing (`Mapping`): Of `routing_statistics.json`, which [`save_routing_statistics`] writes.
+        has_picture (`bool`): Whether `expert_load.png` lies beside them.
+    """
+
+    model: SparseMoePreTrainedModel
+    dtype: str
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    has_picture: bool = False
+
+
+def checkpoint_in_memory(
+    model: SparseMoePreTrainedModel, record: Mapping[str, Any] | None = None, routing: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A model as a [`Checkpoint`]; raises a `ValueError` for a model of another package."""
+    if not isinstance(model, SparseMoePreTrainedModel):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}; a card can be made for the classes of hf_sparse_moe. Load it with "
+            "`from_pretrained` after `import hf_sparse_moe` and without `trust_remote_code`."
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Checkpoint(model, dtype, mapping(model.receipt), mapping(record), mapping(routing))
+
+
+def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpoint:
+    """
+    A folder as a [`Checkpoint`]. Of the weights only the headers are read, and held against the config.
+
+    Args:
+        folder (`str` or `Path`): Of a saved mixture.
+        with_weights (`bool`, defaults to `True`):
+            Whether weights must be there; without them their dtype is the config's.
+
+    Raises:
+        ValueError: no mixture, a file that cannot be read, or weights that the config does not describe.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`{folder}` is no folder. Pass the folder of a saved mixture.")
+    model = model_without_weights(read_config(str(folder)))
+    dtype = str(model.config.dtype or "").removeprefix("torch.")
+    if with_weights:
+        tensors = dict(_headers(folder))
+        if not tensors:
+            raise ValueError(f"`{folder}` has no *.safetensors, so there is nothing to write a card about.")
+        _check_shapes(folder, model, {name: shape for name, (shape, _) in tensors.items()})
+        dtype = ", ".join(sorted({dtype for _, dtype in tensors.values()}))
+    receipt, record, routing = (_read_json(folder / name) for name in (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME))
+    return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """The value, where it is a mapping; else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, tuple[list[int], str]]]:
+    """Name, shape and dtype of each tensor in the folder's safetensors files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    tensor = file.get_slice(name)
+                    dtype = tensor.get_dtype()
+                    yield name, (tensor.get_shape(), _DTYPES.get(dtype, dtype))
+        except SafetensorError as error:
+            raise ValueError(f"`{path}` is no safetensors file ({error}). Save or download it again.") from error
+
+
+def _check_shapes(folder: Path, model: SparseMoePreTrainedModel, shapes: Mapping[str, list[int]]) -> None:
+    expected: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    for name, shape in shapes.items():
+        if name not in expected or list(expected[name].shape) != list(shape):
+            wanted = tuple(expected[name].shape) if name in expected else "none of that name"
+            raise ValueError(
+                f"`{folder}` does not fit together: its weights hold `{name}` of shape {tuple(shape)}, its config "
+                f"describes {wanted}. Save the model again."
+            )
+    stored = {id(expected[name]) for name in shapes}  # tied tensors are stored once
+    if missing := next((name for name, tensor in expected.items() if id(tensor) not in stored), None):
+        raise ValueError(f"`{folder}` does not fit together: its weights lack `{missing}`. Save the model again.")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"`{path}` is no JSON ({error}). Repair it, or delete it.") from error

@@ -1,0 +1,176 @@
+"""What goes wrong between here and the Hub, in one sentence each that holds no token and no signed address."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 4
+FIRST_PAUSE = 0.5  # seconds; each pause is twice the one before
+NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limit: surely nothing was written
+PERHAPS_DONE = {500, 502, 503, 504}
+LONGEST_REASON = 200
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+")
+
+
+class HubUnavailableError(ConnectionError):
+    """The Hub could not do it now: nothing is wrong with what was asked for, and asking again may succeed."""
+
+
+@contextmanager
+def told_by_the_hub(repo_id: str, revision: str | None = None, writes: bool = False) -> Iterator[None]:
+    """
+    Say what the Hub or the way to it answered in one sentence.
+
+    Args:
+        repo_id (`str`): What was asked for.
+        revision (`str`, *optional*): The same.
+        writes (`bool`, defaults to `False`): Whether it is written to.
+
+    Raises:
+        ValueError: there is no such repository or revision, or the Hub refuses what was sent.
+        PermissionError: the token is missing, wrong, or may not.
+        HubUnavailableError: offline, a connection that is cut, a limit, a fault of the Hub.
+    """
+    try:
+        yield
+    except HFValidationError:
+        raise ValueError(f"`{repo_id}` is no Hub id. Pass `user/name`.") from None
+    except OfflineModeIsEnabled:
+        raise HubUnavailableError(
+            f"`{repo_id}` is on the Hub, but this machine is told to stay offline (`HF_HUB_OFFLINE`). Unset that, or "
+            "use what is in the cache."
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        fault = _from_the_hub(error)
+        if fault is None:
+            raise
+        raise _told(fault, repo_id, revision, writes) from None  # the cause would show addresses, some signed
+
+
+def with_retries(ask: Callable[[], Result]) -> Result:
+    """What `ask` returns, called again where the Hub was busy or did not answer; only for what may be done twice."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return ask()
+        except HTTPError as error:
+            if not is_passing(error):
+                raise
+        pause(attempt)
+    return ask()
+
+
+def pause(attempt: int) -> None:
+    """Wait before another attempt."""
+    time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+def is_passing(error: HTTPError) -> bool:
+    """Whether the same request may succeed later."""
+    status = status_of(error)
+    return status is None or status in NOT_DONE | PERHAPS_DONE
+
+
+def status_of(error: BaseException) -> int | None:
+    """The Hub's answer, or None where the connection ended before there was one."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` for what is no Hub id."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(f"`{repo_id}` is no Hub id. Pass `user/name`.") from None
+
+
+def redact(text: str) -> str:
+    """The text on one line, short, and without tokens."""
+    token = get_token()
+    text = text.replace(token, "<token>") if token else text
+    text = " ".join(_TOKEN.sub("<token>", text).split()).rstrip(".")
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
+
+
+def _from_the_hub(error: BaseException) -> BaseException | None:
+    """What the Hub answered: an upload wraps it in a RuntimeError, a download in other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HTTPError | OfflineModeIsEnabled):
+            return seen
+        seen = seen.__cause__
+    message = str(error)
+    return error if isinstance(error, EntryNotFoundError) or "Consistency check failed" in message else None
+
+
+def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool) -> Exception:
+    status, hub = status_of(error), f"The Hub ({constants.ENDPOINT})"
+    reason = _reason(error)
+    login = "Run `hf auth login`, or set `HF_TOKEN`"
+    if status == 401 and re.search(r"(?i)invalid (credentials|user token)", reason):
+        refused = f"refused to let you write to `{repo_id}`" if writes else f"refused to show you `{repo_id}`"
+        return PermissionError(
+            f"{hub} {refused}: your token is wrong or expired (status 401), and a wrong token is refused even where "
+            "none is needed. Run `hf auth login`, or unset `HF_TOKEN`."
+        )
+    if isinstance(error, GatedRepoError):
+        return PermissionError(
+            f"`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at "
+            f"{constants.ENDPOINT}/{repo_id} and log in with that account (`hf auth login`)."
+        )
+    if writes and (status in (401, 403) or isinstance(error, RepositoryNotFoundError)):
+        return PermissionError(
+            f"{hub} refused to let you write to `{repo_id}` (status {status}): the token is missing, or may not write "
+            f"there. {login} to one with write access."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        seen = "your token may not see it" if get_token() else "you are not logged in"
+        return ValueError(
+            f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and {seen} (status {status}). "
+            f"Check the name. {login} to a token of an account that may read it."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
+    if status in (401, 403):
+        return PermissionError(f"{hub} refuses to show `{repo_id}` (status {status}: {reason}). {login}.")
+    if status is not None and status not in NOT_DONE | PERHAPS_DONE and not 500 <= status < 600:
+        return ValueError(f"{hub} refuses this for `{repo_id}` (status {status}: {reason}).")
+    if status == 412:
+        what = "somebody else kept pushing to it in between (status 412)"
+    elif status == 409:
+        what = "it is busy with another commit (status 409)"
+    elif status == 429:
+        what = "it was asked too often (status 429)"
+    elif status is not None:
+        what = f"it had a fault of its own (status {status})"
+    else:
+        what = f"it could not be reached, or the connection was cut ({type(error).__name__})"
+    return HubUnavailableError(
+        f"{hub} did not get done with `{repo_id}`: {what}. Run the same again: what was finished is not sent twice."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return type(error).__name__
+    return redact(error.server_message or error.response.headers.get("X-Error-Message") or "no reason given")

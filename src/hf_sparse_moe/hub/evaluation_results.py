@@ -1,0 +1,77 @@
+"""Scores as the Hub reads them: `.eval_results/*.yaml`, which took the place of `model-index` in the card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+from .checkpoint import mapping
+
+
+RESULTS_FILE = ".eval_results/hf-sparse-moe.yaml"
+_HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+def hub_data(name: object) -> tuple[str, str | None] | None:
+    """Id and revision of data that are named as `hf://datasets/user/name@revision`; None of other names."""
+    found = _HUB_DATA.fullmatch(name) if isinstance(name, str) else None
+    return None if found is None else (found[1], found[2])
+
+
+def evaluation_entries(record: Mapping[str, Any]) -> list[EvalResultEntry]:
+    """
+    An entry for each number that a training record has of evaluation data on the Hub. Of data that are not there, or
+    of several that were measured together, nothing can be said in this form.
+
+    Args:
+        record (`Mapping`): As [`ModelCardCallback`] writes it.
+    """
+    evaluation = mapping(record.get("evaluation"))
+    entries = []
+    for part, results in mapping(evaluation.get("results")).items():
+        names = mapping(mapping(evaluation.get("data")).get(part)).get("data")
+        source = hub_data(names[0]) if isinstance(names, list) and len(names) == 1 else None
+        if source is None:
+            continue
+        for metric, value in mapping(results).items():
+            if isinstance(value, Number) and not isinstance(value, bool):
+                entry = EvalResultEntry(
+                    dataset_id=source[0],
+                    dataset_revision=source[1],
+                    task_id=str(evaluation.get("task") or "default"),
+                    value=value,
+                    date=_text(evaluation.get("date")),
+                    notes=f"{metric}, part {part}" if part else str(metric),
+                )
+                entries.append(entry)
+    return entries
+
+
+def write_evaluation_results(entries: Iterable[EvalResultEntry], folder: str | Path) -> Path | None:
+    """
+    Write the entries to `.eval_results/hf-sparse-moe.yaml` in a checkpoint's folder, or remove what an earlier call
+    wrote there where there are none.
+
+    Returns:
+        `Path`: the file; None where there are no entries.
+    """
+    path = Path(folder) / RESULTS_FILE
+    if path.parent.is_symlink() or path.is_symlink():
+        raise ValueError(f"`{path}` leads elsewhere by a link, so nothing was written. Remove the link.")
+    listed = eval_result_entries_to_yaml(list(entries))
+    if not listed:
+        path.unlink(missing_ok=True)
+        return None
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(listed, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,100 @@
+"""A fingerprint of what a checkpoint computes: outputs on one fixed sequence, to be compared wherever it arrives."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
+from hf_sparse_moe.upcycling.receipt import probe_inputs, source_files
+
+from .loading import load_checkpoint
+
+
+FINGERPRINT_NAME = "fingerprint.json"
+SAMPLES = 256
+# Of the largest output: float32 on another processor rounds otherwise, a wrong weight changes far more.
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def probe_output(model: PreTrainedModel) -> torch.Tensor:
+    """The first output (logits, or last hidden states) on the fixed sequence of 32 tokens."""
+    inputs = probe_inputs(model.config, model.device)
+    if isinstance(model, SparseMoeEncoderForMultipleChoice):  # the one head whose inputs are (B, choices, S)
+        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
+    return model(**inputs)[0]
+
+
+def take_fingerprint(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """
+    What [`fingerprint_difference`] compares: evenly spaced outputs, and the hashes of the files that made them.
+
+    Args:
+        model (`PreTrainedModel`): Loaded from `folder` in float32, so that the sum's order matters least.
+        folder (`Path`): With the weights and the config.
+    """
+    output = probe_output(model)
+    return {
+        "class": type(model).__name__,
+        "shape": list(output.shape),
+        "dtype": str(output.dtype).removeprefix("torch."),
+        "largest": output.abs().max().item(),
+        "outputs": _samples(output),
+        "files": source_files(folder),
+    }
+
+
+def make_fingerprint(folder: Path, target: Path) -> None:
+    """
+    Write the fingerprint of a checkpoint to `target`. Loads the model in float32, unless the folder has a fingerprint
+    of these very files.
+
+    Raises:
+        ValueError: the weights do not fill the model, or compute NaN, so that there is nothing to vouch for.
+    """
+    fingerprint = read_fingerprint(folder)
+    if fingerprint is None or fingerprint.get("files") != source_files(folder):
+        model, info = load_checkpoint(folder, torch.float32)
+        unfilled = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+        if unfilled:
+            raise ValueError(
+                f"`{folder}` lacks weights that its config asks for, such as `{unfilled[0]}`. Save the model again."
+            )
+        fingerprint = take_fingerprint(model, folder)
+    if not all(math.isfinite(value) for value in fingerprint["outputs"]):
+        raise ValueError(
+            f"`{folder}` computes numbers that are not finite, so it is not published. `hf-sparse-moe doctor {folder}` "
+            "says more."
+        )
+    target.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """The folder's fingerprint, or None where there is none or something else in its place."""
+    try:
+        value = json.loads((folder / FINGERPRINT_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("outputs"), list) else None
+
+
+def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> float:
+    """The largest difference of two fingerprints, relative to the largest output; infinite for other shapes."""
+    if recorded.get("shape") != taken["shape"] or len(recorded["outputs"]) != len(taken["outputs"]):
+        return float("inf")
+    pairs = zip(recorded["outputs"], taken["outputs"], strict=True)
+    if not all(isinstance(value, int | float) for value in recorded["outputs"]):
+        return float("inf")
+    largest = max(abs(there - here) for there, here in pairs)
+    return largest / taken["largest"] if taken["largest"] > 0 else largest
+
+
+def _samples(output: torch.Tensor) -> list[float]:
+    flat = output.flatten()
+    return flat[torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()].tolist()

@@ -1,0 +1,148 @@
+"""The load of the global batch: over ranks, over the micro-batches of a step, and nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sparse_moe.models.balancing import GlobalLoad
+from models.balance_worker import CASES, SCOPES, SEQUENCES, balanced_model, case_gradient, collate, examples
+from models.balance_worker import relative_difference as difference
+from tiny_models import FAMILIES, tiny_inputs
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The routers' gradients of two gloo processes, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker, out = Path(__file__).with_name("balance_worker.py"), folder / "gradients.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    command = [*launcher, str(worker), str(out), str(folder / "run")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-4000:]
+    saved = torch.load(out)
+    assert saved["world_size"] == 2
+    assert saved["wrapper"] == "DistributedDataParallel"
+    return saved
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_have_the_router_gradient_of_one(case, two_processes, tmp_path, capsys):
+    reference = case_gradient(case, SEQUENCES, 1, tmp_path)
+    relative = difference(two_processes["gradients"][tuple(case)], reference)
+    micro = f"2 processes, {SEQUENCES // 2 // case.accumulation} x {case.accumulation}"
+    with capsys.disabled():
+        print(
+            f"\n{case.family}, {case.scope}, {case.kind}, z {case.z_loss}: {micro} differ from 8 x 1 by {relative:.1e}"
+        )
+    assert relative <= 1e-5
+
+
+def micro_batches(model, number=2):
+    rows = examples(model, "unequal labels")
+    size = len(rows) // number
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def per_token_aux_loss(model, batches):
+    """
+    Of the last of `batches`, in float64: E sum_e f_e P_e a layer, f from the tokens of all of them, P from its own.
+    """
+    with torch.no_grad():
+        outputs = [model(**batch, output_router_logits=True) for batch in batches]
+    layers = []
+    for layer, block in enumerate(model.sparse_blocks):
+        experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+        counts, sums, tokens = [0.0] * experts, [0.0] * experts, 0
+        for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+            encodes = block.side == "encoder" or not model.config.is_encoder_decoder
+            mask = batch["attention_mask"] if encodes else batch["labels"] != -100
+            for logits, real in zip(output.router_logits[layer].double(), mask.flatten(), strict=True):
+                if real:
+                    for expert in logits.argsort(descending=True)[:top_k]:
+                        counts[expert] += 1
+                    if number == len(batches) - 1:
+                        tokens += 1
+                        sums = [total + p.item() for total, p in zip(sums, logits.softmax(-1), strict=True)]
+        layers.append(experts * sum(c / sum(counts) * s / tokens for c, s in zip(counts, sums, strict=True)))
+    return sum(layers) / len(layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_load_is_that_of_the_step_so_far_token_by_token(family):
+    model = balanced_model(family, "global_batch").train()
+    batches = micro_batches(model, number=4)
+    expected = [per_token_aux_loss(model, batches[: number + 1]) for number in range(4)]
+    for _ in range(2):  # the second step begins anew
+        for batch, value in zip(batches, expected, strict=True):
+            outputs = model(**batch)
+            assert outputs.aux_loss.item() == pytest.approx(value, rel=1e-5)
+            outputs.loss.backward()
+        model.zero_grad()
+    assert len(set(expected)) == 4
+
+
+def losses_of_two_steps(model, between, set_to_none=True):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = []
+    for _ in range(2):
+        for batch in micro_batches(model):
+            outputs = model(**batch)
+            outputs.loss.backward()
+            losses.append(outputs.aux_loss.item())
+            between(model, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    return losses
+
+
+def test_a_step_ends_where_gradients_are_set_to_zero_and_not_to_none():
+    first, second, *next_step = losses_of_two_steps(
+        balanced_model("decoder", "global_batch").train(), lambda model, batch: None, set_to_none=False
+    )
+    assert next_step == pytest.approx([first, second], rel=1e-6)
+    assert first != second
+
+
+def test_a_forward_pass_that_trains_nothing_does_not_count():
+    def evaluate(model, batch):
+        with torch.no_grad():
+            model(**batch)
+        model.eval()(**batch, output_router_logits=True)
+        model.train()
+
+    plain = losses_of_two_steps(balanced_model("decoder", "global_batch").train(), lambda model, batch: None)
+    assert losses_of_two_steps(balanced_model("decoder", "global_batch").train(), evaluate) == plain
+
+
+def test_a_frozen_router_has_the_load_of_its_micro_batch():
+    model = balanced_model("decoder", "global_batch").train()
+    for block in model.sparse_blocks:
+        block.gate.requires_grad_(False)
+    losses = losses_of_two_steps(model, lambda model, batch: None)
+    batches = micro_batches(model)
+    assert losses == pytest.approx([per_token_aux_loss(model, [batch]) for batch in batches] * 2, rel=1e-5)
+
+
+def test_counts_of_another_shape_begin_anew():
+    load = GlobalLoad()
+    load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3), new_step=True)
+    counts, tokens, labels = load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3), new_step=False)
+    assert counts.tolist() == [[2.0] * 4] * 2
+    assert tokens.tolist() == [1.0, 1.0]  # of the micro-batch alone
+    assert labels == 3
+    counts, *_ = load.add(torch.ones(1, 4), torch.ones(1), torch.tensor(3), new_step=False)
+    assert counts.tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_one_micro_batch_of_one_sequence_has_the_same_loss_in_every_scope(scope):
+    model = balanced_model("decoder", scope).train()
+    inputs = tiny_inputs(model, batch=1)
+    expected = per_token_aux_loss(model, [inputs])
+    assert model(**inputs).aux_loss.item() == pytest.approx(expected, rel=1e-5)
