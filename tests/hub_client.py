@@ -8,8 +8,11 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from cli_client import Finished
 
-WORKER = Path(__file__).parent / "hub" / "client_worker.py"
+
+TESTS = Path(__file__).parent
+WORKER = TESTS / "hub" / "client_worker.py"
 
 
 class ClientError(AssertionError):
@@ -18,6 +21,18 @@ class ClientError(AssertionError):
     def __init__(self, kinds: list[str], message: str):
         super().__init__(f"{kinds[0]}: {message}")
         self.kinds, self.message = kinds, message
+
+
+def run_script(arguments: list[str], tests: str) -> list:
+    import sys
+
+    sys.path[:0] = [] if tests in sys.path else [tests]
+    from cli_client import run_cli
+    from hf_sparse_moe.hub import errors
+
+    errors.FIRST_PAUSE = 0.01
+    finished = run_cli(*arguments)
+    return [finished.code, finished.out, finished.err]
 
 
 class ClientProcess:
@@ -37,6 +52,10 @@ class ClientProcess:
         if "kinds" in answer:
             raise ClientError(answer["kinds"], answer["message"])
         return answer["result"]
+
+    def cli(self, *arguments: object) -> Finished:
+        """`hf-sparse-moe <arguments>` in the client's process."""
+        return Finished(*self(run_script, arguments=[str(argument) for argument in arguments], tests=str(TESTS)))
 
     def close(self) -> None:
         self.process.stdin.close()

@@ -1,10 +1,11 @@
 """A small Hub on 127.0.0.1, so that the real `huggingface_hub` client can be tested over real HTTP.
 
 It answers what the client asks for when it creates, fills, lists and downloads model repositories: create, whoami,
-preupload, LFS batch, upload and verify, commit with parent check, tree, paths-info, model info, refs, branches, tags,
+preupload, LFS batch, upload in one piece and in parts, verify, commit with parent check, tree, paths-info, model info, refs, branches, tags,
 pull requests, resolve with ETag, redirect and Range, YAML validation, and the Hub's error codes. Commits are immutable
 snapshots. Large files live on a second host name ("localhost"), as they do on the Hub's CDN, and that host refuses
-requests which still carry the caller's token. It does not serve xet or multipart uploads.
+requests which still carry the caller's token. Gated repositories are listed for everybody and read by those whom
+`Repo.readers` names. It does not serve xet.
 
     with HubServer(tokens={"hf_writer": "tester"}) as server:
         ...  # run a process with server.client_environment(token="hf_writer")
@@ -36,8 +37,8 @@ class Fault:
     """Trouble for the requests that match `method` and `path` (a regular expression), `times` times.
 
     `action` runs before the request is served. A `status` is answered instead of the result; `cut` ends the connection
-    instead. With `after` the request is served first, so that a commit happens although the client sees an error, and
-    a cut comes in the middle of the answer.
+    instead, an upload in its middle. With `after` the request is served first, so that a commit happens although the
+    client sees an error, and a cut comes in the middle of the answer. `message` is the reason that the client is told.
     """
 
     method: str
@@ -47,6 +48,8 @@ class Fault:
     after: bool = False
     action: Callable[[], object] | None = None
     times: int = 1
+    message: str = "injected"
+    code: str | None = None
 
 
 class HubServer:
@@ -60,6 +63,7 @@ class HubServer:
         self.hub = Hub(self.folder, self.tokens)
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.part_size: int | None = None  # larger files are uploaded in parts of so many bytes
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self._server.daemon_threads = True
         port = self._server.server_address[1]
@@ -136,10 +140,14 @@ class HubHandler(BaseHTTPRequestHandler):
         if fault.after:
             answer = self._result(url.path)
         else:
+            if fault.cut and self.command == "PUT":
+                self.rfile.read(int(self.headers["Content-Length"]) // 2)
+                return
             for _ in self._body():  # bytes left unread would reset the connection before an answer arrives
                 pass
         if fault.status:
-            self._answer(fault.status, {"X-Error-Message": "injected"}, {"error": "injected"})
+            code = {"X-Error-Code": fault.code} if fault.code else {}
+            self._answer(fault.status, {"X-Error-Message": fault.message} | code, {"error": fault.message})
         elif fault.after:
             self._answer(*answer, cut=True)
 
@@ -198,6 +206,14 @@ class HubHandler(BaseHTTPRequestHandler):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         if write and user != owner:
             raise HubError(403, f"You do not have write access to {repo}")
+        return found
+
+    def readable(self, repo: str) -> Repo:
+        """The repository, for one who may read its files."""
+        found, user = self.repo(repo), self.user()
+        if found.gated and user != repo.split("/")[0] and user not in found.readers:
+            message = f"Access to model {repo} is restricted and you are not in the authorized list."
+            raise HubError(403 if user else 401, message, "GatedRepo")
         return found
 
     @property
@@ -292,7 +308,7 @@ class HubHandler(BaseHTTPRequestHandler):
             front_matter = re.match(r"---\n(.*?)\n---", readme, re.DOTALL)
             card = (yaml.safe_load(front_matter[1]) if front_matter else None) or {}
         info = {"_id": "0" * 24, "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": commit.sha}
-        info |= {"private": found.private, "gated": False, "disabled": False, "lastModified": commit.date}
+        info |= {"private": found.private, "gated": "manual" if found.gated else False, "disabled": False, "lastModified": commit.date}
         info |= {"tags": card.get("tags", []), "cardData": card, "siblings": siblings, "downloads": 0, "likes": 0}
         return 200, {}, info | {key: card[key] for key in ("library_name", "pipeline_tag") if key in card}
 
@@ -329,7 +345,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     @route("GET", "/{repo}/resolve/{rev}/{path}")
     def resolve(self, repo, rev, path):
-        commit = self.repo(repo).resolve(rev)
+        commit = self.readable(repo).resolve(rev)
         headers = {"X-Repo-Commit": commit.sha}
         if path not in commit.files:
             error = HubError(404, "Entry not found", "EntryNotFound")
@@ -374,26 +390,57 @@ class HubHandler(BaseHTTPRequestHandler):
 
     @route("POST", r"/{repo}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo):
-        known, objects = self.repo(repo, write=True).lfs_objects, []
+        known, objects, part_size = self.repo(repo, write=True).lfs_objects, [], self.server_state.part_size
+        in_parts = part_size is not None and "multipart" in self.sent["transfers"]
         for wanted in self.sent["objects"]:
             upload = {"href": f"{self.server_state.cdn_url}/upload/{wanted['oid']}"}
+            if in_parts and wanted["size"] > part_size:
+                parts = range(1, -(-wanted["size"] // part_size) + 1)
+                addresses = {str(part): f"{upload['href']}/part/{part}" for part in parts}
+                complete = f"{self.server_state.url}/complete/{wanted['oid']}"
+                upload = {"href": complete, "header": {"chunk_size": str(part_size)} | addresses}
             verify = {"href": f"{self.server_state.url}/{repo}.git/info/lfs/objects/verify"}
             actions = {} if wanted["oid"] in known else {"actions": {"upload": upload, "verify": verify}}
             objects.append({"oid": wanted["oid"], "size": wanted["size"]} | actions)
-        return 200, {"Content-Type": "application/vnd.git-lfs+json"}, {"transfer": "basic", "objects": objects}
+        return 200, {"Content-Type": "application/vnd.git-lfs+json"}, {
+            "transfer": "multipart" if in_parts else "basic",
+            "objects": objects,
+        }
 
     @route("PUT", "/upload/{name}")
     def lfs_upload(self, name):
+        self._store(name, self._body())
+        return 200, {}, b""
+
+    @route("PUT", "/upload/{name}/part/{rev}")
+    def lfs_upload_part(self, name, rev):
+        content = b"".join(self._body())
+        self.hub.blob(f"{name}.{rev}").write_bytes(content)
+        return 200, {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}, b""
+
+    @route("POST", "/complete/{name}")
+    def lfs_complete(self, name):
+        if self.sent["oid"] != name:
+            raise HubError(400, "The parts are not those of this object")
+        paths = [self.hub.blob(f"{name}.{part['partNumber']}") for part in self.sent["parts"]]
+        for path, part in zip(paths, self.sent["parts"], strict=True):
+            if not path.exists() or part["etag"] != f'"{hashlib.md5(path.read_bytes()).hexdigest()}"':
+                raise HubError(400, f"Part {part['partNumber']} was not uploaded")
+        self._store(name, (path.read_bytes() for path in paths))
+        for path in paths:
+            path.unlink()
+        return 200, {}, {}
+
+    def _store(self, sha256: str, chunks: Iterator[bytes]) -> None:
         with tempfile.NamedTemporaryFile(dir=self.hub.folder, delete=False) as file:
             digest = hashlib.sha256()
-            for chunk in self._body():
+            for chunk in chunks:
                 digest.update(chunk)
                 file.write(chunk)
-        if digest.hexdigest() != name:
+        if digest.hexdigest() != sha256:
             os.unlink(file.name)
             raise HubError(400, "The content does not have the announced sha256")
-        os.replace(file.name, self.hub.blob(name))
-        return 200, {}, b""
+        os.replace(file.name, self.hub.blob(sha256))
 
     @route("POST", r"/{repo}\.git/info/lfs/objects/verify")
     def lfs_verify(self, repo):

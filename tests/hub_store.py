@@ -72,6 +72,8 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
     lfs_objects: set[str] = field(default_factory=set)
+    gated: bool = False
+    readers: set[str] = field(default_factory=set)  # of a gated repository, beside its owner
 
     def resolve(self, revision: str) -> Commit:
         sha = self.branches.get(revision) or self.tags.get(revision) or self.pull_requests.get(revision) or revision

@@ -294,3 +294,10 @@ def test_peft_knows_its_wrapper_of_parameters_by_name_and_lets_it_be_replaced():
     assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
     assert {"parameter_name", "config"} <= set(parameters(ParamWrapper.__init__))
     assert parameters(LoraConfig._register_custom_module) == ["self", "mapping"]
+
+
+def test_transformers_has_no_backend_of_our_names_and_one_plain_gate():
+    """Else ours hides theirs, or `segment_mm` takes the long way through every gate."""
+    source = inspect.getsource(moe.ExpertsInterface)
+    assert not [name for name in ("auto", "segment_mm", "triton_mm") if f'"{name}"' in source]
+    assert parameters(moe._default_apply_gate) == ["self", "gate_up_out"]

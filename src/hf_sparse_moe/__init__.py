@@ -7,6 +7,7 @@ Importing the package registers its classes, so that `AutoModelForCausalLM.from_
 from importlib import import_module
 from typing import Any
 
+from . import backends as _backends  # registers the experts implementations
 from .models.configuration_sparse_moe import (
     SparseMoeConfig,
     SparseMoeDecoderConfig,

@@ -17,7 +17,7 @@ from rich.table import Table
 import hf_sparse_moe
 
 
-BAD_INPUT = 2
+BAD_INPUT, HUB_UNAVAILABLE = 2, 3
 
 app = typer.Typer(
     name="hf-sparse-moe",
@@ -26,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Turn any dense Transformers checkpoint into a sparse mixture of experts, and look at the result.",
-    epilog="Exit codes: 0 done; 2 bad input, with one sentence on stderr that says what to do.",
+    epilog="Exit codes: 0 done; 1 a check did not pass; 2 bad input, or refused by the Hub; 3 the Hub could not do it "
+    "now, and the same command may succeed later. 2 and 3 come with one sentence on stderr that says what to do.",
 )
 
 ExpertsOption = Annotated[int, typer.Option(help="Routed experts of a layer.")]
@@ -202,6 +203,30 @@ def info(
         _print_description(description)
 
 
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe card ./gpt2-8x`\n\n"
+    "`hf-sparse-moe card ./gpt2-8x --repo user/gpt2-8x --license mit --language en`"
+)
+def card(
+    folder: Annotated[Path, typer.Argument(help="Of a saved mixture.")],
+    repo: Annotated[
+        str | None, typer.Option(help="`user/name` where it is published.", show_default="the folder's name")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0.", show_default="as recorded")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Code, such as en; once or more.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag; once or more.")] = None,
+) -> None:
+    """
+    Render the model card from the files of a checkpoint, into its README.md.
+
+    What a person wrote there stays: the text between `free` markers, sections with headings of their own, metadata.
+    Reads no weights but their headers.
+    """
+    from hf_sparse_moe.hub import write_model_card
+
+    typer.echo(write_model_card(folder, repo, license=license, language=language, tags=tag))
+
+
 @app.command(epilog="Example:\n\n`hf-sparse-moe export ./qwen3-8x ./qwen3-8x-stock`")
 def export(
     src: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
@@ -231,6 +256,104 @@ def import_native(
     check_target(dst)
     write_checkpoint(read_stock(src, revision=revision), dst, find_source(src, revision).folder)
     typer.echo(dst)
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe push ./gpt2-8x user/gpt2-8x`\n\n"
+    "`hf-sparse-moe push ./gpt2-8x user/gpt2-8x --private --revision trained --tag v1`"
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of a saved mixture, a stock model or an adapter.")],
+    repo: Annotated[str, typer.Argument(help="`user/name`; created if it does not exist.")],
+    private: Annotated[
+        bool | None, typer.Option(help="For a new repository.", show_default="your own setting")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, made if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default="Upload <class>")] = None,
+    tag: Annotated[str | None, typer.Option(help="A name for the commit.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Publish a checkpoint in one commit, with its code, card and a fingerprint of its outputs.
+
+    The commit deletes the weight files that it supersedes. Pickles and training states are left out. Run it again
+    after an interruption: large files that arrived are not sent twice. The token is that of `hf auth login`, or
+    `HF_TOKEN`.
+    """
+    from hf_sparse_moe.hub import push_folder
+
+    published = push_folder(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        tag=tag,
+    )
+    commit = published.commit
+    if as_json:
+        url = commit.pr_url or str(commit)
+        _print_json({"commit": commit.oid, "url": url, "files": published.files, "left_out": published.left_out})
+        return
+    typer.echo(f"{commit.pr_url or commit}\n{len(published.files)} files, commit {commit.oid}")
+    if published.left_out:
+        typer.echo(f"left out: {', '.join(published.left_out)}")
+
+
+@app.command(epilog="Example:\n\n`hf-sparse-moe pull user/gpt2-8x ./gpt2-8x --revision v1`")
+def pull(
+    repo: Annotated[str, typer.Argument(help="`user/name`.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Fetch a checkpoint, all of one commit, with the size and hash of each file checked.
+
+    Run it again after an interruption: files that arrived are not fetched twice. Pickles are left out, and nothing is
+    run. With `HF_HUB_OFFLINE=1` it is copied from the cache.
+    """
+    from hf_sparse_moe.hub import pull as fetch
+
+    pulled = fetch(repo, dst, revision=revision)
+    if as_json:
+        report = {"path": str(dst), "revision": pulled.revision, "files": pulled.files, "left_out": pulled.left_out}
+        _print_json(report)
+        return
+    typer.echo(f"{dst}: {len(pulled.files)} files of {repo} at commit {pulled.revision}")
+    if pulled.left_out:
+        typer.echo(f"left out: {', '.join(pulled.left_out)}")
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe doctor ./gpt2-8x`\n\n`hf-sparse-moe doctor user/gpt2-8x --revision v1`\n\n"
+    "Exit code 1 where a check failed."
+)
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
+    revision: RevisionOption = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Also run the code in the checkpoint. Read that code first."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Load a checkpoint in a fresh process, and check that it is whole and computes what was published."""
+    from hf_sparse_moe.hub import doctor as examine
+
+    diagnosis = examine(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json({"healthy": diagnosis.healthy, "revision": diagnosis.revision, "findings": diagnosis.as_rows()})
+    else:
+        colours = {"passed": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
+        table = Table("check", "", "")
+        for check, verdict, told in diagnosis.as_rows():
+            table.add_row(check, f"[{colours[verdict]}]{verdict}[/]", escape(told))
+        Console().print(table)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -280,7 +403,7 @@ def quickstart(
 
 
 def main() -> None:
-    """The entry point: bad input ends with one sentence and exit code 2."""
+    """The entry point: bad input ends with one sentence and exit code 2, a Hub that cannot now with 3."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         _quiet_libraries()
@@ -289,7 +412,11 @@ def main() -> None:
         if isinstance(error, ImportError) and error.name is not None:
             raise  # a fault of an installation; an extra that is missing is told by us, and has no `name`
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        sys.exit(BAD_INPUT)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: Exception) -> int:
+    return HUB_UNAVAILABLE if isinstance(error, ConnectionError) else BAD_INPUT
 
 
 def _leave(number: int, _: Any) -> None:
@@ -299,9 +426,11 @@ def _leave(number: int, _: Any) -> None:
 
 def _quiet_libraries() -> None:
     """Progress bars are for people; warnings of the libraries underneath would bury our one sentence."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # its warnings show addresses, some of them signed
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 

@@ -11,7 +11,7 @@ from models.oracle import block_oracle
 from tiny_models import BACKBONES, enlarge_weights, tiny_config, tiny_inputs, tiny_sparse
 
 
-BACKENDS = ("eager", "grouped_mm", "batched_mm")
+BACKENDS = ("eager", "grouped_mm", "batched_mm", "segment_mm", "auto")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest value
 HIDDEN, INTERMEDIATE = 16, 24
 
@@ -141,8 +141,8 @@ def test_a_model_computes_the_same_with_every_backend(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_default_backend_is_grouped_mm(name):
-    assert tiny_sparse(name).config._experts_implementation == "grouped_mm"
+def test_the_default_backend_is_chosen_by_device(name):
+    assert tiny_sparse(name).config._experts_implementation == "auto"
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "encoder_decoder"])

@@ -295,6 +295,19 @@ def test_a_replay_forces_the_experts_and_weighs_them_by_its_own_scores(name, kin
         assert not any(torch.equal(a.top_k_weights, b.top_k_weights) for a, b in zip(own, wanted, strict=True))
 
 
+def test_a_record_begun_before_the_replay_holds_what_is_replayed():
+    model, other = (routed_model("bert", "expert choice") for _ in range(2))
+    with torch.no_grad():
+        for block in other.sparse_blocks:
+            block.gate.weight.neg_()
+    wanted = routing_of(model)
+    with record_routing(other) as recorded, replay_routing(other, [dict(enumerate(wanted))]):
+        logits(other)
+    for place, routing in recorded[0].items():
+        assert torch.equal(routing.token_index, wanted[place].token_index)
+        assert torch.equal(routing.kept, wanted[place].kept)
+
+
 def test_a_float32_routing_in_bfloat16():
     model = tiny_sparse("llama", num_experts=16, dense_fields={"num_hidden_layers": 4})
     half = tiny_sparse("llama", num_experts=16, dense_fields={"num_hidden_layers": 4}).to(torch.bfloat16)

@@ -19,8 +19,8 @@ def empty_like_in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     `torch.empty_like` on the CPU, after asking Linux for huge pages where the tensor spans some.
 
     `zero_grad()` gives gradients back to the system, so that each step meets every page for the first time; with pages
-    of 4 KiB that takes as long as the products of experts with few rows (benchmarks/experts.py). The system may refuse,
-    which changes nothing but the time. torch does the same for all tensors where `THP_MEM_ALLOC_ENABLE=1` is set.
+    of 4 KiB that takes as long as the products of experts with few rows (benchmarks/experts.py). The system may
+    refuse, which changes nothing but the time. With `THP_MEM_ALLOC_ENABLE=1` torch does the same for all tensors.
     """
     empty = torch.empty_like(tensor)
     start = -(-empty.data_ptr() // HUGE_PAGE) * HUGE_PAGE

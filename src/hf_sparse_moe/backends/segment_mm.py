@@ -137,7 +137,7 @@ class _Call:
         d_rows_RH = rows_TH.new_empty(num_rows + 1, rows_TH.shape[1]) if need_hidden else None
         d_weights_R = rows_TH.new_empty(num_rows + 1)
         weights_R = torch.cat([weights_TK.to(self.dtype).flatten(), rows_TH.new_zeros(1)])[self.segments.pair_R]
-        d_parameters: list[torch.Tensor | None] = [None] * len(parameters)
+        d_parameters = [torch.zeros_like(parameter) for parameter in parameters]
         for number, batch in enumerate(self._batches(first)):
             rows = slice(batch[0].start, batch[-1].stop)
             tokens = self._tokens(batch)
@@ -155,7 +155,9 @@ class _Call:
             d_second.set(gradient_RH.mul_(weights_R[rows, None]), activated_RI, batch)
             if need_first:
                 gradient_RU, of_parameters = pull(gradient_RI.mul_(weights_R[rows, None]))
-                d_parameters = [_sum(a, b) for a, b in zip(d_parameters, of_parameters, strict=True)]
+                for total, part in zip(d_parameters, of_parameters, strict=True):
+                    if part is not None:
+                        total += part
                 d_first.set(gradient_RU, rows_RH, batch)
             if d_rows_RH is not None:
                 first.transposed_product(gradient_RU, batch, out=d_rows_RH[rows])
@@ -199,7 +201,3 @@ class _SegmentedExperts(torch.autograd.Function):
             if ctx.random_state is not None:
                 torch.set_rng_state(ctx.random_state)
             return None, *ctx.call.backward(ctx.needs_input_grad[1:], kept, gradient_TH, *arguments)
-
-
-def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -21,7 +21,7 @@ from .triton_kernels import GELU, GELU_TANH, INTERPRETED, NO_GATE, RELU, SILU, m
 
 
 def triton_mm_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """
     The experts of one layer, in the interface of transformers' `ALL_EXPERTS_FUNCTIONS`, for CUDA.

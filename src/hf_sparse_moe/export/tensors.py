@@ -42,7 +42,7 @@ def to_target(target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: M
     left = dict(block)
     result: Tensors = {target.router_name: left.pop("gate.weight")}
     bias_name, bias = target.score_bias_name, left.pop(SCORE_BIAS, None)
-    if bias is not None and bias_name in shapes:
+    if bias is not None and bias_name is not None and bias_name in shapes:
         result[bias_name] = bias.reshape(shapes[bias_name])
     elif bias is not None and not bias.is_meta and bias.any():
         raise ValueError(

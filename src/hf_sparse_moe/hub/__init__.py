@@ -1,8 +1,26 @@
-"""Sharing: the model card and the push."""
+"""Sharing: the model card, push, pull, and the check of what arrived."""
 
+from .doctor import Diagnosis, doctor
+from .errors import HubUnavailableError
 from .model_card import render_model_card, write_model_card
-from .publish import push_to_hub
+from .publish import Published, push_folder, push_to_hub
+from .pull import Pulled, pull
+from .trainer_push import add_model_card, push_trainer
 from .training_record import ModelCardCallback
 
 
-__all__ = ["ModelCardCallback", "push_to_hub", "render_model_card", "write_model_card"]
+__all__ = [
+    "Diagnosis",
+    "HubUnavailableError",
+    "ModelCardCallback",
+    "Published",
+    "Pulled",
+    "add_model_card",
+    "doctor",
+    "pull",
+    "push_folder",
+    "push_to_hub",
+    "push_trainer",
+    "render_model_card",
+    "write_model_card",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Number
 from typing import Any
@@ -47,7 +48,6 @@ def card_facts(
     model, receipt, record = checkpoint.model, checkpoint.receipt, checkpoint.record
     source = mapping(receipt.get("source"))
     routing, groups = _routing(checkpoint.routing)
-    results = _results(mapping(record.get("evaluation")))
     versions = mapping(record.get("versions")) or mapping(receipt.get("versions"))
     if not versions and model.config.transformers_version:
         versions = {"transformers": model.config.transformers_version}
@@ -63,16 +63,14 @@ def card_facts(
         "upcycled": bool(receipt),
         "receipt": dict(_flat({name: value for name, value in receipt.items() if name != "source"})),
         "training": training,
-        "results": results,
-        "metrics": list(dict.fromkeys(metric for values in results.values() for metric in values)),
         "evaluation": evaluation,
-        **_evaluation_log(mapping(record.get("evaluation"))),
+        **_evaluation(mapping(record.get("evaluation"))),
         "routing": routing,
         "routing_groups": groups,
         "picture": checkpoint.has_picture,
         "health": _health(mapping(mapping(record.get("training")).get("last_log"))),
-        "limits": list(_limits(checkpoint, bool(training), bool(results or evaluation), routing)),
-        "exports": explain_export(model).possible,
+        "limits": list(_limits(checkpoint, bool(training), bool(_results(record) or evaluation))),
+        "exports": Markdown(", ".join(map(as_code, explain_export(model).possible))),
         "versions": versions,
     }
 
@@ -176,52 +174,60 @@ def _training(record: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {name.replace("_", " "): _shown(value) for name, value in hardware.items() if value is not None}
 
 
-def _results(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {
-        part or "all": {name: value for name, value in values.items() if isinstance(value, Number | str)}
-        for part, values in mapping(evaluation.get("results")).items()
-        if isinstance(values, Mapping) and values
-    }
+def _results(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    results = mapping(mapping(record.get("evaluation")).get("results"))
+    return {part or "all": values for part, values in results.items() if isinstance(values, Mapping) and values}
 
 
-def _evaluation_log(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    results = _results({"evaluation": evaluation})
     log = evaluation.get("log")
     lines = [line for line in log if isinstance(line, Mapping)] if isinstance(log, list) else []
-    names = [name for line in lines for name in line if name not in ("step", "epoch", "part")]
-    described = [mapping(data) for data in mapping(evaluation.get("data")).values()]
-    data = dict.fromkeys(_shown(entry.get("data")) for entry in described)
+    names = list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch", "part")))
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    data = dict.fromkeys(_shown(mapping(entry).get("data")) for entry in mapping(evaluation.get("data")).values())
+    shown = lines[-LOG_LINES:]
+    rows = [[*map(_shown, (line.get("step"), line.get("epoch"), line.get("part") or "all"))] for line in shown]
     return {
+        "results": results
+        and (
+            ["part of the evaluation data", *metrics],
+            [[part, *(values.get(metric, "–") for metric in metrics)] for part, values in results.items()],
+        ),
         "evaluation_data": "; ".join(data) or NOT_RECORDED,
         "evaluation_date": evaluation.get("date") or NOT_RECORDED,
-        "log_metrics": list(dict.fromkeys(names)),
-        "log_length": len(lines),
-        "evaluation_log": [
-            {
-                "step": _shown(line.get("step")),
-                "epoch": _shown(line.get("epoch")),
-                "part": line.get("part") or "all",
-                "metrics": line,
-            }
-            for line in lines[-LOG_LINES:]
-        ],
+        "evaluation_log": lines
+        and (
+            ["step", "epoch", "part", *names],
+            [[*row, *(line.get(name, "–") for name in names)] for row, line in zip(rows, shown, strict=True)],
+        ),
+        "evaluation_log_length": f" (the last {len(shown)} of {len(lines)} evaluations)" if lines != shown else "",
     }
 
 
-def _routing(statistics: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    layers = statistics.get("layers")
-    layers = [layer for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
+def _routing(statistics: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    layers = _layers(statistics)
+    numbers = ("entropy", "max_violation", "mutual_information")
     rows = [
-        {
-            "name": f"{layer.get('side')} {layer.get('position')}",
-            "entropy": _rounded(layer.get("entropy")),
-            "max_violation": _rounded(layer.get("max_violation")),
-            "dead_experts": len(dead) if isinstance(dead := layer.get("dead_experts"), list) else NOT_RECORDED,
-            "mutual_information": _rounded(layer.get("mutual_information")),
-            "bars": _bars(layer.get("load")),
-        }
+        [
+            f"{layer.get('side')} {layer.get('position')}",
+            *(_rounded(layer.get(name)) for name in numbers),
+            _shown(_dead(layer)),
+            _bars(layer.get("load")),
+        ]
         for layer in layers
     ]
-    return rows, list(mapping(layers[0].get("group_load"))) if layers else []
+    header = ["layer", "entropy", "MaxVio", "information that part and expert share", "dead", "load"]
+    return rows and (header, rows), list(mapping(layers[0].get("group_load"))) if layers else []
+
+
+def _layers(statistics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    layers = statistics.get("layers")
+    return [layer for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
+
+
+def _dead(layer: Mapping[str, Any]) -> int | None:
+    return len(dead) if isinstance(dead := layer.get("dead_experts"), list) else None
 
 
 def _bars(load: object) -> str:
@@ -232,18 +238,15 @@ def _bars(load: object) -> str:
 
 
 def _health(log: Mapping[str, Any]) -> dict[str, Any]:
-    losses = ("loss", "task_loss", "aux_loss", "z_loss")
+    wanted = re.compile(r"loss|task_loss|aux_loss|z_loss|router/[^/]+")  # no single layers
     return {
         as_code(name): value
         for name, value in log.items()
-        if isinstance(value, Number | str)
-        and (name in losses or (name.startswith("router/") and name.count("/") == 1))
+        if isinstance(value, Number | str) and wanted.fullmatch(name)
     }
 
 
-def _limits(
-    checkpoint: Checkpoint, trained: bool, measured: bool, routing: list[dict[str, Any]]
-) -> Iterator[Markdown]:
+def _limits(checkpoint: Checkpoint, trained: bool, measured: bool) -> Iterator[Markdown]:
     model, config = checkpoint.model, checkpoint.model.config
     yield Markdown(
         f"All {count_parameters(model):,} parameters must be in memory, though "
@@ -257,8 +260,7 @@ def _limits(
         yield Markdown("No result is recorded: how good it is, in any language or domain, is not known.")
     else:
         yield Markdown("It was measured on the data above alone; other languages, domains and tasks were not.")
-    dead = sum(row["dead_experts"] for row in routing if isinstance(row["dead_experts"], int))
-    if dead:
+    if dead := sum(_dead(layer) or 0 for layer in _layers(checkpoint.routing)):
         yield Markdown(f"No token of the text that was counted reached {dead} of the experts: they cost memory alone.")
     if config.router_type == "top_k" and config.capacity_factor is not None:
         yield Markdown("In training, tokens beyond an expert's capacity were dropped; at inference none is.")

@@ -39,25 +39,28 @@ def card_metadata(
     license: str | None = None,
     language: str | Iterable[str] | None = None,
     tags: Iterable[str] | None = None,
-    previous: Mapping[str, Any] | None = None,
+    previous: Iterable[Mapping[str, Any]] = (),
 ) -> ModelCardData:
     """
-    What is given wins over what the training record says, and that over the present card's.
+    What is given wins over what the training record says, and that over present cards.
 
     Args:
         checkpoint ([`Checkpoint`]): The mixture.
         license (`str`, *optional*): Such as `"apache-2.0"`.
         language (`str` or `Iterable[str]`, *optional*): Such as `"en"`.
         tags (`Iterable[str]`, *optional*): Further tags.
-        previous (`Mapping`, *optional*): The present card's metadata.
+        previous (`Iterable[Mapping]`, *optional*): The metadata of present cards; the first that has a name wins.
     """
-    old = mapping(previous)
     told = mapping(checkpoint.record.get("card"))
+    old: dict[str, Any] = {}
+    for metadata in previous:
+        old = dict(metadata) | old | {"tags": [*_words(old.get("tags")), *_words(metadata.get("tags"))]}
     base_model = _base_model(mapping(checkpoint.receipt.get("source")))
-    kept_tags = [tag for tag in _words(old.get("tags")) if tag not in _OUR_TAGS]
-    upcycled = ["upcycled"] if checkpoint.receipt else []
     train_data = mapping(checkpoint.record.get("training")).get("data")
     datasets = [found[0] for name in _words(train_data) if (found := hub_data(name))]
+    kept_tags = [tag for tag in old.get("tags", ()) if tag not in _OUR_TAGS]
+    upcycled = ["upcycled"] if checkpoint.receipt else []
+    other_tags = [*_words(told.get("tags")), *(tags or ()), *kept_tags]
     data = ModelCardData(
         library_name="transformers",
         license=license or _word(told.get("license")) or _word(old.get("license")),
@@ -67,15 +70,7 @@ def card_metadata(
         # the Hub knows four relations; an upcycled model is nearest to a fine-tuned one
         base_model_relation=None if base_model is None else "finetune",
         pipeline_tag=PIPELINE_TAGS.get(str(checkpoint.model._auto_class)) or _word(old.get("pipeline_tag")),
-        tags=[
-            "moe",
-            "sparse-moe",
-            variant_of(checkpoint),
-            *upcycled,
-            *_words(told.get("tags")),
-            *(tags or ()),
-            *kept_tags,
-        ],
+        tags=["moe", "sparse-moe", variant_of(checkpoint), *upcycled, *other_tags],
     )
     for name, value in old.items():
         if name not in _OURS and data.get(name) is None:

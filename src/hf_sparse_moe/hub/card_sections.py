@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import yaml
 
 
+TEMPLATE = Path(__file__).with_name("template.md")
 GENERATED = "<!-- Rendered by hf-sparse-moe"
 # Cards that a library wrote and nobody edited: there is nothing of a person's in them.
 STOCK_CARDS = (
@@ -60,23 +63,24 @@ def split_front_matter(card: str) -> tuple[dict, str]:
     return metadata or {}, card[found.end() :]
 
 
-def keep_free_sections(new: str, old: str | None) -> str:
+def keep_free_sections(new: str, old: str) -> str:
     """
-    The body `new` with what a person wrote in the body `old`: the text between the markers of each free section, and
-    each section whose heading `new` does not have. A body that this package did not render is kept whole, in the
-    free section `notes`.
+    The body `new` with what a person wrote in the body `old`: the text of each free section that nobody wrote in
+    `new`, and each section whose heading `new` does not have. A body that this package did not render is kept whole,
+    in the free section `notes`.
 
     Args:
-        new (`str`): Freshly rendered, with its markers.
-        old (`str`, *optional*): The card's present body.
+        new (`str`): Rendered from the template, with its markers.
+        old (`str`): The body of a present card.
 
     Raises:
-        ValueError: a free section in `old` lacks one of its markers.
+        ValueError: a free section in `old` lacks one of its markers, or a code block its end.
     """
-    if old is None or not old.strip() or any(text in old for text in STOCK_CARDS):
+    if not old.strip() or any(text in old for text in STOCK_CARDS):
         return new
     if GENERATED not in old and not _MARKER.search(old):
-        return _fill(new, {"notes": f"\n{old}" if old.endswith("\n") else f"\n{old}\n"})
+        notes = dict(_FREE.findall(new))["notes"]
+        return _fill(new, {"notes": f"{notes}{old}" if old.endswith("\n") else f"{notes}{old}\n"})
     _check_markers(old)
     sections = split_sections(new)
     places = {section.heading: place for place, section in enumerate(sections)}
@@ -90,13 +94,20 @@ def keep_free_sections(new: str, old: str | None) -> str:
             place = places[section.heading]
         else:
             foreign.setdefault(place, []).append(section.text)
-    blocks = dict(_FREE.findall(old))
+    blocks, defaults = dict(_FREE.findall(old)), _defaults()
+    written = {name: text for name, text in _FREE.findall(new) if text != defaults.get(name)}
     parts = []
-    for place, section in enumerate(split_sections(_fill(new, blocks))):
+    for place, section in enumerate(split_sections(_fill(new, blocks | written))):
         parts += [section.text, *foreign.get(place, [])]
     present = {name for name, _ in _FREE.findall("".join(parts))}
     parts += [_block(name, text) + "\n" for name, text in blocks.items() if name not in present]
     return "".join(_separated(parts))
+
+
+@cache
+def _defaults() -> dict[str, str]:
+    """What stands in the free sections before a person writes there."""
+    return dict(_FREE.findall(TEMPLATE.read_text(encoding="utf-8")))
 
 
 def split_sections(body: str) -> list[Section]:

@@ -78,7 +78,7 @@ def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpo
             raise ValueError(f"`{folder}` has no *.safetensors, so there is nothing to write a card about.")
         _check_shapes(folder, model, {name: shape for name, (shape, _) in tensors.items()})
         dtype = ", ".join(sorted({dtype for _, dtype in tensors.values()}))
-    receipt, record, routing = (_read_json(folder / name) for name in (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME))
+    receipt, record, routing = (read_json(folder / name) for name in (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME))
     return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
 
 
@@ -117,7 +117,8 @@ def _check_shapes(folder: Path, model: SparseMoePreTrainedModel, shapes: Mapping
         raise ValueError(f"`{folder}` does not fit together: its weights lack `{missing}`. Save the model again.")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """What a file beside the weights says; nothing where there is none, or no mapping in it."""
     if not path.is_file():
         return {}
     try:

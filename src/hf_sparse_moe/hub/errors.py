@@ -30,6 +30,12 @@ NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limi
 PERHAPS_DONE = {500, 502, 503, 504}
 LONGEST_REASON = 200
 
+_BUSY = {
+    409: "it is busy with another commit",
+    412: "somebody else kept pushing to it in between",
+    429: "it was asked too often",
+}
+_UPLOAD = re.compile(r"Error while uploading '(.+)' to the Hub")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+")
 
 
@@ -65,7 +71,11 @@ def told_by_the_hub(repo_id: str, revision: str | None = None, writes: bool = Fa
         fault = _from_the_hub(error)
         if fault is None:
             raise
-        raise _told(fault, repo_id, revision, writes) from None  # the cause would show addresses, some signed
+        # No cause is kept: it would show addresses, some of them signed.
+        upload = _UPLOAD.search(str(error)) if isinstance(error, RuntimeError) else None
+        if upload is not None:
+            raise _unavailable(repo_id, f"its storage did not take `{upload[1]}` ({_answer(fault)})") from None
+        raise _told(fault, repo_id, revision, writes) from None
 
 
 def with_retries(ask: Callable[[], Result]) -> Result:
@@ -146,8 +156,8 @@ def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool
     if isinstance(error, RepositoryNotFoundError):
         seen = "your token may not see it" if get_token() else "you are not logged in"
         return ValueError(
-            f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and {seen} (status {status}). "
-            f"Check the name. {login} to a token of an account that may read it."
+            f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and {seen} (status "
+            f"{status}). Check the name. {login} to a token of an account that may read it."
         )
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
@@ -155,19 +165,20 @@ def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool
         return PermissionError(f"{hub} refuses to show `{repo_id}` (status {status}: {reason}). {login}.")
     if status is not None and status not in NOT_DONE | PERHAPS_DONE and not 500 <= status < 600:
         return ValueError(f"{hub} refuses this for `{repo_id}` (status {status}: {reason}).")
-    if status == 412:
-        what = "somebody else kept pushing to it in between (status 412)"
-    elif status == 409:
-        what = "it is busy with another commit (status 409)"
-    elif status == 429:
-        what = "it was asked too often (status 429)"
-    elif status is not None:
-        what = f"it had a fault of its own (status {status})"
-    else:
-        what = f"it could not be reached, or the connection was cut ({type(error).__name__})"
+    what = "it had a fault of its own" if status else "it could not be reached, or the connection was cut"
+    return _unavailable(repo_id, f"{_BUSY.get(status, what)} ({_answer(error)})")
+
+
+def _unavailable(repo_id: str, what: str) -> HubUnavailableError:
     return HubUnavailableError(
-        f"{hub} did not get done with `{repo_id}`: {what}. Run the same again: what was finished is not sent twice."
+        f"The Hub ({constants.ENDPOINT}) did not get done with `{repo_id}`: {what}. Run the same again: what was "
+        "finished is not sent twice."
     )
+
+
+def _answer(error: BaseException) -> str:
+    status = status_of(error)
+    return type(error).__name__ if status is None else f"status {status}"
 
 
 def _reason(error: BaseException) -> str:

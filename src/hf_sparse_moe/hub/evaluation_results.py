@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def evaluation_entries(record: Mapping[str, Any]) -> list[EvalResultEntry]:
         if source is None:
             continue
         for metric, value in mapping(results).items():
-            if isinstance(value, Number) and not isinstance(value, bool):
+            if type(value) in (int, float):  # no bool
                 entry = EvalResultEntry(
                     dataset_id=source[0],
                     dataset_revision=source[1],

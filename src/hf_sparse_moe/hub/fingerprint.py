@@ -69,8 +69,8 @@ def make_fingerprint(folder: Path, target: Path) -> None:
         fingerprint = take_fingerprint(model, folder)
     if not all(math.isfinite(value) for value in fingerprint["outputs"]):
         raise ValueError(
-            f"`{folder}` computes numbers that are not finite, so it is not published. `hf-sparse-moe doctor {folder}` "
-            "says more."
+            f"`{folder}` computes numbers that are not finite, so it is not published. Run "
+            f"`hf-sparse-moe doctor {folder}`, which says where."
         )
     target.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,10 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .card_facts import card_facts
 from .card_metadata import card_metadata
-from .card_sections import keep_free_sections, split_front_matter
+from .card_sections import TEMPLATE, keep_free_sections, split_front_matter
 from .checkpoint import Checkpoint, checkpoint_in_memory, read_checkpoint
 from .escaping import Markdown, as_code, escape_markdown
 from .evaluation_results import evaluation_entries, write_evaluation_results
-
-
-TEMPLATE = Path(__file__).with_name("template.md")
 
 
 def render_model_card(
@@ -35,7 +33,7 @@ def render_model_card(
     license: str | None = None,
     language: str | Iterable[str] | None = None,
     tags: Iterable[str] | None = None,
-    previous: str | None = None,
+    previous: Iterable[str] = (),
 ) -> str:
     """
     The card of a mixture: every number is counted on the model, or read from its config and the files beside its
@@ -51,9 +49,9 @@ def render_model_card(
             The model's licence, such as `"apache-2.0"`. Defaults to that of the training record or `previous`.
         language (`str` or `Iterable[str]`, *optional*): Codes, such as `"en"`. Defaults as `license` does.
         tags (`Iterable[str]`, *optional*): Further tags.
-        previous (`str`, *optional*):
-            The present card. What a person wrote stays: its free sections, sections of their own, and metadata that
-            this function does not set.
+        previous (`Iterable[str]`, *optional*):
+            Present cards, such as the folder's and the Hub's. What a person wrote there stays: free sections, sections
+            of their own, and metadata that this function does not set; the first card that has it wins.
 
     Returns:
         `str`: YAML metadata and Markdown. Nothing is asked of the Hub.
@@ -69,16 +67,27 @@ def render_model_card(
     else:
         checkpoint = checkpoint_in_memory(model)
     validate_repo_id(repo_id)
-    old_metadata, old_body = (None, None) if previous is None else split_front_matter(previous)
-    metadata = card_metadata(checkpoint, license=license, language=language, tags=tags, previous=old_metadata)
+    old = [split_front_matter(card) for card in previous]
+    metadata = card_metadata(
+        checkpoint, license=license, language=language, tags=tags, previous=[values for values, _ in old]
+    )
     facts = card_facts(checkpoint, _results(evaluation), license=metadata.license, language=metadata.language)
     body = _template().render(repo_id=Markdown(repo_id), title=repo_id, **facts)
-    card = f"---\n{metadata.to_yaml()}\n---\n\n{keep_free_sections(body, old_body)}"
+    for _, old_body in old:
+        body = keep_free_sections(body, old_body)
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{body}"
     ModelCard(card)  # reads the metadata as the Hub does
     return card
 
 
-def write_model_card(folder: str | Path, repo_id: str | None = None, **arguments: Any) -> Path:
+def write_model_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    license: str | None = None,
+    language: str | Iterable[str] | None = None,
+    tags: Iterable[str] | None = None,
+) -> Path:
     """
     Render the card of a checkpoint's folder into its README.md, and its scores into `.eval_results/`. What a person
     wrote in the present README.md stays.
@@ -86,19 +95,28 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, **arguments
     Args:
         folder (`str` or `Path`): Of a saved mixture.
         repo_id (`str`, *optional*): Defaults to the folder's name.
-        **arguments: As [`render_model_card`] takes them.
+        license (`str`, *optional*): See [`render_model_card`].
+        language (`str` or `Iterable[str]`, *optional*): The same.
+        tags (`Iterable[str]`, *optional*): The same.
 
     Returns:
         `Path`: the README.md.
     """
     checkpoint = read_checkpoint(folder)
-    path = Path(folder) / "README.md"
-    arguments.setdefault("previous", path.read_bytes().decode() if path.is_file() else None)
-    card = render_model_card(checkpoint, repo_id or Path(folder).resolve().name, **arguments)
+    repo_id = repo_id or Path(folder).resolve().name
+    render = partial(render_model_card, checkpoint, repo_id, license=license, language=language, tags=tags)
+    path = write_readme(folder, render)
     write_evaluation_results(evaluation_entries(checkpoint.record), folder)
-    partial = path.with_name(".README.md.partial")
-    partial.write_bytes(card.encode())
-    os.replace(partial, path)  # whole or not at all, and never through a link
+    return path
+
+
+def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
+    """Replace a folder's README.md by what `render(previous=[its present text])` returns."""
+    path = Path(folder) / "README.md"
+    card = render(previous=[path.read_bytes().decode()] if path.is_file() else [])
+    partial_path = path.with_name(".README.md.partial")
+    partial_path.write_bytes(card.encode())
+    os.replace(partial_path, path)  # whole or not at all, and never through a link
     return path
 
 
@@ -107,14 +125,21 @@ def _template() -> Template:
         undefined=StrictUndefined, finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["code"] = as_code
-    environment.globals["table"] = _table
+    environment.globals |= {"table": _table, "grid": _grid}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _table(rows: Mapping[str, Any]) -> Markdown:
-    return Markdown(
-        "\n".join(f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows.items())
-    )
+    return Markdown("\n".join(_row(pair) for pair in rows.items()))
+
+
+def _grid(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> Markdown:
+    header = list(header)
+    return Markdown("\n".join([_row(header), _row(Markdown("---") for _ in header), *map(_row, rows)]))
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
 def _results(evaluation: Mapping[str, Any] | TrainerState | None) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from transformers.utils import logging
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.upcycling.source import Source, read_config
 
-from .card_sections import GENERATED
 from .checkpoint import read_checkpoint
 from .errors import ATTEMPTS, NOT_DONE, check_repo_id, is_passing, pause, status_of, told_by_the_hub, with_retries
-from .evaluation_results import evaluation_entries, write_evaluation_results
+from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, make_fingerprint
 from .model_card import render_model_card
 from .publishable import publishable_files
@@ -32,7 +32,8 @@ logger = logging.get_logger(__name__)
 # shards, and the others describe the weights beside them.
 SUPERSEDABLE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    r"|(receipt|fingerprint|training_record|routing_statistics)\.json",
+    r"|(receipt|fingerprint|training_record|routing_statistics)\.json|expert_load\.png"
+    rf"|{re.escape(RESULTS_FILE)}",
     re.ASCII,
 )
 
@@ -65,12 +66,12 @@ def push_folder(
     token: bool | str | None = None,
 ) -> Published:
     """
-    Publish the checkpoint or adapter in a folder as one commit, which also deletes the weight files that it supersedes.
+    Publish the checkpoint or adapter in a folder as one commit, which also deletes weight files that it supersedes.
 
     The model is loaded once, for its fingerprint: outputs that [`doctor`] compares wherever the checkpoint arrives.
-    Pickles, training states and whatever else is no part of a checkpoint are left out. The folder stays as it is, and
-    keeps its card where [`write_model_card`] rendered it. Large files that reached the Hub in a call that was
-    interrupted are not sent again.
+    Pickles, training states and whatever else is no part of a checkpoint are left out. The folder stays as it is. The
+    card is rendered from it, and keeps what a person wrote in the folder's README.md or the Hub's. Large files that
+    reached the Hub in a call that was interrupted are not sent again.
 
     Args:
         folder (`str` or `Path`): Of a saved model.
@@ -102,8 +103,12 @@ def push_folder(
             make_fingerprint(folder, staged / FINGERPRINT_NAME)
         api = HfApi(token=token)
         repo_id = _prepare(api, repo_id, private, revision)
+        card = None
         if "config.json" in files and _is_mixture(folder):
-            _stage_card(folder, staged, repo_id)
+            checkpoint = read_checkpoint(folder)
+            write_evaluation_results(evaluation_entries(checkpoint.record), staged)
+            local = [files["README.md"].read_bytes().decode()] if "README.md" in files else []
+            card = lambda remote: render_model_card(checkpoint, repo_id, previous=[*local, *remote])  # noqa: E731
         files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         commit = _commit(
             api,
@@ -114,6 +119,7 @@ def push_folder(
             commit_message=commit_message or title,
             commit_description=None,
             tag=tag,
+            card=card,
         )
     return Published(commit, sorted(files), left_out)
 
@@ -139,7 +145,8 @@ def push_to_hub(
     files that it supersedes. The head is read again after a failure, so that a commit whose answer was lost is not
     made twice.
 
-    It overwrites the repository's card, and does not gather a model whose weights are spread over several processes.
+    Of the repository's card, what a person wrote stays (see [`render_model_card`]). It does not gather a model whose
+    weights are spread over several processes.
 
     Args:
         model (`SparseMoePreTrainedModel`): A model of this package.
@@ -177,8 +184,8 @@ def push_to_hub(
         make_fingerprint(folder, folder / FINGERPRINT_NAME)
         api = HfApi(token=token)
         repo_id = _prepare(api, repo_id, private, revision)
-        card = render_model_card(model, repo_id, evaluation=evaluation, license=license, tags=tags)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        checkpoint = read_checkpoint(folder)
+        card = partial(render_model_card, checkpoint, repo_id, evaluation=evaluation, license=license, tags=tags)
         return _commit(
             api,
             repo_id,
@@ -187,6 +194,7 @@ def push_to_hub(
             create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(model).__name__}",
             commit_description=commit_description,
+            card=lambda remote: card(previous=remote),
         )
 
 
@@ -197,17 +205,6 @@ def _architecture(folder: Path) -> str:
 
 def _is_mixture(folder: Path) -> bool:
     return read_config(Source(folder.resolve().name, folder, None)).model_type.startswith("sparse_moe_")
-
-
-def _stage_card(folder: Path, staged: Path, repo_id: str) -> None:
-    readme = folder / "README.md"
-    previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    if previous is not None and GENERATED in previous:
-        return
-    checkpoint = read_checkpoint(folder)
-    write_evaluation_results(evaluation_entries(checkpoint.record), staged)
-    card = render_model_card(checkpoint, repo_id, previous=previous)
-    (staged / "README.md").write_text(card, encoding="utf-8")
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
@@ -228,15 +225,18 @@ def _commit(
     revision: str | None,
     create_pr: bool,
     tag: str | None = None,
+    card: Callable[[list[str]], str] | None = None,
 ) -> CommitInfo:
     tagged = None if tag is None else _tagged(api, repo_id, tag, revision)
     for attempt in range(1, ATTEMPTS + 1):
         head = with_retries(lambda: api.model_info(repo_id, revision=revision))
+        present = {sibling.rfilename for sibling in head.siblings or ()}
+        written = {} if card is None else {"README.md": card(_remote_card(api, repo_id, head.sha, present)).encode()}
         try:
             # Files that the head holds already are left out, so where an earlier attempt did succeed this is a no-op.
             commit = api.create_commit(
                 repo_id,
-                _operations(files, present={sibling.rfilename for sibling in head.siblings or ()}),
+                _operations({**files, **written}, present=present),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
@@ -248,10 +248,12 @@ def _commit(
             if attempt == ATTEMPTS or not _worth_another_try(error, create_pr):
                 raise
             reason = f"status {status_of(error)}" if status_of(error) else type(error).__name__
-            logger.warning(f"Attempt {attempt} to commit to {repo_id} failed ({reason}); reading its head again.")
+            logger.info(f"Attempt {attempt} to commit to {repo_id} failed ({reason}); reading its head again.")
         pause(attempt)
     if tagged not in (None, commit.oid):
-        raise ValueError(f"`{repo_id}` now has commit {commit.oid}, but its tag `{tag}` names {tagged}. Choose another.")
+        raise ValueError(
+            f"`{repo_id}` now has commit {commit.oid}, but its tag `{tag}` names {tagged}. Choose another."
+        )
     if tag is not None and tagged is None:
         with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
     return commit
@@ -268,12 +270,22 @@ def _tagged(api: HfApi, repo_id: str, tag: str, revision: str | None) -> str | N
     return commit
 
 
+def _remote_card(api: HfApi, repo_id: str, commit: str | None, present: set[str]) -> list[str]:
+    """The card that the commit would replace: what a person wrote there is kept."""
+    if "README.md" not in present:
+        return []
+    path = with_retries(lambda: api.hf_hub_download(repo_id, "README.md", revision=commit))
+    return [Path(path).read_bytes().decode()]
+
+
 def _worth_another_try(error: HTTPError, create_pr: bool) -> bool:
     # A lost answer may hide a pull request that exists: the head of its base cannot tell, and a second is worse.
     return status_of(error) in NOT_DONE if create_pr else is_passing(error)
 
 
-def _operations(files: Mapping[str, Path], *, present: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(
+    files: Mapping[str, Path | bytes], *, present: set[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     superseded = sorted(name for name in present - set(files) if SUPERSEDABLE.fullmatch(name))
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in superseded)]

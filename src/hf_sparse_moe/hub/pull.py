@@ -17,9 +17,10 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_sparse_moe.upcycling.output import check_free_space, check_target
+from hf_sparse_moe.upcycling.source import Source, weight_files
 
 from .errors import HubUnavailableError, check_repo_id, told_by_the_hub, with_retries
-from .publishable import is_pickle
+from .publishable import ADAPTER_WEIGHTS, is_pickle
 
 
 LOCK, CLIENT_FOLDER = ".lock", ".cache"
@@ -62,9 +63,7 @@ class _Announced:
             return hashlib.file_digest(file, lambda: git).hexdigest() == self.digest
 
 
-def pull(
-    repo_id: str, target: str | Path, *, revision: str | None = None, token: bool | str | None = None
-) -> Pulled:
+def pull(repo_id: str, target: str | Path, *, revision: str | None = None, token: bool | str | None = None) -> Pulled:
     """
     Fetch a checkpoint from the Hub into a new folder, which appears when it is complete and each of its files has the
     size and the hash that the Hub announced.
@@ -102,13 +101,18 @@ def pull(
             announced[file.rfilename] = _Announced(file.size or 0, digest or "")
         _check_collisions(announced, repo_id)
         wanted = {name: file for name, file in announced.items() if not _is_left_out(name)}
+        if not any(name.endswith(".safetensors") for name in wanted):
+            raise ValueError(
+                f"`{repo_id}` has no safetensors, and weights in a pickle are not fetched: they may run code when "
+                "they are read. Ask its owner for safetensors."
+            )
         commit = str(info.sha)
         with _partial_folder(path) as partial:
             missing = sum(file.size for name, file in wanted.items() if not (partial / name).is_file())
             check_free_space(partial, missing, target)
             _remove_others(partial, wanted)
-            for name, file in wanted.items():
-                _fetch(repo_id, commit, name, file, partial, token)
+            for name in wanted:
+                _fetch(repo_id, commit, name, wanted[name], partial, token)
             shutil.rmtree(partial / CLIENT_FOLDER, ignore_errors=True)
     return Pulled(Path(target), commit, sorted(wanted), sorted(filter(is_pickle, announced)))
 
@@ -184,12 +188,23 @@ def _partial_folder(path: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"The disk of `{path}` is full. Free some space and run the same again: what is there is not fetched twice."
+            f"The disk of `{path}` is full. Free some space and run the same again: what is there is not fetched "
+            "twice."
         ) from error
     finally:
         lock.release()
     (partial / LOCK).unlink(missing_ok=True)
     os.replace(partial, path)
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether a snapshot holds all the weights: a cache may have the config alone, or some shards."""
+    if (snapshot / ADAPTER_WEIGHTS).is_file():
+        return True
+    try:
+        return bool(weight_files(Source(snapshot.name, snapshot, None)))
+    except ValueError:
+        return False
 
 
 def _copy_from_cache(repo_id: str, path: Path, revision: str | None) -> Pulled:
@@ -205,7 +220,7 @@ def _copy_from_cache(repo_id: str, path: Path, revision: str | None) -> Pulled:
     for name in files:
         check_path(name, repo_id)
     wanted = {name: file.resolve() for name, file in files.items() if not _is_left_out(name)}
-    if "config.json" not in wanted and "adapter_config.json" not in wanted:
+    if not _is_whole(snapshot):
         raise missing
     with _partial_folder(path) as partial:
         check_free_space(partial, sum(file.stat().st_size for file in wanted.values()), path)

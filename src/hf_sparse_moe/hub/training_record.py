@@ -130,7 +130,7 @@ class ModelCardCallback(TrainerCallback):
         evaluation["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         if self._started is None:  # of the weights as they are at the end
             evaluation["results"][group] = results
-            self.write(args, state, args.output_dir)
+            self.write(args, state, str(args.output_dir))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (folder := _checkpoint_folder(args, state)).is_dir():
@@ -142,7 +142,7 @@ class ModelCardCallback(TrainerCallback):
         best = state.best_global_step if args.load_best_model_at_end else None
         self._follow(state, best or state.global_step)
         self._started = None
-        self.write(args, state, args.output_dir)
+        self.write(args, state, str(args.output_dir))
 
     def record(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What is known by now, in plain values. Numbers that are not finite are words, for JSON has none."""
@@ -174,7 +174,7 @@ class ModelCardCallback(TrainerCallback):
             "weights_of_step": step,
             "epochs": state.epoch,
             "tokens": state.num_input_tokens_seen or None,
-            "seconds": round(self._seconds_before + elapsed, 1),
+            "seconds": round(self._seconds_before + elapsed, 3),
             "resumed_at_steps": self._resumed_at,
             "last_log": logs[-1] if logs else {},
         }
@@ -243,7 +243,7 @@ def _versions() -> dict[str, str]:
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _read_record(folder: Path) -> Mapping[str, Any]:

@@ -110,7 +110,11 @@ def _eager_where_unaligned(experts_class: Any) -> Any:
     dispatch = experts_class.forward
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        if self.config._experts_implementation == "grouped_mm" and not self.is_aligned:
+        implementation = self.config._experts_implementation
+        on_grouped_mm = implementation == "grouped_mm" or (
+            implementation == "auto" and (hidden_states.device.type != "cpu" or torch.compiler.is_compiling())
+        )
+        if on_grouped_mm and not self.is_aligned:
             logger.warning_once(
                 f"Experts of {self.hidden_dim} x {self.intermediate_dim} in {self.down_proj.dtype} have rows that are "
                 "no multiple of 16 bytes, which `grouped_mm` needs: they run with the slower `eager` backend."

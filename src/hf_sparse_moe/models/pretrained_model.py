@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 from torch import distributed, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .balancing import (
@@ -41,6 +42,7 @@ from .routing_record import (
     outer_record,
 )
 from .task_losses import batch_weight, language_model_loss
+from .unbalanced_losses import has_balance_loss, refuse_body_alone, refuse_loss_without, router_trains
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +108,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.generation_config = self.dense.generation_config
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
-        self.base_model.register_forward_pre_hook(partial(_refuse_body_alone, config), with_kwargs=True)
+        self.base_model.register_forward_pre_hook(partial(refuse_body_alone, config), with_kwargs=True)
         self.receipt: dict[str, Any] | None = None
         self._global_load = GlobalLoad()
         self.post_init()
@@ -147,7 +149,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if labels is not None and self.compute_task_loss is None:
             raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        balances = self.training and _has_balance_loss(config)
+        balances = self.training and has_balance_loss(config)
         outer = outer_record()
         record = self._new_record(inputs, token_masks, keep=wants_logits or balances or outer is not None)
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -178,9 +180,9 @@ class SparseMoePreTrainedModel(PreTrainedModel):
                 fields["loss"] = fields["loss"] + extra.to(fields["loss"].device)
             # A graph cannot hold the hooks; one that computes the loss as well is left whole all the same.
             watches = not torch.compiler.is_compiling() or (labels is None and self.compute_task_loss is not None)
-            if balances and watches and _router_trains(self):
+            if balances and watches and router_trains(self):
                 balance_loss = aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss
-                _refuse_loss_without(balance_loss, record.entries[-1].router_logits)
+                refuse_loss_without(balance_loss, record.entries[-1].router_logits)
         if wants_logits:
             fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
         result = self.output_class(**fields)
@@ -291,6 +293,12 @@ class SparseMoePreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator's name in this file's source; it stands in experts.py.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where nobody asks for another, the package's `"auto"`; where this folder travelled alone, transformers' own."""
+        if requested_experts is None and "auto" in ALL_EXPERTS_FUNCTIONS.valid_keys():
+            return "auto"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         if gradient_checkpointing_func is not None:
@@ -461,50 +469,3 @@ def _wildcard(name: str) -> str:
 def _assignments(entry: RoutingEntry, mask_T: torch.Tensor | None, num_experts: int) -> torch.Tensor:
     """`(E,)`: how many tokens each expert was chosen for, or, where the experts choose, took."""
     return expert_counts(entry.top_k_index, num_experts, entry.counting_mask(mask_T))
-
-
-def _has_balance_loss(config: PreTrainedConfig) -> bool:
-    return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-
-
-def _router_trains(model: nn.Module) -> bool:
-    blocks = (module for module in model.modules() if isinstance(module, SparseMoeBlock))
-    return any(parameter.requires_grad for block in blocks for parameter in block.gate.parameters())
-
-
-def _refuse_body_alone(config: PreTrainedConfig, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise where somebody else runs the model without its head and computes a loss: nobody adds the balance loss."""
-    if torch.compiler.is_compiling() or outer_record() is not None:
-        return
-    trains = body.training and torch.is_grad_enabled() and _has_balance_loss(config) and _router_trains(body)
-    if trains or kwargs.get("output_router_logits"):
-        raise ValueError(
-            f"The body of this model was run by itself, `{type(body).__name__}`, so its balance loss is missing from "
-            "the loss (TRL's trainers put a head of their own on it). Call the whole model, in a subclass of TRL's "
-            "`SFTTrainer` by `compute_loss = transformers.Trainer.compute_loss`; or train without balance loss: "
-            "`router_aux_loss_coef=0` and `router_z_loss_coef=0`."
-        )
-
-
-@torch.compiler.disable(reason="`labels` are missing, so somebody else computes the loss, and is watched in backward")
-def _refuse_loss_without(balance_loss: torch.Tensor, router_logits: torch.Tensor) -> None:
-    """Raise in the backward pass of a loss that the balance loss is no part of."""
-    if not (balance_loss.requires_grad and router_logits.requires_grad):
-        return
-    reached: list[bool] = []
-
-    def note(gradient: torch.Tensor | None) -> None:  # None where another output of one function has a gradient
-        if gradient is not None:
-            reached.append(True)
-
-    def check(gradient: torch.Tensor | None) -> None:  # runs when all that flows into the logits has been summed
-        if not reached:
-            raise ValueError(
-                "The loss of this backward pass leaves out the balance loss, so the experts would collapse unnoticed "
-                "(a `compute_loss` of one's own and Trainer's `label_smoothing_factor` compute such a loss). Add "
-                "`model.config.router_aux_loss_coef * outputs.aux_loss` to it, or train without balance loss: "
-                "`model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0`."
-            )
-
-    balance_loss.register_hook(note)
-    router_logits.register_hook(check)

@@ -30,6 +30,7 @@ from hf_sparse_moe.models.balancing import (
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.models.task_losses import batch_weight
+from hf_sparse_moe.models.unbalanced_losses import refuse_loss_without
 
 from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
 
@@ -39,6 +40,11 @@ COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 LABEL_NAMES = ("labels", "start_positions")
 BATCHED_NAMES = ("input_ids", "inputs_embeds", "labels")
 STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
+LEFT_OUT = (
+    "The loss of this backward pass leaves out the balance loss of `fix_balance`, so the experts would collapse "
+    "unnoticed. Train on `outputs.loss`, add `router_aux_loss_coef * outputs.aux_loss` to the loss of your own, or "
+    "call `restore()` first."
+)
 MEAN_LOSS_HEADS = (GenericForSequenceClassification, GenericForTokenClassification)
 
 
@@ -196,7 +202,8 @@ class BalanceFix:
             if self.router_z_loss_coef > 0:
                 z_losses = [router_z_loss(call.routing.router_logits.float(), call.mask_T) for call in calls]
                 extra = extra + self.router_z_loss_coef * weight * _stack(z_losses, losses_L.device).mean()
-            _refuse_loss_without(aux_loss if self.router_aux_loss_coef > 0 else extra, calls)
+            part = aux_loss if self.router_aux_loss_coef > 0 else extra
+            refuse_loss_without(part, calls[-1].routing.router_logits, LEFT_OUT)
             if loss is not None:
                 loss = (loss * weight if _ignores_label_count(model) else loss) + extra.to(loss.device)
         if as_tuple:
@@ -302,22 +309,3 @@ def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
 def _mean(calls: list[LayerCall], losses_L: torch.Tensor, side: str) -> torch.Tensor | None:
     on_side = [loss for call, loss in zip(calls, losses_L, strict=True) if call.side == side]
     return torch.stack(on_side).mean() if on_side else None
-
-
-def _refuse_loss_without(balance_loss: torch.Tensor, calls: list[LayerCall]) -> None:
-    """Raise in the backward pass of a loss that the balance loss is no part of."""
-    router_logits = calls[-1].routing.router_logits
-    if not (balance_loss.requires_grad and router_logits.requires_grad):
-        return
-    reached: list[bool] = []
-
-    def check(gradient: torch.Tensor) -> None:  # runs when all that flows into the logits has been summed
-        if not reached:
-            raise ValueError(
-                "The loss of this backward pass leaves out the balance loss of `fix_balance`, so the experts would "
-                "collapse unnoticed. Train on `outputs.loss`, add `router_aux_loss_coef * outputs.aux_loss` to the "
-                "loss of your own, or call `restore()` first."
-            )
-
-    balance_loss.register_hook(lambda gradient: reached.append(True))
-    router_logits.register_hook(check)

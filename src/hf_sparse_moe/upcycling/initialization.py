@@ -293,6 +293,14 @@ def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerSta
     return LayerStart(experts, router)
 
 
+def _require_no_shared_experts(fields: dict[str, Any], method: str) -> None:
+    if fields.get("num_shared_experts", 0):
+        raise ValueError(
+            f"`num_shared_experts={fields['num_shared_experts']}` is not allowed with `method` {method}, which makes "
+            'none. Use "graft", or "partition" with `shared_units`.'
+        )
+
+
 def _require_top_k(fields: dict[str, Any], method: str) -> None:
     router = fields.get("router_type", "top_k")
     if router != "top_k":
@@ -305,6 +313,7 @@ def _require_top_k(fields: dict[str, Any], method: str) -> None:
 def _split_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
     granularity = options["granularity"]
     _require_top_k(fields, "split")
+    _require_no_shared_experts(fields, "split")
     for name in ("num_experts", "num_experts_per_tok"):
         if fields[name] % granularity:
             raise ValueError(f"`{name}={fields[name]}` is not a multiple of `granularity={granularity}`.")
@@ -345,6 +354,7 @@ def _share(units: int, parts: int, name: str) -> int:
 
 
 def _no_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    _require_no_shared_experts(fields, "copy, noise, drop or branches")
     size = fields.get("moe_intermediate_size")
     if size not in (None, units):
         raise ValueError(f"`moe_intermediate_size={size}` is not allowed: experts that start as copies have {units}.")

@@ -1,0 +1,126 @@
+"""`doctor`: is a checkpoint, here or on the Hub, what was once published?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .examination import FAILED, NOT_CHECKED, PASSED, Finding
+from .fingerprint import TOLERANCE, fingerprint_difference
+from .pull import pull
+
+
+REMOTE_CODE = "runs by its own code"
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """
+    What [`doctor`] found.
+
+    Args:
+        checkpoint (`str`): The folder or Hub id.
+        revision (`str`, *optional*): The commit of a Hub id.
+        findings (`list[Finding]`): One a check.
+    """
+
+    checkpoint: str
+    revision: str | None
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check failed."""
+        return all(finding.verdict != FAILED for finding in self.findings)
+
+    def as_rows(self) -> list[tuple[str, str, str]]:
+        """Check, verdict and sentence of each finding."""
+        return [(finding.check, finding.verdict, finding.told) for finding in self.findings]
+
+
+def doctor(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: bool | str | None = None,
+) -> Diagnosis:
+    """
+    Load a checkpoint in a fresh process, in float32, and check it: every tensor present, finite and tied as the
+    config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs
+    that equal its fingerprint.
+
+    A checkpoint on the Hub is fetched into a temporary folder first, with the size and hash of each file checked.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        trust_remote_code (`bool`, defaults to `False`):
+            Also run the code in the checkpoint, in a process of its own that cannot import this package and is given
+            no token. Read that code first.
+        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
+
+    Returns:
+        [`Diagnosis`]
+
+    Raises:
+        ValueError, PermissionError, OSError, HubUnavailableError: it cannot be fetched, see [`pull`].
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        workplace, commit = Path(temporary), None
+        folder = Path(checkpoint)
+        if not folder.is_dir():
+            folder = workplace / "checkpoint"
+            commit = pull(str(checkpoint), folder, revision=revision, token=token).revision
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"`{checkpoint}` has no config.json. Pass the folder or Hub id of a saved model.")
+        findings = _examined(folder.resolve(), workplace, trust_remote_code)
+    return Diagnosis(str(checkpoint), commit, findings)
+
+
+def _examined(folder: Path, workplace: Path, trust_remote_code: bool) -> list[Finding]:
+    result = workplace / "examined.json"
+    death = _run(["-m", "hf_sparse_moe.hub.examination", str(folder), str(result)], workplace)
+    if death is not None:
+        return [Finding("loads", FAILED, f"The process that loaded it died: {death}.")]
+    examined = json.loads(result.read_text(encoding="utf-8"))
+    findings = [Finding(**finding) for finding in examined["findings"]]
+    if examined["probe"]:
+        findings.append(_by_own_code(folder, workplace, examined["probe"], trust_remote_code))
+    return findings
+
+
+def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_remote_code: bool) -> Finding:
+    if "auto_map" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return Finding(REMOTE_CODE, NOT_CHECKED, "It has none.")
+    if not trust_remote_code:
+        return Finding(REMOTE_CODE, NOT_CHECKED, "Its code is run with `--trust-remote-code` alone; read it first.")
+    given, result = workplace / "probe.json", workplace / "ran.json"
+    given.write_text(json.dumps(probe), encoding="utf-8")
+    script = Path(__file__).with_name("remote_code_run.py")
+    death = _run(["-P", str(script), str(folder), str(given), str(result)], workplace)
+    if death is not None:
+        return Finding(REMOTE_CODE, FAILED, f"Without the package it does not load: {death}.")
+    ran = json.loads(result.read_text(encoding="utf-8"))
+    difference = fingerprint_difference(ran, probe["fingerprint"])
+    verdict = PASSED if difference <= TOLERANCE else FAILED
+    return Finding(REMOTE_CODE, verdict, f"Largest difference to the package {difference:.1e} of the largest output.")
+
+
+def _run(arguments: list[str], workplace: Path) -> str | None:
+    """A Python process without tokens, network of the Hub or a shared cache; the last line it said if it failed."""
+    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    environment |= {"HF_HOME": str(workplace / "home"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    ended = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode == 0:
+        return None
+    if ended.returncode < 0:
+        return f"signal {-ended.returncode}, perhaps for lack of memory"
+    return " ".join((ended.stderr.strip().splitlines() or ["no message"])[-1].split())[:300]

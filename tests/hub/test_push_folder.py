@@ -1,0 +1,234 @@
+"""`hf-sparse-moe push`: what is sent, what never is, and what stays where something goes wrong."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_checkpoints import SHARD, contents, save_mixture
+
+from hub_server import Fault
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_mixture(tmp_path_factory.mktemp("checkpoint"), max_shard_size=SHARD)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "mixture"))
+
+
+def titles(hub_server, repo_id: str, revision: str = "main") -> list[str]:
+    repo, found = hub_server.hub.repos[repo_id], []
+    commit = repo.resolve(revision)
+    while commit:
+        found.append(commit.title)
+        commit = repo.commits.get(commit.parent)
+    return found
+
+
+def test_a_folder_arrives_in_one_commit(client, hub_server, repo_id, folder):
+    before = contents(folder)
+    pushed = client.cli("push", folder, repo_id, "--json")
+    assert pushed.code == 0, pushed
+    report = json.loads(pushed.out)
+    assert report["commit"] == hub_server.hub.repos[repo_id].resolve("main").sha
+    assert titles(hub_server, repo_id) == ["Upload SparseMoeEncoderForMaskedLM", "initial commit"]
+    files = hub_server.hub.files(repo_id) - {".gitattributes"}
+    assert files == set(before) | {"README.md", "fingerprint.json"}
+    assert all(hub_server.hub.read(repo_id, name) == content for name, content in before.items())
+    assert contents(folder) == before
+    assert f'from_pretrained("{repo_id}")' in hub_server.hub.read(repo_id, "README.md").decode()
+
+
+def test_a_second_push_of_the_same_makes_no_commit(client, hub_server, repo_id, folder):
+    first = json.loads(client.cli("push", folder, repo_id, "--json").out)
+    assert json.loads(client.cli("push", folder, repo_id, "--json").out)["commit"] == first["commit"]
+
+
+def test_what_people_ask_for_is_done(client, hub_server, repo_id, folder):
+    arguments = ("--private", "--revision", "trained", "--message", "First try", "--tag", "v1")
+    pushed = client.cli("push", folder, repo_id, *arguments, "--json")
+    commit = json.loads(pushed.out)["commit"]
+    repo = hub_server.hub.repos[repo_id]
+    assert (repo.private, repo.branches["trained"], repo.tags) == (True, commit, {"v1": commit})
+    assert titles(hub_server, repo_id, "trained")[0] == "First try"
+    assert hub_server.hub.files(repo_id) == {".gitattributes"}
+    assert client.cli("push", folder, repo_id, *arguments).code == 0  # the tag is where it should be
+
+
+def test_a_tag_is_never_moved(client, hub_server, repo_id, folder):
+    client.cli("push", folder, repo_id, "--tag", "v1")
+    tagged = dict(hub_server.hub.repos[repo_id].tags)
+    (folder / "notes.txt").write_text("new")
+    client.cli("push", folder, repo_id)
+    again = client.cli("push", folder, repo_id, "--tag", "v1")
+    assert (again.code, "already" in again.err) == (2, True)
+    assert hub_server.hub.repos[repo_id].tags == tagged
+
+
+def test_a_pull_request_leaves_main_alone(client, hub_server, repo_id, folder):
+    pushed = client.cli("push", folder, repo_id, "--create-pr")
+    assert "/discussions/1" in pushed.out
+    assert hub_server.hub.files(repo_id) == {".gitattributes"}
+    assert "config.json" in hub_server.hub.files(repo_id, "refs/pr/1")
+
+
+def test_superseded_shards_leave_in_the_same_commit(client, hub_server, repo_id, folder, tmp_path):
+    client.cli("push", folder, repo_id)
+    client.cli("push", save_mixture(tmp_path / "whole"), repo_id)
+    weights = {name for name in hub_server.hub.files(repo_id) if "safetensors" in name}
+    assert weights == {"model.safetensors"}
+    assert len(titles(hub_server, repo_id)) == 3
+
+
+def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id, folder, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    (tmp_path / "secret.txt").write_text("mine")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / ".env").write_text("PASSWORD=1")
+    (folder / "train.py").write_text("raise RuntimeError")
+    (folder / "model.safetensors.old").write_text("")
+    (folder / "model-00009-of-00009.safetensors").write_bytes((next(folder.glob("model-*"))).read_bytes())
+    (folder / "checkpoint-5").mkdir()
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    pushed = client.cli("push", folder, repo_id)
+    assert pushed.code == 0, pushed
+    assert not ran.exists()
+    kept = {"link.txt", ".env", "train.py", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    kept |= {"tokenizer.pkl", "model.safetensors.old", "model-00009-of-00009.safetensors"}
+    assert not kept & hub_server.hub.files(repo_id)
+    for name in (*kept, "checkpoint-5/"):
+        assert name in pushed.out
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (("pytorch_model_fsdp_0/__0_0.distcp",), "accelerate merge-weights"),
+        (("global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"), "zero_to_fp32.py"),
+        (("pytorch_model.bin",), "pickle"),
+        ((), "no checkpoint"),
+    ],
+)
+def test_a_folder_without_whole_weights_is_refused(client, hub_server, repo_id, folder, state, said):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    for name in state:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, pushed.out, said in pushed.err) == (2, "", True), pushed
+    assert not hub_server.requests
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(client, hub_server, repo_id, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_experts"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, "experts" in pushed.err) == (2, True), pushed
+    assert not hub_server.requests
+
+
+def test_a_token_in_a_file_is_never_published(client, hub_server, repo_id, folder):
+    token = "hf_" + "a" * 34
+    (folder / "notes.md").write_text(f"export HF_TOKEN={token}")
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, "notes.md" in pushed.err, token in pushed.err) == (2, True, False)
+    assert not hub_server.requests
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_push_that_was_cut_goes_on(client, hub_server, repo_id, folder, in_parts):
+    hub_server.part_size = 10_000 if in_parts else None
+    shards = len(list(folder.glob("*.safetensors")))
+    path = "/part/2$" if in_parts else "^/upload/"
+    hub_server.faults.append(Fault("PUT", path, status=403))
+    try:
+        first = client.cli("push", folder, repo_id)
+        assert (first.code, "safetensors" in first.err) == (3, True), first
+        assert hub_server.hub.files(repo_id) == {".gitattributes"}
+        arrived = len(hub_server.hub.repos[repo_id].lfs_objects)
+        assert shards > 2
+        assert 0 < arrived < shards
+        hub_server.requests.clear()
+        assert client.cli("push", folder, repo_id).code == 0
+    finally:
+        hub_server.part_size = None
+    sent = {where.split("/")[2] for method, where in hub_server.requests if method == "PUT"}
+    assert len(sent) == shards - arrived
+    for name, content in contents(folder).items():
+        assert hub_server.hub.read(repo_id, name) == content
+
+
+def test_an_upload_cut_in_its_middle_is_sent_again(client, hub_server, repo_id, folder):
+    hub_server.faults.append(Fault("PUT", "^/upload/", cut=True))
+    assert client.cli("push", folder, repo_id).code == 0
+    assert all(hub_server.hub.read(repo_id, name) == content for name, content in contents(folder).items())
+
+
+@pytest.mark.parametrize(
+    ("status", "where"),
+    [(409, "/commit/"), (429, "/commit/"), (500, "/commit/"), (429, "/api/repos/create"), (503, "/api/repos/create")],
+)
+def test_a_busy_hub_is_asked_again_and_then_told(client, hub_server, repo_id, folder, status, where):
+    if "commit" in where:
+        client.cli("push", folder, repo_id)
+        (folder / "notes.txt").write_text("new")
+    head = hub_server.hub.repos[repo_id].resolve("main").sha if "commit" in where else None
+    hub_server.requests.clear()
+    hub_server.faults.append(Fault("POST", where, status=status, times=4))
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, f"status {status}" in pushed.err, pushed.err.count("\n")) == (3, True, 1), pushed
+    assert hub_server.count("POST", where) == 4
+    if head:
+        assert hub_server.hub.repos[repo_id].resolve("main").sha == head
+    assert client.cli("push", folder, repo_id).code == 0
+
+
+def test_a_push_of_somebody_else_in_between_is_kept(client, hub_server, repo_id, folder):
+    client.cli("push", folder, repo_id)
+    (folder / "notes.txt").write_text("mine")
+
+    def intervene():
+        note = {"path": "theirs.txt", "content": "aGk="}
+        lines = [{"key": "header", "value": {"summary": "theirs"}}, {"key": "file", "value": note}]
+        hub_server.hub.commit(hub_server.hub.repos[repo_id], "main", lines, author="tester")
+
+    hub_server.faults.append(Fault("POST", "/commit/", action=intervene))
+    assert client.cli("push", folder, repo_id).code == 0
+    assert {"notes.txt", "theirs.txt"} <= hub_server.hub.files(repo_id)
+    assert "theirs" in titles(hub_server, repo_id)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_lost_answer_to_a_commit_makes_no_second(client, hub_server, repo_id, folder, after):
+    hub_server.faults.append(Fault("POST", "/commit/", cut=True, after=after))
+    assert client.cli("push", folder, repo_id).code == 0
+    assert len(titles(hub_server, repo_id)) == 2
+
+
+def test_others_repositories_and_bad_names_are_refused(client, hub_server, repo_id, folder):
+    for target, said in (("other/theirs", "refused to let you write"), ("no id at all", "no Hub id")):
+        pushed = client.cli("push", folder, target)
+        assert (pushed.code, said in pushed.err, pushed.err.count("\n")) == (2, True, 1), pushed
+    assert "other/theirs" not in hub_server.hub.repos
+
+
+def test_an_answer_that_echoes_the_token_is_not_shown(client, hub_server, repo_id, folder):
+    hub_server.faults.append(Fault("POST", "/commit/", status=422, message="Bearer hf_writer may not"))
+    pushed = client.cli("push", folder, repo_id)
+    assert pushed.code == 2
+    assert "may not" in pushed.err
+    assert "hf_writer" not in pushed.err + pushed.out
