@@ -16,8 +16,7 @@ Several seeds: mean (lowest to highest).
     python benchmarks/balance.py
     python benchmarks/balance.py --methods sigmoid loss_free --seeds 0 1 2 --picture load.png
 
-`--data` is a folder of `.jsonl` or `.txt` files, one domain a file, with `train` and `valid` in their paths. Runs that
-`--output` holds already, of the same settings, are not made again.
+`--data` is a folder of `.jsonl` or `.txt` files, one domain a file, with `train` and `valid` in their paths.
 """
 
 from __future__ import annotations
@@ -190,7 +189,7 @@ def run(
 
 
 def earlier_results(path: Path, settings: dict) -> dict[str, dict[str, dict]]:
-    """By method and seed, what an earlier call with the same settings wrote: a killed one goes on."""
+    """By method and seed, what an earlier call with the same settings wrote."""
     saved = json.loads(path.read_text()) if path.is_file() else {}
     return saved["results"] if saved.get("settings") == settings else {}
 
@@ -238,6 +237,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--held-out", type=int, default=24, help="sequences a domain")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "balance.json")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --output holds, of equal settings")
     parser.add_argument("--picture", help="also draw the load of each expert to this file")
     options = parser.parse_args()
     if not options.data.is_dir():
@@ -257,8 +257,10 @@ def main() -> None:
 
     known = methods(options.accumulation)
     settings = {name: getattr(options, name) for name in ("steps", "accumulation", "batch_size", "learning_rate")}
-    settings |= {"sequences held out": fewest} | {name: version(name) for name in ("torch", "transformers")}
-    results = earlier_results(options.output, settings)
+    settings |= {"data": options.data.name, "sequences held out": fewest} | {
+        name: version(name) for name in ("torch", "transformers")
+    }
+    results = earlier_results(options.output, settings) if options.resume else {}
     for seed in options.seeds:
         for name in options.methods:
             if str(seed) in results.get(name, {}):

@@ -147,7 +147,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=labels.metrics,
     )
-    recipe.train_and_evaluate(trainer)
+    recipe.train_and_evaluate(trainer, data_args)
 
 
 def first_tokens(word_labels: list[int], word_ids: list[int | None]) -> list[int]:

@@ -46,7 +46,7 @@ def main() -> None:
         compute_metrics=recipe.perplexity,
         preprocess_logits_for_metrics=partial(recipe.token_losses, shift=True),
     )
-    recipe.train_and_evaluate(trainer)
+    recipe.train_and_evaluate(trainer, data_args)
 
 
 if __name__ == "__main__":

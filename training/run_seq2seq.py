@@ -98,7 +98,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=compute_metrics if args.predict_with_generate else None,
     )
-    recipe.train_and_evaluate(trainer)
+    recipe.train_and_evaluate(trainer, data_args)
 
 
 if __name__ == "__main__":

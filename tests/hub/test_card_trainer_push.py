@@ -1,5 +1,6 @@
 """A trainer publishes the checkpoint's own card and no pickle, over real HTTP; the stock way does neither."""
 
+import base64
 import json
 
 import pytest
@@ -23,7 +24,8 @@ def train(repo_id: str, folder: str, with_card: bool = True, push: bool = True, 
     dense = LlamaConfig(intermediate_size=32, **shape)
     torch.manual_seed(0)
     model = SparseMoeDecoderForCausalLM(SparseMoeDecoderConfig.from_dense(dense, num_experts=4))
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(32, (4, 6))]
+    drawn = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": ids, "labels": ids} for ids in drawn]
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(folder, hub_model_id=repo_id, max_steps=2, logging_steps=1, **quiet | arguments)
     trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
@@ -52,9 +54,7 @@ def loss_of(repo_id: str, revision: str | None = None) -> float:
     import hf_sparse_moe  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(repo_id, revision=revision)
-    torch.manual_seed(0)
-    type(model)(model.config)  # as many draws as the training made
-    ids = torch.randint(32, (4, 6))
+    ids = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(input_ids=ids, labels=ids).loss.item()
 
@@ -69,9 +69,7 @@ def test_the_stock_push_has_a_stock_card_and_a_pickle(client, hub_server, repo_i
     """What is set right below; where this fails, transformers has changed and `add_model_card` may be simpler."""
     client(train, repo_id=repo_id, folder=str(tmp_path / "out"), with_card=False)
     assert "training_args.bin" in hub_server.hub.files(repo_id)
-    assert b"automatically generated" in hub_server.hub.read(repo_id, "README.md").replace(
-        b"generated auto", b"auto"
-    ) or (b"generated automatically" in hub_server.hub.read(repo_id, "README.md"))
+    assert b"generated automatically" in hub_server.hub.read(repo_id, "README.md")
 
 
 def test_our_push_has_our_card_and_no_pickle(client, hub_server, repo_id, tmp_path):
@@ -111,10 +109,9 @@ def test_pushes_while_training_are_ours_too(client, hub_server, repo_id, tmp_pat
 def test_a_push_that_fails_does_not_end_the_training(client, hub_server, repo_id, tmp_path):
     hub_server.faults += [Fault("POST", "/commit/", status=503) for _ in range(20)]
     often = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(
-        ClientError, match="status 503|could not|not reached"
-    ):  # the push at the end, not that of the step
+    with pytest.raises(ClientError, match="503") as caught:  # the push at the end, not that of the step
         client(train, repo_id=repo_id, folder=str(tmp_path / "out"), **often)
+    assert "HubUnavailableError" in caught.value.kinds
     assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "training_record.json").read_text())["training"]["steps"] == 2
     hub_server.faults.clear()
@@ -129,7 +126,6 @@ def test_what_a_person_wrote_on_the_hub_stays(client, hub_server, repo_id, tmp_p
         card.replace("<!-- free: notes -->\n", "<!-- free: notes -->\nMeasured by hand.\n") + "## Thanks\n\nTo all.\n"
     )
     edited = edited.replace("license: mit", "license: mit\nthumbnail: a.png")
-    import base64
 
     content = {"path": "README.md", "content": base64.b64encode(edited.encode()).decode()}
     lines = [{"key": "header", "value": {"summary": "words"}}, {"key": "file", "value": content}]

@@ -65,7 +65,7 @@ def test_its_own_code_is_run_where_a_person_says_so(folder):
 def test_its_own_code_is_never_run_otherwise(folder, tmp_path):
     ran = tmp_path / "ran"
     code = folder / "modeling_sparse_moe.py"
-    code.write_text(f"open({str(ran)!r}, 'w').close()\n" + code.read_text())
+    code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
     rows = {finding.check: finding for finding in doctor(folder).findings}
     assert not ran.exists()
     assert rows[REMOTE_CODE].verdict == NOT_CHECKED

@@ -91,6 +91,20 @@ def is_text(args: DataArguments) -> bool:
     return files is not None and _reader(files[0]) == "text"
 
 
+def data_names(args: DataArguments) -> tuple[list[str], list[str]]:
+    """What the model card calls the training and the validation data: a data set of the Hub, or folder and file."""
+    if args.dataset_name is not None:
+        hub = [f"hf://datasets/{args.dataset_name}"]
+        return hub, hub
+    files = [_named_files(names) for names in (args.train_file, args.validation_file)]
+    return files[0], files[1] or [f"{args.validation_percentage}% held out of the training data"]
+
+
+def _named_files(names: list[str] | None) -> list[str]:
+    paths = [Path(path).resolve() for name in names or () for path in sorted(glob.glob(name, recursive=True))]
+    return [f"{path.parent.name}/{path.name}" for path in paths]
+
+
 def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
     argument = f"--{split}_file"
     paths = [path for name in names for path in sorted(glob.glob(name, recursive=True))]

@@ -13,7 +13,10 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from yaml import YAMLError
 
+from hf_sparse_moe.hub import ModelCardCallback, add_model_card
 from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
+
+from .data import DataArguments, data_names
 
 
 logger = logging.getLogger("recipe")
@@ -57,8 +60,13 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     return arguments
 
 
-def train_and_evaluate(trainer: Trainer) -> None:
-    """Train where there is training data, evaluate where there is validation data; write the model and the numbers."""
+def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
+    """
+    Train where there is training data, evaluate where there is validation data; write the model, the numbers and the
+    model card, and with `--push_to_hub` publish them.
+    """
+    train_data, eval_data = data_names(data_args)
+    add_model_card(trainer, ModelCardCallback(train_data, eval_data))
     if trainer.train_dataset is not None:
         add_leading_callback(trainer, RoutingMonitor())
         if trainer.model.config.router_bias_update_speed > 0:
@@ -72,3 +80,6 @@ def train_and_evaluate(trainer: Trainer) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

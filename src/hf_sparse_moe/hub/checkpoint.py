@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_sparse_moe.analysis.anatomy import model_without_weights, read_config
+from hf_sparse_moe.analysis.pictures import plot_expert_load
+from hf_sparse_moe.analysis.routing import RoutingStatistics
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 
 
@@ -80,6 +83,21 @@ def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpo
         dtype = ", ".join(sorted({dtype for _, dtype in tensors.values()}))
     receipt, record, routing = (read_json(folder / name) for name in (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME))
     return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
+
+
+def save_routing_statistics(statistics: RoutingStatistics, folder: str | Path) -> Path:
+    """
+    Write what [`routing_statistics`] found beside a checkpoint's weights, for its card: `routing_statistics.json` and,
+    where matplotlib is installed, the picture `expert_load.png`.
+
+    Returns:
+        `Path`: the JSON file.
+    """
+    path = Path(folder) / ROUTING_NAME
+    path.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        plot_expert_load(statistics, path.with_name(PICTURE_NAME))
+    return path
 
 
 def mapping(value: object) -> Mapping[str, Any]:

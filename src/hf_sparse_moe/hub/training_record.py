@@ -127,7 +127,7 @@ class ModelCardCallback(TrainerCallback):
             return
         evaluation = self._record["evaluation"]
         evaluation["data"][group] = _describe_data(eval_dataloader, self._eval_names)
-        evaluation["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        evaluation["date"] = _now()
         if self._started is None:  # of the weights as they are at the end
             evaluation["results"][group] = results
             self.write(args, state, str(args.output_dir))
@@ -190,6 +190,29 @@ def write_record(record: Mapping[str, Any], folder: str | Path) -> Path:
     return path
 
 
+def record_results(
+    folder: str | Path, results: Mapping[str, Mapping[str, float]], data: str | Iterable[str] | None = None
+) -> None:
+    """
+    Add results that were measured by other means than `Trainer.evaluate` to the record of a checkpoint.
+
+    Args:
+        folder (`str` or `Path`): Of the checkpoint.
+        results (`Mapping[str, Mapping[str, float]]`):
+            Results by name, for each part (a domain, a language) of the evaluation data; `""` is the whole.
+        data (`str` or `Iterable[str]`, *optional*): The data's names, see [`ModelCardCallback`].
+    """
+    record = dict(_read_record(Path(folder)))
+    evaluation = dict(mapping(record.get("evaluation")))
+    described = {part: {"data": _listed(data), "rows": None} for part in results}
+    record["evaluation"] = evaluation | {
+        "results": {**mapping(evaluation.get("results")), **results},
+        "data": {**mapping(evaluation.get("data")), **described},
+        "date": _now(),
+    }
+    write_record(_plain(record), folder)
+
+
 def read_evaluation(metrics: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """
     The part of the evaluation data (empty for the whole) and the results in a log of `Trainer.evaluate`, which names
@@ -240,6 +263,10 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

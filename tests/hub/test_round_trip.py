@@ -1,0 +1,102 @@
+"""A step of training, save, push, pull, doctor, predict: what comes back is what was sent, in every form of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hub_checkpoints import SHARD, save_mixture
+
+
+FAMILIES = {"encoder": "bert", "decoder": "llama", "encoder-decoder": "t5"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def examine_folder(folder: str) -> dict[str, str]:
+    """What `doctor` finds; the fresh process that it starts is tested elsewhere, and costs seconds each."""
+    from pathlib import Path
+
+    from hf_sparse_moe.hub.examination import examine
+
+    return {finding.check: finding.verdict for finding in examine(Path(folder))[0]}
+
+
+def use(folder: str, trust_remote_code: bool, stock: bool = False) -> dict:
+    """Loads a checkpoint by its Auto class; returns its weights' digest, and what it predicts or generates."""
+    import hashlib
+    import json
+    from pathlib import Path
+
+    import torch
+    import transformers
+
+    if not (trust_remote_code or stock):
+        import hf_sparse_moe  # noqa: F401
+    config = json.loads((Path(folder) / "config.json").read_text())
+    reference = {value.rpartition(".")[2]: key for key, value in config.get("auto_map", {}).items()}
+    auto_class = getattr(transformers, reference.get(config["architectures"][0], "AutoModelForCausalLM"))
+    model = auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("word5 word13 word8 word21 word30", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        if model.can_generate():
+            tokens = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        else:
+            tokens = model(**inputs).logits.argmax(-1)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return {"weights": digest.hexdigest(), "tokens": tokens.tolist(), "module": type(model).__module__}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_comes_back_is_what_was_trained(client, stranger, hub_server, repo_id, tmp_path, family, dtype, sharded):
+    size = {"max_shard_size": SHARD} if sharded else {}
+    saved = save_mixture(tmp_path / "saved", FAMILIES[family], DTYPES[dtype], train=True, **size)
+    assert (len(list(saved.glob("*.safetensors"))) > 1) == sharded
+    assert client.cli("push", saved, repo_id).code == 0
+    pulled = tmp_path / "pulled"
+    assert client.cli("pull", repo_id, pulled).code == 0
+    assert set(client(examine_folder, folder=str(pulled)).values()) == {"passed"}
+    sent = client(use, folder=str(saved), trust_remote_code=False)
+    by_package = client(use, folder=str(pulled), trust_remote_code=False)
+    by_own_code = stranger(use, folder=str(pulled), trust_remote_code=True)
+    assert by_package == sent
+    assert by_own_code["module"].startswith("transformers_modules.")
+    assert by_package["module"].startswith("hf_sparse_moe.")
+    for part in ("weights", "tokens"):
+        assert by_own_code[part] == sent[part]
+    assert json.loads((pulled / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_merged_adapter_in_a_stock_architecture_comes_back(client, stranger, hub_server, repo_id, tmp_path):
+    adapters = pytest.importorskip("adapted_models", reason="needs peft")
+    from hf_sparse_moe.export import export
+    from tiny_models import tiny_sparse
+
+    base = tiny_sparse("llama")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = adapters.adapted(base).merge_and_unload()
+    changed = [name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert any("experts" in name for name in changed)  # an adapter that did nothing would come back as well
+    folder = tmp_path / "merged"
+    save_mixture(folder)  # its tokenizer
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.json"):
+        path.unlink()
+    merged.save_pretrained(folder)
+    stock = export(folder, tmp_path / "stock")
+    assert "auto_map" not in json.loads((Path(stock) / "config.json").read_text())
+    assert client.cli("push", stock, repo_id).code == 0
+    pulled = tmp_path / "pulled"
+    assert client.cli("pull", repo_id, pulled).code == 0
+    found = client(examine_folder, folder=str(pulled))
+    assert "failed" not in found.values()
+    assert found["outputs equal the fingerprint"] == found["experts differ"] == "passed"
+    sent = client(use, folder=str(folder), trust_remote_code=False)
+    back = stranger(use, folder=str(pulled), trust_remote_code=False, stock=True)
+    assert back["module"].startswith("transformers.models.")
+    assert back["tokens"] == sent["tokens"]
