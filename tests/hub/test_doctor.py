@@ -1,6 +1,7 @@
 """`hf-sparse-moe doctor`: a whole checkpoint passes, and each thing that can be wrong with one is named."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cli_client import run_cli
 from hf_sparse_moe.hub.doctor import REMOTE_CODE, doctor
 from hf_sparse_moe.hub.examination import FAILED, NOT_CHECKED, PASSED, WARNING, examine
-from hf_sparse_moe.hub.fingerprint import FINGERPRINT_NAME, make_fingerprint
+from hf_sparse_moe.hub.fingerprint import FINGERPRINT_NAME, fingerprint_difference, make_fingerprint
 from hub_checkpoints import save_mixture
 from tiny_models import tiny_dense
 
@@ -183,3 +184,11 @@ def test_a_dense_model_has_no_mixture_to_check(tmp_path):
     found = verdicts(tmp_path)
     assert found["experts differ"] == found["routers choose"] == NOT_CHECKED
     assert FAILED not in found.values()
+
+
+def test_a_number_that_is_none_is_no_small_difference():
+    taken = {"shape": [2], "outputs": [1.0, 2.0], "largest": 2.0}
+    assert fingerprint_difference({"shape": [2], "outputs": [1.0, 2.0]}, taken) == 0
+    for outputs in ([1.0, math.nan], [1.0, "2"], [1.0]):
+        assert fingerprint_difference({"shape": [2], "outputs": outputs}, taken) == math.inf
+    assert fingerprint_difference({"shape": [1, 2], "outputs": [1.0, 2.0]}, taken) == math.inf

@@ -80,7 +80,7 @@ def test_a_tag_and_a_branch_are_resolved(client, hub_server, published, target, 
 
 
 def test_a_pull_that_failed_goes_on(client, hub_server, published, target):
-    first, *others = sorted(name for name in published if name.endswith(".safetensors"))
+    others = sorted(name for name in published if name.endswith(".safetensors"))[1:]
     hub_server.faults.append(Fault("GET", f"/resolve/.*/{others[0]}|^/cdn/", status=500, times=100))
     hub_server.faults.insert(0, Fault("GET", "^/cdn/", action=lambda: None))  # lets the first shard through
     failed = client.cli("pull", PUBLISHED, target)
@@ -118,7 +118,7 @@ def test_a_shard_that_arrives_damaged_is_never_kept(client, hub_server, publishe
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "C:outside", ".git/hooks/x", "a//b", ".lock", "nul"],
+    ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "C:outside", ".git/x", "a//b", ".lock", "nul"],
 )
 def test_nothing_is_written_outside_the_target(client, hub_server, published, target, repo_id, name):
     entry = replace(hub_server.hub.regular("x", b"evil"), path=name)
@@ -157,7 +157,6 @@ def test_a_repository_without_safetensors_is_refused(client, hub_server, target,
 
 def pull_on_a_full_disk(repo_id: str, target: str, free: int, full_after: int | None) -> dict:
     """Pulls where `shutil.disk_usage` says `free`, and a write fails after so many bytes, as a kernel does it."""
-    import builtins
     import resource
     import shutil
     import signal

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_checkpoints import SHARD, contents, save_mixture
 
+from hub_checkpoints import SHARD, contents, save_mixture
 from hub_server import Fault
 
 
@@ -42,6 +42,8 @@ def test_a_folder_arrives_in_one_commit(client, hub_server, repo_id, folder):
     assert files == set(before) | {"README.md", "fingerprint.json"}
     assert all(hub_server.hub.read(repo_id, name) == content for name, content in before.items())
     assert contents(folder) == before
+    everything = [hub_server.hub.read(repo_id, name) for name in files]
+    assert not any(b"hf_writer" in content for content in (*everything, pushed.out.encode(), pushed.err.encode()))
     assert f'from_pretrained("{repo_id}")' in hub_server.hub.read(repo_id, "README.md").decode()
 
 

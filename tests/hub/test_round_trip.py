@@ -37,7 +37,8 @@ def use(folder: str, trust_remote_code: bool, stock: bool = False) -> dict:
     reference = {value.rpartition(".")[2]: key for key, value in config.get("auto_map", {}).items()}
     auto_class = getattr(transformers, reference.get(config["architectures"][0], "AutoModelForCausalLM"))
     model = auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # without the package the tokenizer asks for trust too: it reads the config first
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     inputs = tokenizer("word5 word13 word8 word21 word30", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
@@ -71,6 +72,20 @@ def test_what_comes_back_is_what_was_trained(client, stranger, hub_server, repo_
     for part in ("weights", "tokens"):
         assert by_own_code[part] == sent[part]
     assert json.loads((pulled / "config.json").read_text())["dtype"] == dtype
+
+
+def test_doctor_takes_a_repository_and_its_revision(client, hub_server, repo_id, tmp_path):
+    saved = save_mixture(tmp_path / "saved")
+    client.cli("push", saved, repo_id, "--tag", "v1")
+    told = client.cli("doctor", repo_id, "--revision", "v1", "--json")
+    assert told.code == 0, told
+    report = json.loads(told.out)
+    assert report["revision"] == hub_server.hub.repos[repo_id].tags["v1"]
+    assert ["outputs equal the fingerprint", "passed"] in [row[:2] for row in report["findings"]]
+    weights = hub_server.hub.repos[repo_id].resolve("v1").files["model.safetensors"]
+    hub_server.hub.blob(weights.sha256).write_bytes(bytes(weights.size))
+    assert client.cli("doctor", repo_id, "--revision", "v1").code == 3
+    assert client.cli("doctor", "tester/never-created").code == 2
 
 
 def test_a_merged_adapter_in_a_stock_architecture_comes_back(client, stranger, hub_server, repo_id, tmp_path):

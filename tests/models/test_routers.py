@@ -135,7 +135,7 @@ def assert_same_with_gradients(block, x: torch.Tensor, actual: torch.Tensor, exp
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_every_router_on_every_backend_equals_its_formula(kind, backend, training):
     block, x, (mask, ids) = routed_block(kind, backend).train(training), sequences(), pads_and_ids()
@@ -253,7 +253,7 @@ def test_a_mask_of_pairs_is_no_mask_of_tokens(shape):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_one_bad_token_spoils_itself_alone(kind, backend, bad):
     block, x = routed_block(kind, backend), sequences().detach()
@@ -290,7 +290,7 @@ def test_a_batch_of_pads(kind, training):
     assert all(parameter.grad.isfinite().all() for parameter in block.parameters() if parameter.grad is not None)
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_few_tokens_or_none(kind, backend):
     block = routed_block(kind, backend, num_experts=16)

@@ -93,11 +93,17 @@ def is_text(args: DataArguments) -> bool:
 
 def data_names(args: DataArguments) -> tuple[list[str], list[str]]:
     """What the model card calls the training and the validation data: a data set of the Hub, or folder and file."""
+    held_out = f"{args.validation_percentage}% held out of the training data"
     if args.dataset_name is not None:
-        hub = [f"hf://datasets/{args.dataset_name}"]
-        return hub, hub
-    files = [_named_files(names) for names in (args.train_file, args.validation_file)]
-    return files[0], files[1] or [f"{args.validation_percentage}% held out of the training data"]
+        train = [f"hf://datasets/{args.dataset_name}"]
+        validation = [f"{args.dataset_name}, {args.validation_split}, or where it has none {held_out}"]
+    else:
+        train, validation = _named_files(args.train_file), _named_files(args.validation_file) or [held_out]
+    limits = ((train, args.max_train_samples), (validation, args.max_eval_samples))
+    for names, limit in limits:
+        if limit is not None:
+            names.append(f"of these the first {limit} rows")
+    return train, validation
 
 
 def _named_files(names: list[str] | None) -> list[str]:

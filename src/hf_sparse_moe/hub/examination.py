@@ -124,7 +124,7 @@ def _tied(model: PreTrainedModel) -> Finding:
     apart = sorted(name for name, first in tied.items() if parameters.get(name) is not parameters.get(first))
     if apart:
         return Finding(check, FAILED, f"The config ties {_some(apart)} to another, but the files hold both.")
-    return Finding(check, PASSED, f"{len(tied)} tensors share another's memory." if tied else "None is to be tied.")
+    return Finding(check, PASSED, f"Tied: {_some(sorted(tied))}." if tied else "None is to be tied.")
 
 
 def _experts(layers: list[MixtureLayer], folder: Path) -> Finding:

@@ -85,13 +85,12 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
 
 
 def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> float:
-    """The largest difference of two fingerprints, relative to the largest output; infinite for other shapes."""
-    if recorded.get("shape") != taken["shape"] or len(recorded["outputs"]) != len(taken["outputs"]):
-        return float("inf")
-    pairs = zip(recorded["outputs"], taken["outputs"], strict=True)
-    if not all(isinstance(value, int | float) for value in recorded["outputs"]):
-        return float("inf")
-    largest = max(abs(there - here) for there, here in pairs)
+    """The largest difference of two fingerprints, relative to the largest output; infinite for what has no number."""
+    there, here = recorded["outputs"], taken["outputs"]
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*there, *here))
+    if recorded.get("shape") != taken["shape"] or len(there) != len(here) or not finite:
+        return math.inf
+    largest = max(abs(one - other) for one, other in zip(there, here, strict=True))
     return largest / taken["largest"] if taken["largest"] > 0 else largest
 
 

@@ -121,7 +121,7 @@ def push_folder(
             tag=tag,
             card=card,
         )
-    return Published(commit, sorted(files), left_out)
+    return Published(commit, sorted({*files, *(["README.md"] if card else [])}), left_out)
 
 
 def push_to_hub(
