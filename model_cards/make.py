@@ -1,7 +1,7 @@
 """
 Train the mixtures of the reference cards, and write their cards and run records into this folder.
 
-    python model_cards/make.py                  # all of them, about a minute each on one core
+    python model_cards/make.py                  # all of them, one to two minutes of one core each
     python model_cards/make.py decoder          # one
     python model_cards/make.py --no-training    # the cards again, from the records that lie here
 
@@ -216,6 +216,14 @@ def make(name: str, output: Path) -> None:
     for file in (*RECORD, "README.md"):
         if (output / file).is_file():
             shutil.copyfile(output / file, target / file)
+    forget_folders(target / "config.json")
+
+
+def forget_folders(path: Path) -> None:
+    """Take out of a config where the dense model lay on the disk of whoever made it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dense_config"].pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def renderer(name: str) -> Callable[..., str]:

@@ -7,7 +7,7 @@ Importing the package registers its classes, so that `AutoModelForCausalLM.from_
 from importlib import import_module
 from typing import Any
 
-from . import backends as _backends  # registers the experts implementations
+from . import backends  # noqa: F401  registers the experts implementations
 from .models.configuration_sparse_moe import (
     SparseMoeConfig,
     SparseMoeDecoderConfig,
@@ -47,6 +47,7 @@ _LAZY = {
     "SelectionBiasCallback": ".train",
     "add_leading_callback": ".train",
     "disable_experts": ".routing",
+    "doctor": ".hub",
     "expand": ".upcycling",
     "expert_lora_config": ".adapters",
     "explain_export": ".export",
@@ -56,10 +57,13 @@ _LAZY = {
     "load_expert_lora": ".adapters",
     "observe_routing": ".routing",
     "plan": ".upcycling",
+    "pull": ".hub",
+    "push_folder": ".hub",
     "push_to_hub": ".hub",
     "record_routing": ".routing",
     "render_model_card": ".hub",
     "replay_routing": ".routing",
+    "select_experts": ".adapters",
     "stream_upcycle": ".upcycling",
     "upcycle": ".upcycling",
     "use_top_k": ".routing",
@@ -98,6 +102,7 @@ __all__ = [
     "SparseMoePreTrainedModel",
     "add_leading_callback",
     "disable_experts",
+    "doctor",
     "expand",
     "expert_lora_config",
     "explain",
@@ -109,6 +114,8 @@ __all__ = [
     "load_expert_lora",
     "observe_routing",
     "plan",
+    "pull",
+    "push_folder",
     "push_to_hub",
     "record_routing",
     "render_model_card",

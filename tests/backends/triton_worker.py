@@ -70,7 +70,6 @@ def sigmoid_gate() -> Pairs:
     """A gate of the architecture's own, which no kernel knows."""
     module = experts()
 
-
     class Experts(type(module)):
         def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -155,7 +154,7 @@ def main() -> None:
         "one_expert": compare(experts(count=1), torch.zeros(TOKENS, 1, dtype=torch.long), torch.rand(TOKENS, 1)),
         "all_experts": compare(experts(), everyone, torch.rand(TOKENS, EXPERTS)),
         "one_token": compare(experts(), *routing(1)),
-        "no_tokens": {"output": (triton_mm_experts_forward(experts(), torch.randn(0, HIDDEN), *routing(0)).detach(),) * 2},
+        "no_tokens": {"output": (triton_mm_experts_forward(experts(), torch.randn(0, HIDDEN), *routing(0)).detach(),)},
         "expert_parallel": expert_parallel(),
         "mixtral": mixtral(),
     }

@@ -43,8 +43,8 @@ def triton_mm_experts_forward(
     device = hidden_states.device.type
     if device != "cuda" and not INTERPRETED:
         raise ValueError(
-            f'`experts_implementation="triton_mm"` runs on CUDA, and these tensors are on `{device}`. Use "segment_mm" '
-            'on a CPU, or "grouped_mm".'
+            f'`experts_implementation="triton_mm"` runs on CUDA, and these tensors are on `{device}`. Use '
+            '"segment_mm" on a CPU, or "grouped_mm".'
         )
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up, down = getattr(self, up_name), self.down_proj
@@ -54,7 +54,8 @@ def triton_mm_experts_forward(
     up_bias, down_bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype
     activation = Activation.of(self)
-    call = _Call(_Rows.sort(top_k_index, self.num_experts, self._is_expert_parallel), activation, dtype, self.is_transposed)
+    rows = _Rows.sort(top_k_index, self.num_experts, self._is_expert_parallel)
+    call = _Call(rows, activation, dtype, self.is_transposed)
     with torch.autocast(device, enabled=False):
         return _TritonExperts.apply(
             call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *activation.parameters
@@ -132,9 +133,9 @@ class _Call:
         self, needs, first_RU, by_torch, gradient_TH, hidden_TH, weights_TK, up, up_bias, down, down_bias, *parameters
     ):  # fmt: skip
         """The gradients of [`forward`]'s arguments, those that `needs` says."""
-        need_hidden, need_weights, need_up, need_up_bias, need_down, need_down_bias, *need_parameters = needs
+        need_hidden, need_weights, need_up, need_up_bias, need_down, need_down_bias, *_ = needs
         rows, matrix_EUH, matrix_EHI = self.rows, self.matrices(up), self.matrices(down)
-        num_experts, units, hidden = matrix_EUH.shape
+        num_experts, _, hidden = matrix_EUH.shape
         num_tokens, top_k = weights_TK.shape
         num_rows = num_tokens * top_k
         gradient_TH = gradient_TH.to(self.dtype).contiguous()

@@ -46,8 +46,8 @@ def _rows_kernel(
     x, weight, bias, row_scale, read_index, write_index, out, activated, offsets, block_expert, first_block,
     N, K, x_stride, weight_stride_e, weight_stride_n, weight_stride_k, bias_stride, out_stride, activated_stride,
     NUM_EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, READ_INDEX: tl.constexpr,
-    WRITE_INDEX: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WRITE_INDEX: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, column_block = tl.program_id(0), tl.program_id(1)
     expert = tl.load(block_expert + block)

@@ -169,9 +169,11 @@ def _training(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     if resumed:
         rows["Interrupted, and resumed at step"] = _shown(resumed)
-    settings = {as_code(name): value for name, value in mapping(record.get("hyperparameters")).items()}
-    settings |= {f"hardware: {name}": value for name, value in mapping(record.get("hardware")).items()}
-    return rows | {name.replace("_", " "): _shown(value) for name, value in settings.items() if value is not None}
+    settings: dict[str, Any] = {as_code(name): value for name, value in mapping(record.get("hyperparameters")).items()}
+    hardware = {
+        f"hardware: {name.replace('_', ' ')}": value for name, value in mapping(record.get("hardware")).items()
+    }
+    return rows | {name: _shown(value) for name, value in (settings | hardware).items() if value is not None}
 
 
 def _results(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

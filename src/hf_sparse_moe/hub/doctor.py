@@ -118,6 +118,7 @@ def _run(arguments: list[str], workplace: Path) -> str | None:
     """A Python process without tokens, network of the Hub or a shared cache; the last line it said if it failed."""
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     environment |= {"HF_HOME": str(workplace / "home"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the packages of this process, here and there
     ended = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     if ended.returncode == 0:
         return None

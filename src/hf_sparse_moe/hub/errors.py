@@ -166,7 +166,7 @@ def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool
     if status is not None and status not in NOT_DONE | PERHAPS_DONE and not 500 <= status < 600:
         return ValueError(f"{hub} refuses this for `{repo_id}` (status {status}: {reason}).")
     what = "it had a fault of its own" if status else "it could not be reached, or the connection was cut"
-    return _unavailable(repo_id, f"{_BUSY.get(status, what)} ({_answer(error)})")
+    return _unavailable(repo_id, f"{_BUSY.get(status or 0, what)} ({_answer(error)})")
 
 
 def _unavailable(repo_id: str, what: str) -> HubUnavailableError:

@@ -295,7 +295,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Where nobody asks for another, the package's `"auto"`; where this folder travelled alone, transformers' own."""
+        """The package's `"auto"` where nobody asks for another; where this folder travels alone, transformers' own."""
         if requested_experts is None and "auto" in ALL_EXPERTS_FUNCTIONS.valid_keys():
             return "auto"
         return super().get_correct_experts_implementation(requested_experts)
