@@ -43,9 +43,11 @@ register_auto_classes(AUTO_CLASSES)
 
 # Found on first use, so that importing the package needs torch and transformers only.
 _LAZY = {
+    "ModelCardCallback": ".hub",
     "RoutingMonitor": ".train",
     "SelectionBiasCallback": ".train",
     "add_leading_callback": ".train",
+    "add_model_card": ".hub",
     "disable_experts": ".routing",
     "doctor": ".hub",
     "expand": ".upcycling",
@@ -60,6 +62,7 @@ _LAZY = {
     "pull": ".hub",
     "push_folder": ".hub",
     "push_to_hub": ".hub",
+    "push_trainer": ".hub",
     "record_routing": ".routing",
     "render_model_card": ".hub",
     "replay_routing": ".routing",
@@ -68,6 +71,7 @@ _LAZY = {
     "upcycle": ".upcycling",
     "use_top_k": ".routing",
     "verify": ".upcycling",
+    "write_model_card": ".hub",
 }
 
 
@@ -78,6 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ModelCardCallback",
     "RoutingMonitor",
     "SelectionBiasCallback",
     "SparseMoeConfig",
@@ -101,6 +106,7 @@ __all__ = [
     "SparseMoeEncoderModel",
     "SparseMoePreTrainedModel",
     "add_leading_callback",
+    "add_model_card",
     "disable_experts",
     "doctor",
     "expand",
@@ -117,6 +123,7 @@ __all__ = [
     "pull",
     "push_folder",
     "push_to_hub",
+    "push_trainer",
     "record_routing",
     "render_model_card",
     "replay_routing",
@@ -125,4 +132,5 @@ __all__ = [
     "upcycle",
     "use_top_k",
     "verify",
+    "write_model_card",
 ]

@@ -7,7 +7,17 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 
-from tiny_models import ARCHITECTURES, BACKBONES, FAMILIES, LANGUAGE_MODELS, architecture_of, tiny_inputs, tiny_sparse
+from hf_sparse_moe import upcycle
+from tiny_models import (
+    ARCHITECTURES,
+    BACKBONES,
+    FAMILIES,
+    LANGUAGE_MODELS,
+    architecture_of,
+    tiny_dense,
+    tiny_inputs,
+    tiny_sparse,
+)
 
 
 ONE_A_FAMILY = [names[0] for names in FAMILIES.values()]
@@ -160,3 +170,11 @@ def test_generation_config_travels(name, tmp_path):
     loaded = load(name, tmp_path)
     assert loaded.generation_config.max_new_tokens == 5
     assert loaded.generation_config.decoder_start_token_id == model.generation_config.decoder_start_token_id
+
+
+def test_the_folder_of_the_dense_checkpoint_stays_at_home(tmp_path):
+    """Whose disk it lay on is nobody's business who reads the published config."""
+    dense = tiny_dense("llama")
+    dense.save_pretrained(tmp_path / "secret-folder")
+    upcycle(str(tmp_path / "secret-folder"), num_experts=2).save_pretrained(tmp_path / "sparse")
+    assert "secret-folder" not in (tmp_path / "sparse" / "config.json").read_text()

@@ -20,8 +20,8 @@ recipe = import_module("recipe")
 train_and_evaluate = recipe.train_and_evaluate
 
 
-def probed(trainer) -> None:
-    train_and_evaluate(trainer)
+def probed(trainer, *arguments) -> None:
+    train_and_evaluate(trainer, *arguments)
     if trainer.is_world_process_zero():
         facts = {"world_size": trainer.args.world_size, "wrapper": type(trainer.model_wrapped).__name__}
         Path(out).write_text(json.dumps(facts))

@@ -165,6 +165,13 @@ class SparseMoeConfig(PreTrainedConfig):
         declared = self.dense_config.__dataclass_fields__
         return {name: value for name, value in super()._get_generation_parameters().items() if name not in declared}
 
+    def to_dict(self) -> dict[str, Any]:
+        """[`PreTrainedConfig.to_dict`] without the folder that the dense config was read from."""
+        output = super().to_dict()
+        if isinstance(dense := output.get("dense_config"), dict):
+            dense.pop("_name_or_path", None)
+        return output
+
     # The experts read this config; the dense model inside has none, and would refuse the name of a backend.
     @property
     def _experts_implementation(self) -> str | None:
