@@ -113,8 +113,12 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         self._global_load = GlobalLoad()
         self.post_init()
         # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
-        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        # And a selection bias is a sigmoid router's alone.
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        parts = {part for name, _ in tensors for part in name.split(".")}
         self._keep_in_fp32_modules = {name for name in self._keep_in_fp32_modules or () if name in parts}
+        strict = self._keep_in_fp32_modules_strict or ()
+        self._keep_in_fp32_modules_strict = {name for name in strict if name in parts}
 
     @property
     def sparse_blocks(self) -> list[SparseMoeBlock]:
