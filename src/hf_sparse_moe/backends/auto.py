@@ -15,7 +15,7 @@ def auto_experts_forward(
     """
     `experts_implementation="auto"`: `segment_mm` on a CPU, transformers' `grouped_mm` elsewhere and in traced graphs.
 
-    A choice by measurement (docs/performance.md): with its own arguments no backend computes anything else. Takes what
+    A choice by measurement (benchmarks/experts.py): with its own arguments no backend computes anything else. Takes what
     [`segment_mm_experts_forward`] takes.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
