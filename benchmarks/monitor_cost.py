@@ -4,8 +4,9 @@ What does `RoutingMonitor` cost? Step times of the same training with it and wit
     python benchmarks/monitor_cost.py
 
 A Trainer trains a decoder of 8 experts by turns of a few optimizer steps. Each turn with the monitor is compared with
-the one without that ran right beside it, in changing order, so that a busy machine slows both. Every turn ends with a log, so that the read and the all-reduce are in it. Prints medians, and what the
-callback's own code takes: exact on a CPU, where the step times of a busy machine may differ by more than that.
+the one without that ran right beside it, in changing order, so that a busy machine slows both. Every turn ends with a
+log, so that the read and the all-reduce are in it. Prints medians, and what the callback's own code takes: exact on a
+CPU, where the step times of a busy machine may differ by more than that.
 """
 
 from __future__ import annotations

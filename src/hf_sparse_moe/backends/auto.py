@@ -15,8 +15,8 @@ def auto_experts_forward(
     """
     `experts_implementation="auto"`: `segment_mm` on a CPU, transformers' `grouped_mm` elsewhere and in traced graphs.
 
-    A choice by measurement (benchmarks/experts.py): with its own arguments no backend computes anything else. Takes what
-    [`segment_mm_experts_forward`] takes.
+    A choice by measurement (benchmarks/experts.py): with its own arguments no backend computes anything else. Takes
+    what [`segment_mm_experts_forward`] takes.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if hidden_states.device.type == "cpu" and not traced and not self.has_post_expert_norm:
