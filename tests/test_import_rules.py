@@ -111,6 +111,6 @@ def test_importing_the_package_loads_no_extra():
         run = [sys.executable, "-c", program.format(modules)]
         return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
 
-    ours = loaded("hf_sparse_moe, hf_sparse_moe.cli") if (PACKAGE / "cli.py").is_file() else loaded("hf_sparse_moe")
+    ours = loaded("hf_sparse_moe, hf_sparse_moe.cli")
     stock = loaded("transformers.modeling_utils, transformers.generation")
     assert not (ours - stock) & OPTIONAL

@@ -13,7 +13,7 @@ import transformers as hf
 
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe import upcycle
-from hf_sparse_moe.cli import _leave
+from hf_sparse_moe.cli.app import leave_on_signal
 from hf_sparse_moe.upcycling.output import new_folder, write_checkpoint
 from tiny_models import tiny_dense
 
@@ -185,13 +185,13 @@ def test_folders_above_the_target_come_and_go(workplace):
     shutil.rmtree(workplace / "a")
 
 
-def test_termination_leaves_nothing(workplace):
+def test_terminationleave_on_signals_nothing(workplace):
     def be_terminated():
         with new_folder(workplace / "out") as folder:
             (folder / "half").write_text("written")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, leave_on_signal)
     try:
         with pytest.raises(SystemExit, match="143"):
             be_terminated()

@@ -1,0 +1,66 @@
+"""The options that several commands share, and how they are read and printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+
+ExpertsOption = Annotated[int, typer.Option(help="Routed experts of a layer.")]
+TopKOption = Annotated[int, typer.Option(help="Experts that serve one token.")]
+MethodOption = Annotated[str, typer.Option(help="How the experts start; `copy` keeps the function.")]
+LayersOption = Annotated[
+    str, typer.Option(help="Which layers become sparse: `all`, `none`, `every_N`, `first_N` or `last_N`.")
+]
+SettingsOption = Annotated[
+    list[str],
+    typer.Option("--set", help="NAME=VALUE, once or more: an option of the method, or a field of the config."),
+]
+DtypeOption = Annotated[str, typer.Option(help="Of the result, such as `bfloat16`; `auto` keeps the source's.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what a call that was killed left.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def to_dtype(name: str) -> Any:
+    """`--dtype` as torch names it; `auto` stays."""
+    import torch
+
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`--dtype {name}` is not allowed: it must be auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+def to_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """`name=value` each; a value is JSON where it can be read as such, else a word."""
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"`--set {assignment}` is not allowed: it must be NAME=VALUE, such as granularity=4.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def describe_difference(equality: dict[str, Any]) -> str:
+    """The receipt's comparison with the dense outputs, in a sentence."""
+    if "max_abs_difference" not in equality:
+        return f"difference to the dense outputs: {equality['note']}"
+    return (
+        f"largest difference to the dense outputs {equality['max_abs_difference']:.1e} on {equality['probe_tokens']} "
+        f"tokens in {equality['dtype']}, where they reach {equality['max_abs_output']:.1f}"
+    )

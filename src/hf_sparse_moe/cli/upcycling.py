@@ -1,0 +1,195 @@
+"""`upcycle`, `verify`, `plan`: a mixture of a dense checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .app import app
+from .options import (
+    DtypeOption,
+    ExpertsOption,
+    JsonOption,
+    LayersOption,
+    MethodOption,
+    ResumeOption,
+    RevisionOption,
+    SeedOption,
+    SettingsOption,
+    TopKOption,
+    describe_difference,
+    print_json,
+    to_dtype,
+    to_settings,
+)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "`hf-sparse-moe upcycle gpt2 gpt2-8x`\n\n"
+    "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
+    "`hf-sparse-moe upcycle ./llama ./llama-64x --method split --num-experts 64 --num-experts-per-tok 8 "
+    "--set granularity=8 --layers every_2`"
+)
+def upcycle(
+    src: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    num_experts: ExpertsOption = 8,
+    num_experts_per_tok: TopKOption = 2,
+    method: MethodOption = "copy",
+    seed: SeedOption = 0,
+    layers: LayersOption = "all",
+    settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "4GB",
+    resume: ResumeOption = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights in a pickle (*.bin), which may run code.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Make a mixture of experts of a dense checkpoint.
+
+    Weights, config, remote code, tokenizer, generation config, licence and receipt go into a new folder that
+    `AutoModelFor...from_pretrained` loads. It is written tensor by tensor: neither model is ever in memory.
+    """
+    from hf_sparse_moe.upcycling import stream_upcycle
+
+    receipt = stream_upcycle(
+        src,
+        dst,
+        num_experts,
+        num_experts_per_tok,
+        method,
+        seed,
+        layers=layers,
+        dtype=to_dtype(dtype),
+        revision=revision,
+        allow_pickle=allow_pickle,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        show_progress=sys.stderr.isatty(),
+        **to_settings(settings),
+    )
+    architecture = json.loads((dst / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    if as_json:
+        print_json({"path": str(dst), "class": architecture, "receipt": receipt})
+        return
+    parameters = receipt["parameters"]
+    console = Console()
+    console.print(f"[bold]{escape(str(dst))}[/]: {architecture}", highlight=False)
+    console.print(
+        f"parameters {parameters['dense']:,} dense -> {parameters['total']:,}, {parameters['active']:,} active\n"
+        f"{describe_difference(receipt['equality'])}",
+        highlight=False,
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe verify ./gpt2-8x --against gpt2`\n\n"
+    "Exit code 1 where the mixture is not what its receipt says."
+)
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
+    against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made of.")],
+    text: Annotated[Path | None, typer.Option(help="A text file, to measure the task loss of both models on.")] = None,
+    revision: RevisionOption = None,
+    dense_revision: Annotated[str | None, typer.Option(help="The same of the dense checkpoint.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a mixture against its dense checkpoint, and compare with its receipt. Loads both."""
+    from hf_sparse_moe.upcycling import verify as measure
+
+    evaluation = None if text is None else _batches(text, checkpoint, revision)
+    report = measure(checkpoint, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
+    if as_json:
+        print_json(report)
+    else:
+        verdict = "[green]verified[/]" if report["passed"] else "[red]not verified[/]"
+        Console().print("\n".join([verdict, *map(escape, report["findings"])]), highlight=False)
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16`\n\n"
+    "`hf-sparse-moe plan ./llama --method split --num-experts 64 --num-experts-per-tok 8 --set granularity=8 --json`"
+)
+def plan(
+    src: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")],
+    num_experts: ExpertsOption = 8,
+    num_experts_per_tok: TopKOption = 2,
+    method: MethodOption = "copy",
+    layers: LayersOption = "all",
+    settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a mixture would cost to store, train and serve. Reads the config alone, writes nothing."""
+    from hf_sparse_moe.export import explain_export
+    from hf_sparse_moe.upcycling import plan as make_plan
+
+    report = make_plan(
+        src,
+        num_experts,
+        num_experts_per_tok,
+        method,
+        layers=layers,
+        dtype=to_dtype(dtype),
+        revision=revision,
+        **to_settings(settings),
+    )
+    report["exports"] = explain_export(report.pop("config")).possible
+    if as_json:
+        print_json(report)
+    else:
+        _print_plan(report)
+
+
+def _batches(text: Path, checkpoint: str, revision: str | None) -> list[dict[str, Any]]:
+    """A text file as batches of the checkpoint's own objective: next, masked or following tokens."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_sparse_moe.quickstart.examples import make_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision)
+    config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+    examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, type(config), length=128, limit=64)
+    return [{name: tensor.unsqueeze(0) for name, tensor in example.items()} for example in examples]
+
+
+def _print_plan(report: dict[str, Any]) -> None:
+    parameters, flops = report["parameters"], report["flops_per_token"]
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("becomes", report["class"])
+    facts.add_row("keeps the function", report["exact"])
+    facts.add_row("parameters", f"{parameters['dense']:,} dense -> {parameters['total']:,}")
+    facts.add_row("active for a token", f"{parameters['active']:,}")
+    facts.add_row("checkpoint", _gigabytes(report["checkpoint_bytes"]))
+    ratio = flops["mixture"] / flops["dense"]
+    facts.add_row("FLOPs a token", f"{flops['dense']:,} dense -> {flops['mixture']:,} ({ratio:.2f} times)")
+    slower = ", ".join(f"{factor:.2f} at batch {batch}" for batch, factor in report["decode_slowdown"].items())
+    facts.add_row("times slower to decode, by weights read", slower)
+    facts.add_row("can be exported to", ", ".join(report["exports"]) or "no stock architecture")
+    memory = Table("training memory, activations not counted", "")
+    memory.columns[1].justify = "right"
+    for name, count in report["training_bytes"].items():
+        memory.add_row(name, _gigabytes(count))
+    console = Console()
+    console.print(facts, highlight=False)
+    console.print(memory)
+    console.print(report["rule_of_thumb"], highlight=False)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
