@@ -34,6 +34,7 @@ from hf_sparse_moe.hub import record_results, render_model_card, save_routing_st
 from hf_sparse_moe.hub.checkpoint import PICTURE_NAME, read_checkpoint
 from hf_sparse_moe.hub.model_card import write_readme
 from hf_sparse_moe.quickstart.examples import make_examples
+from hf_sparse_moe.upcycling.receipt import source_files
 
 
 HERE = Path(__file__).parent
@@ -60,6 +61,7 @@ class Run:
         auto_class (`type`): Loads what it leaves.
         measured_on (`list[str]`): The names of the evaluation data.
         examples (`Callable`): The evaluation data by part, for a model and its tokenizer.
+        source (`str`, *optional*): The folder of the dense checkpoint.
         license (`str`, *optional*): Of the model.
         language (`list[str]`): Of the training data.
     """
@@ -70,6 +72,7 @@ class Run:
     auto_class: type
     measured_on: list[str]
     examples: Callable[[SparseMoePreTrainedModel, object], dict[str, list[Example]]]
+    source: str | None
     license: str | None
     language: list[str]
 
@@ -142,6 +145,7 @@ def runs() -> dict[str, Run]:
             AutoModelForMaskedLM,
             domains,
             domain_examples,
+            minilm(),
             "apache-2.0",
             ["en"],
         ),
@@ -156,6 +160,7 @@ def runs() -> dict[str, Run]:
             AutoModelForCausalLM,
             domains,
             domain_examples,
+            stories,
             "mit",
             ["en"],
         ),
@@ -174,6 +179,7 @@ def runs() -> dict[str, Run]:
             AutoModelForSeq2SeqLM,
             [f"the first {4 * EXAMPLES} pairs of each test file of multi30k"],
             caption_examples,
+            None,
             None,
             ["en", "de"],
         ),
@@ -202,6 +208,8 @@ def make(name: str, output: Path) -> None:
     command = [sys.executable, str(HERE.parent / "training" / run.recipe), *run.arguments, *TRAINING]
     subprocess.run([*command, "--output_dir", str(output)], check=True)
     model = run.auto_class.from_pretrained(output).eval()
+    if run.source is not None:
+        record_source(output / "receipt.json", Path(run.source))
     examples = run.examples(model, AutoTokenizer.from_pretrained(output))
     batches = [{key: value[None] for key, value in row.items()} for rows in examples.values() for row in rows]
     groups = [part for part, rows in examples.items() for _ in rows]
@@ -217,6 +225,16 @@ def make(name: str, output: Path) -> None:
         if (output / file).is_file():
             shutil.copyfile(output / file, target / file)
     forget_folders(target / "config.json")
+
+
+def record_source(path: Path, folder: Path) -> None:
+    """
+    Write the hashes of the dense checkpoint into a receipt that has none: a recipe that puts a new head on a
+    checkpoint upcycles a model in memory, which `upcycle` cannot say to be that of the files.
+    """
+    receipt = json.loads(path.read_text(encoding="utf-8"))
+    receipt["source"]["sha256"] = receipt["source"]["sha256"] or source_files(folder)
+    path.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 
 def forget_folders(path: Path) -> None:

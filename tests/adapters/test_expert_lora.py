@@ -184,5 +184,5 @@ def test_packed_experts_are_refused_with_a_sentence():
     model = stock_mixture("mixtral")
     experts = model.model.layers[1].mlp.experts
     torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
-    with pytest.raises(ValueError, match="not yet wrapped or quantised"):
+    with pytest.raises(ValueError, match="nor quantised by other means"):
         expert_lora_config(model)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +196,37 @@ def test_a_disk_that_fills_up_is_told_and_a_second_call_goes_on(client, hub_serv
     assert contents(target) == published
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB; where nobody may mount one, the test above stands in."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_a_real_disk_that_fills_up_is_told_and_a_second_call_goes_on(client, hub_server, published, small_disk):
+    target = small_disk / "pulled"
+    hub_server.faults.append(Fault("GET", "^/cdn/", action=lambda: fill(small_disk, leave=8192)))
+    pulled = client.cli("pull", PUBLISHED, target)
+    assert (pulled.code, "is full" in pulled.err, pulled.err.count("\n")) == (2, True, 1), pulled
+    assert not target.exists()
+    again = client.cli("pull", PUBLISHED, target)  # now it is seen beforehand
+    assert (again.code, "its disk has" in again.err) == (2, True), again
+    (small_disk / "filler").unlink()
+    hub_server.requests.clear()
+    assert client.cli("pull", PUBLISHED, target).code == 0
+    assert contents(target) == published
+
+
 def test_a_target_that_is_taken_is_left_alone(client, published, target):
     target.mkdir(parents=True)
     (target / "mine.txt").write_text("mine")
@@ -256,6 +289,9 @@ def test_offline_the_cache_is_copied_and_what_is_not_there_is_named(
         for repo_id in (PUBLISHED, "tester/never-seen"):  # the one without its weights
             pulled = offline.cli("pull", repo_id, target)
             assert (pulled.code, "stay offline" in pulled.err) == (3, True), pulled
+        for command in (("doctor", PUBLISHED), ("push", save_mixture(target.with_name("saved")), "tester/offline")):
+            told = offline.cli(*command)
+            assert (told.code, "stay offline" in told.err, told.err.count("\n")) == (3, True, 1), told
         online(download, repo_id=PUBLISHED, patterns=None)
         hub_server.requests.clear()
         pulled = offline.cli("pull", PUBLISHED, target, "--json")

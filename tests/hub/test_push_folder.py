@@ -117,8 +117,13 @@ def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (("pytorch_model_fsdp_0/__0_0.distcp",), "accelerate merge-weights"),
-        (("global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"), "zero_to_fp32.py"),
+        (("pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"), "FSDP"),
+        (("global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"), "DeepSpeed"),
+        (
+            ("global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",),
+            "hf-sparse-moe consolidate {} CONSOLIDATED",
+        ),
+        (("model/__1_0.distcp",), "hf-sparse-moe consolidate {} CONSOLIDATED"),
         (("pytorch_model.bin",), "pickle"),
         ((), "no checkpoint"),
     ],
@@ -130,7 +135,7 @@ def test_a_folder_without_whole_weights_is_refused(client, hub_server, repo_id, 
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
     pushed = client.cli("push", folder, repo_id)
-    assert (pushed.code, pushed.out, said in pushed.err) == (2, "", True), pushed
+    assert (pushed.code, pushed.out, said.format(folder) in pushed.err) == (2, "", True), pushed
     assert not hub_server.requests
 
 
@@ -212,6 +217,31 @@ def test_a_push_of_somebody_else_in_between_is_kept(client, hub_server, repo_id,
     assert client.cli("push", folder, repo_id).code == 0
     assert {"notes.txt", "theirs.txt"} <= hub_server.hub.files(repo_id)
     assert "theirs" in titles(hub_server, repo_id)
+
+
+def test_somebody_who_never_stops_pushing_is_told_and_kept(client, hub_server, repo_id, folder):
+    client.cli("push", folder, repo_id)
+    repo = hub_server.hub.repos[repo_id]
+    weights = {
+        name: hub_server.hub.read(repo_id, name) for name in hub_server.hub.files(repo_id) if "safetensors" in name
+    }
+    (folder / "notes.txt").write_text("mine")
+
+    def intervene():
+        note = {"path": f"theirs-{len(repo.commits)}.txt", "content": "aGk="}
+        lines = [{"key": "header", "value": {"summary": "theirs"}}, {"key": "file", "value": note}]
+        hub_server.hub.commit(repo, "main", lines, author="tester")
+
+    hub_server.faults.append(Fault("POST", "/commit/", action=intervene, times=4))
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, pushed.err.count("\n")) == (3, 1), pushed
+    assert "somebody else kept pushing to it in between (status 412)" in pushed.err
+    assert titles(hub_server, repo_id)[:4] == ["theirs"] * 4
+    assert "notes.txt" not in hub_server.hub.files(repo_id)
+    assert all(hub_server.hub.read(repo_id, name) == content for name, content in weights.items())
+    assert client.cli("push", folder, repo_id).code == 0
+    assert hub_server.hub.read(repo_id, "notes.txt") == b"mine"
+    assert sum(name.startswith("theirs") for name in hub_server.hub.files(repo_id)) == 4
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FILE = "expert_lora.json"  # what PEFT's own file has no place for, or refuses on experts
+_DOWNLOAD = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 @cache
@@ -106,7 +107,8 @@ def load_expert_lora(
     """
     from peft import PeftModel
 
-    config = config_class().from_pretrained(adapter, subfolder=kwargs.get("subfolder"))
+    where = {name: kwargs[name] for name in _DOWNLOAD if name in kwargs}
+    config = config_class().from_pretrained(adapter, **where)
     return PeftModel.from_pretrained(
         model, adapter, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
     )

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .expert_factors import ExpertFactor
 from .low_rank import LowRank
 from .low_rank_experts import low_rank_experts
+from .quantized_weight import QuantizedWeight
 
 
 if TYPE_CHECKING:
@@ -223,6 +224,11 @@ class ExpertLora(_Base):
         """Add the adapters to the experts' weights, expert after expert."""
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
+        if isinstance(self.get_param(), QuantizedWeight):
+            raise ValueError(
+                "Adapters do not merge into quantised experts, which would round their update away. Call "
+                "`dequantize_experts(model)` first, or load the adapter into the unquantised model."
+            )
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
                 self._add_to_weight(name, 1.0, safe_merge)
@@ -280,10 +286,10 @@ def _refuse_unsupported_weight(weight: torch.Tensor, name: str) -> None:
             f"`{name}` is sharded over ranks, which LoRA on experts does not support. Load the model without a "
             "`distributed_config`, and shard it, if at all, after `get_peft_model`."
         )
-    if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
+    if type(weight.data) not in (torch.Tensor, QuantizedWeight) or weight.dtype not in _DTYPES:
         raise ValueError(
-            f"`{name}` is quantised ({weight.dtype}), and no adapter of experts computes with it or merges into it. "
-            "Load the experts unquantised."
+            f"`{name}` is quantised ({weight.dtype}) in a way that no adapter of experts computes with. Load the "
+            "experts unquantised, and call `quantize_experts(model)`."
         )
 
 

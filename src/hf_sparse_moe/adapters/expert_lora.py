@@ -78,7 +78,7 @@ def expert_lora_config(
                 f"`{name}={lora_kwargs[name]!r}` is set here, and ignored by PEFT's LoRA on experts. Leave it out; "
                 "`experts` chooses layers and experts."
             )
-    modules = _expert_modules(model)
+    modules = expert_modules(model)
     chosen = None if experts is None else _chosen_experts(modules, experts)
     modules_to_save = list(lora_kwargs.pop("modules_to_save", None) or [])
     if router:
@@ -96,8 +96,13 @@ def expert_lora_config(
     )
 
 
-def _expert_modules(model: nn.Module) -> dict[str, Any]:
-    """The experts of all layers, by name."""
+def expert_modules(model: nn.Module) -> dict[str, Any]:
+    """
+    The experts of all layers, by name.
+
+    Raises:
+        ValueError: there are none, or not all are fused 3-D parameters.
+    """
     found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
     if not found:
         raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, such as what `upcycle` returns.")
@@ -105,8 +110,8 @@ def _expert_modules(model: nn.Module) -> dict[str, Any]:
     if missed:
         raise ValueError(
             f"{len(missed)} of {len(found)} experts modules of `{type(model).__name__}` do not hold two "
-            f"fused 3-D parameters (first: `{missed[0]}`), so LoRA would reach only a part. Pass a model that is not "
-            "yet wrapped or quantised, with fused experts."
+            f"fused 3-D parameters (first: `{missed[0]}`), so only a part would be reached. Pass a model with fused "
+            "experts, not yet wrapped by PEFT, nor quantised by other means than `quantize_experts`."
         )
     return found
 

@@ -14,12 +14,18 @@ from .app import app
 from .options import JsonOption, RevisionOption, print_json
 
 
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="Of an adapter: folder or Hub id of its base.", show_default="what the adapter names"),
+]
+
+
 @app.command(
     epilog="Examples:\n\n`hf-sparse-moe card ./gpt2-8x`\n\n"
     "`hf-sparse-moe card ./gpt2-8x --repo user/gpt2-8x --license mit --language en`"
 )
 def card(
-    folder: Annotated[Path, typer.Argument(help="Of a saved mixture.")],
+    folder: Annotated[Path, typer.Argument(help="Of a saved mixture, or an adapter.")],
     repo: Annotated[
         str | None, typer.Option(help="`user/name` where it is published.", show_default="the folder's name")
     ] = None,
@@ -31,7 +37,7 @@ def card(
     Render the model card from the files of a checkpoint, into its README.md.
 
     What a person wrote there stays: the text between `free` markers, sections with headings of their own, metadata.
-    Reads no weights but their headers.
+    Reads no weights but their headers, and an adapter's.
     """
     from hf_sparse_moe.hub import write_model_card
 
@@ -40,11 +46,13 @@ def card(
 
 @app.command(
     epilog="Examples:\n\n`hf-sparse-moe push ./gpt2-8x user/gpt2-8x`\n\n"
-    "`hf-sparse-moe push ./gpt2-8x user/gpt2-8x --private --revision trained --tag v1`"
+    "`hf-sparse-moe push ./gpt2-8x user/gpt2-8x --private --revision trained --tag v1`\n\n"
+    "`hf-sparse-moe push ./adapter user/gpt2-8x-law --base user/gpt2-8x`"
 )
 def push(
     folder: Annotated[Path, typer.Argument(help="Of a saved mixture, a stock model or an adapter.")],
     repo: Annotated[str, typer.Argument(help="`user/name`; created if it does not exist.")],
+    base: BaseOption = None,
     private: Annotated[
         bool | None, typer.Option(help="For a new repository.", show_default="your own setting")
     ] = None,
@@ -55,7 +63,7 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Publish a checkpoint in one commit, with its code, card and a fingerprint of its outputs.
+    Publish a checkpoint or an adapter in one commit, with its code, card and a fingerprint of its outputs.
 
     The commit deletes the weight files that it supersedes. Pickles and training states are left out. Run it again
     after an interruption: large files that arrived are not sent twice. The token is that of `hf auth login`, or
@@ -66,6 +74,7 @@ def push(
     published = push_folder(
         folder,
         repo,
+        base=base,
         private=private,
         revision=revision,
         create_pr=create_pr,
@@ -112,18 +121,22 @@ def pull(
     "Exit code 1 where a check failed."
 )
 def doctor(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture, or of an adapter.")],
     revision: RevisionOption = None,
+    base: BaseOption = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Also run the code in the checkpoint. Read that code first."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Load a checkpoint in a fresh process, and check that it is whole and computes what was published."""
+    """
+    Load a checkpoint in a fresh process, and check that it is whole and computes what was published. An adapter is
+    loaded with its base.
+    """
     from hf_sparse_moe.hub import doctor as examine
 
-    diagnosis = examine(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    diagnosis = examine(checkpoint, revision=revision, base=base, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"healthy": diagnosis.healthy, "revision": diagnosis.revision, "findings": diagnosis.as_rows()})
     else:

@@ -1,5 +1,7 @@
 """Sharing: the model card, push, pull, and the check of what arrived."""
 
+from .adapter_loading import load_adapter
+from .adapter_publish import push_adapter
 from .checkpoint import save_routing_statistics
 from .doctor import Diagnosis, doctor
 from .errors import HubUnavailableError
@@ -18,7 +20,9 @@ __all__ = [
     "Pulled",
     "add_model_card",
     "doctor",
+    "load_adapter",
     "pull",
+    "push_adapter",
     "push_folder",
     "push_to_hub",
     "push_trainer",

@@ -51,7 +51,7 @@ def card_facts(
     versions = mapping(record.get("versions")) or mapping(receipt.get("versions"))
     if not versions and model.config.transformers_version:
         versions = {"transformers": model.config.transformers_version}
-    training = _training(record)
+    training = training_facts(record)
     return {
         "config": model.config,
         "variant": Markdown(variant_of(checkpoint)),
@@ -64,11 +64,11 @@ def card_facts(
         "receipt": dict(_flat({name: value for name, value in receipt.items() if name != "source"})),
         "training": training,
         "evaluation": evaluation,
-        **_evaluation(mapping(record.get("evaluation"))),
+        **evaluation_facts(mapping(record.get("evaluation"))),
         "routing": routing,
         "routing_groups": groups,
         "picture": checkpoint.has_picture,
-        "health": _health(mapping(mapping(record.get("training")).get("last_log"))),
+        "health": health_facts(record),
         "limits": list(_limits(checkpoint, bool(training), bool(_results(record) or evaluation))),
         "exports": Markdown(", ".join(map(as_code, explain_export(model).possible))),
         "versions": versions,
@@ -153,7 +153,8 @@ def _sparse_layers(model: SparseMoePreTrainedModel) -> Iterator[tuple[str, str]]
             yield side, f"{sparse} of {len(layer_types)}: {', '.join(indices) or 'none'} (counted from 0)"
 
 
-def _training(record: Mapping[str, Any]) -> dict[str, Any]:
+def training_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training record says of the training."""
     training = mapping(record.get("training"))
     if not training:
         return {}
@@ -181,7 +182,8 @@ def _results(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {part or "all": values for part, values in results.items() if isinstance(values, Mapping) and values}
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training record says of the results, as the templates print it."""
     results = _results({"evaluation": evaluation})
     log = evaluation.get("log")
     lines = [line for line in log if isinstance(line, Mapping)] if isinstance(log, list) else []
@@ -239,7 +241,9 @@ def _bars(load: object) -> str:
     return "".join(BARS[round(share / highest * (len(BARS) - 1))] for share in loads if 0 <= share <= highest > 0)
 
 
-def _health(log: Mapping[str, Any]) -> dict[str, Any]:
+def health_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses and the routers' state in the last log of a training record."""
+    log = mapping(mapping(record.get("training")).get("last_log"))
     wanted = re.compile(r"loss|task_loss|aux_loss|z_loss|router/[^/]+")  # no single layers
     return {
         as_code(name): value

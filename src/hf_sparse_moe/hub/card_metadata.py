@@ -23,7 +23,7 @@ PIPELINE_TAGS = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
 }
-_OUR_TAGS = {"moe", "sparse-moe", "encoder", "decoder", "encoder-decoder", "upcycled"}
+_OUR_TAGS = {"moe", "sparse-moe", "encoder", "decoder", "encoder-decoder", "upcycled", "lora"}
 # What the checkpoint alone can say; all else in a present card stays.
 _OURS = {"library_name", "base_model", "base_model_relation", "tags"}
 
@@ -51,26 +51,58 @@ def card_metadata(
         tags (`Iterable[str]`, *optional*): Further tags.
         previous (`Iterable[Mapping]`, *optional*): The metadata of present cards; the first that has a name wins.
     """
-    told = mapping(checkpoint.record.get("card"))
+    base_model = _base_model(mapping(checkpoint.receipt.get("source")))
+    upcycled = ["upcycled"] if checkpoint.receipt else []
+    return merged_metadata(
+        {
+            "library_name": "transformers",
+            "base_model": base_model,
+            # the Hub knows four relations; an upcycled model is nearest to a fine-tuned one
+            "base_model_relation": None if base_model is None else "finetune",
+            "pipeline_tag": PIPELINE_TAGS.get(str(checkpoint.model._auto_class)),
+        },
+        ["moe", "sparse-moe", variant_of(checkpoint), *upcycled],
+        checkpoint.record,
+        license=license,
+        language=language,
+        tags=tags,
+        previous=previous,
+    )
+
+
+def merged_metadata(
+    own: Mapping[str, Any],
+    own_tags: list[str],
+    record: Mapping[str, Any],
+    *,
+    license: str | None,
+    language: str | Iterable[str] | None,
+    tags: Iterable[str] | None,
+    previous: Iterable[Mapping[str, Any]],
+) -> ModelCardData:
+    """
+    What the files tell, joined with what people tell, see [`card_metadata`].
+
+    Args:
+        own (`Mapping`): What the files alone can say.
+        own_tags (`list[str]`): The same; they come first.
+        record (`Mapping`): The training record.
+        license, language, tags, previous: See [`card_metadata`].
+    """
+    told = mapping(record.get("card"))
     old: dict[str, Any] = {}
     for metadata in previous:
         old = dict(metadata) | old | {"tags": [*_words(old.get("tags")), *_words(metadata.get("tags"))]}
-    base_model = _base_model(mapping(checkpoint.receipt.get("source")))
-    train_data = mapping(checkpoint.record.get("training")).get("data")
+    train_data = mapping(record.get("training")).get("data")
     datasets = [found[0] for name in _words(train_data) if (found := hub_data(name))]
-    kept_tags = [tag for tag in old.get("tags", ()) if tag not in _OUR_TAGS]
-    upcycled = ["upcycled"] if checkpoint.receipt else []
-    other_tags = [*_words(told.get("tags")), *(tags or ()), *kept_tags]
+    # PEFT names the base in a tag too, by the folder that it was loaded from; the Hub makes such tags by itself.
+    kept_tags = [tag for tag in old.get("tags", ()) if tag not in _OUR_TAGS and not tag.startswith("base_model:")]
     data = ModelCardData(
-        library_name="transformers",
         license=license or _word(told.get("license")) or _word(old.get("license")),
         language=_words(language) or _words(told.get("language")) or _words(old.get("language")) or None,
         datasets=list(dict.fromkeys([*datasets, *_words(old.get("datasets"))])) or None,
-        base_model=base_model,
-        # the Hub knows four relations; an upcycled model is nearest to a fine-tuned one
-        base_model_relation=None if base_model is None else "finetune",
-        pipeline_tag=PIPELINE_TAGS.get(str(checkpoint.model._auto_class)) or _word(old.get("pipeline_tag")),
-        tags=["moe", "sparse-moe", variant_of(checkpoint), *upcycled, *other_tags],
+        tags=list(dict.fromkeys([*own_tags, *_words(told.get("tags")), *(tags or ()), *kept_tags])),
+        **{**own, "pipeline_tag": own["pipeline_tag"] or _word(old.get("pipeline_tag"))},
     )
     for name, value in old.items():
         if name not in _OURS and data.get(name) is None:

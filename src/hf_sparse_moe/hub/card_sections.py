@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -26,6 +27,7 @@ _HEADING = re.compile(r" {0,3}#{1,2}(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*\r?\n?\Z"
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*\r?\n?\Z")
 # A line that a row of = or - below does not make a heading of.
 _NO_PARAGRAPH = re.compile(r"\s*(?:\Z|[#>|<]|[-*+]\s|\d+[.)]\s|=+\s*\Z|-+\s*\Z|`{3}|~{3})")
+_PEFT_VERSION = re.compile(r"### Framework versions|- PEFT [\w.]+")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
@@ -76,7 +78,7 @@ def keep_free_sections(new: str, old: str) -> str:
     Raises:
         ValueError: a free section in `old` lacks one of its markers, or a code block its end.
     """
-    if not old.strip() or any(text in old for text in STOCK_CARDS):
+    if not old.strip() or any(text in old for text in STOCK_CARDS) or _lines(old) == _lines(_peft_card()):
         return new
     if GENERATED not in old and not _MARKER.search(old):
         notes = dict(_FREE.findall(new))["notes"]
@@ -102,6 +104,18 @@ def keep_free_sections(new: str, old: str) -> str:
     present = {name for name, _ in _FREE.findall("".join(parts))}
     parts += [_block(name, text) + "\n" for name, text in blocks.items() if name not in present]
     return "".join(_separated(parts))
+
+
+@cache
+def _peft_card() -> str:
+    """What PEFT writes beside each adapter that it saves: the template of `huggingface_hub`, unfilled."""
+    return str(ModelCard.from_template(ModelCardData()).text)
+
+
+def _lines(body: str) -> list[str]:
+    """Without the line that names PEFT's version."""
+    lines = (line.strip() for line in body.splitlines())
+    return [line for line in lines if line and not _PEFT_VERSION.fullmatch(line)]
 
 
 @cache

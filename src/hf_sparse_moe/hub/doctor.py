@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .examination import FAILED, NOT_CHECKED, PASSED, Finding
+from .adapter_folder import is_adapter
+from .adapter_loading import find_base
+from .adapter_publish import named_base
+from .findings import FAILED, NOT_CHECKED, PASSED, Finding
 from .fingerprint import TOLERANCE, fingerprint_difference
 from .pull import pull
 
@@ -49,6 +52,7 @@ def doctor(
     checkpoint: str | Path,
     *,
     revision: str | None = None,
+    base: str | None = None,
     trust_remote_code: bool = False,
     token: bool | str | None = None,
 ) -> Diagnosis:
@@ -57,11 +61,16 @@ def doctor(
     config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs
     that equal its fingerprint.
 
+    An adapter is loaded with its base: that this is the base it was trained on, every tensor attached and finite,
+    outputs that differ from the base's own, equal the fingerprint, and are those of plain PEFT.
+
     A checkpoint on the Hub is fetched into a temporary folder first, with the size and hash of each file checked.
 
     Args:
-        checkpoint (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one.
+        checkpoint (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one, or of an adapter.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        base (`str`, *optional*):
+            Folder or Hub id of an adapter's base. Defaults to the one that it names, at the revision that it names.
         trust_remote_code (`bool`, defaults to `False`):
             Also run the code in the checkpoint, in a process of its own that cannot import this package and is given
             no token. Read that code first.
@@ -76,18 +85,25 @@ def doctor(
     with tempfile.TemporaryDirectory() as temporary:
         workplace, commit = Path(temporary), None
         folder = Path(checkpoint)
-        if not folder.is_dir():
+        here = folder.is_dir()
+        if not here:
             folder = workplace / "checkpoint"
             commit = pull(str(checkpoint), folder, revision=revision, token=token).revision
-        if not (folder / "config.json").is_file():
+        if is_adapter(folder):
+            source = find_base(*named_base(folder, base, from_hub=not here), token)
+            findings = _examined(folder.resolve(), workplace, False, source.folder.resolve())
+        elif base is not None:
+            raise ValueError(f"`base={base!r}` is given, but `{checkpoint}` is no adapter. Leave it out.")
+        elif (folder / "config.json").is_file():
+            findings = _examined(folder.resolve(), workplace, trust_remote_code)
+        else:
             raise ValueError(f"`{checkpoint}` has no config.json. Pass the folder or Hub id of a saved model.")
-        findings = _examined(folder.resolve(), workplace, trust_remote_code)
     return Diagnosis(str(checkpoint), commit, findings)
 
 
-def _examined(folder: Path, workplace: Path, trust_remote_code: bool) -> list[Finding]:
+def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Path) -> list[Finding]:
     result = workplace / "examined.json"
-    death = _run(["-m", "hf_sparse_moe.hub.examination", str(folder), str(result)], workplace)
+    death = _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, result, *base))], workplace)
     if death is not None:
         return [Finding("loads", FAILED, f"The process that loaded it died: {death}.")]
     examined = json.loads(result.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """
 What [`doctor`] finds out about a checkpoint, in the process that loads it:
-`python -m hf_sparse_moe.hub.examination FOLDER RESULT`. Runs no code that came with the checkpoint.
+`python -m hf_sparse_moe.hub.examination FOLDER RESULT [BASE OF AN ADAPTER]`. Runs no code that came with the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,13 @@ from hf_sparse_moe.upcycling.checkpoint_reader import NotStreamableError, Tensor
 from hf_sparse_moe.upcycling.receipt import probe_inputs
 from hf_sparse_moe.upcycling.source import Source, weight_files
 
-from .fingerprint import TOLERANCE, fingerprint_difference, read_fingerprint, take_fingerprint
+from .adapter_examination import examine_adapter
+from .findings import FAILED, NOT_CHECKED, PASSED, WARNING, Finding, some
+from .fingerprint import compare_fingerprint, take_fingerprint
 from .loading import load_checkpoint
 
 
-PASSED, FAILED, WARNING, NOT_CHECKED = "passed", "failed", "warning", "not checked"
 SATURATED = 0.999  # of the probability, on average, on one expert: no gradient is left to choose another
-MANY = 3  # names in a sentence
-
-
-@dataclass(frozen=True)
-class Finding:
-    """
-    One row of the table.
-
-    Args:
-        check (`str`): What was asked.
-        verdict (`str`): `"passed"`, `"failed"`, `"warning"` or `"not checked"`.
-        told (`str`): What was seen, in a sentence.
-    """
-
-    check: str
-    verdict: str
-    told: str
 
 
 def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
@@ -75,7 +60,7 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
         _experts(layers, folder),
         _routers(routings, model),
         _code(folder),
-        _fingerprint(folder, taken),
+        compare_fingerprint(folder, taken),
     ]
     inputs = {name: value.tolist() for name, value in probe_inputs(model.config, model.device).items()}
     return findings, {"inputs": inputs, "fingerprint": taken}
@@ -91,7 +76,7 @@ def _mixture_layers(model: PreTrainedModel) -> list[MixtureLayer]:
 def _all_present(info: dict[str, Any]) -> Finding:
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if fresh:
-        told = f"{len(fresh)} tensors are not in the files and were drawn at random: {_some(fresh)}."
+        told = f"{len(fresh)} tensors are not in the files and were drawn at random: {some(fresh)}."
         return Finding("every tensor present", FAILED, told)
     return Finding("every tensor present", PASSED, "None was drawn at random.")
 
@@ -102,7 +87,7 @@ def _agree(folder: Path, info: dict[str, Any], files: TensorFiles) -> Finding:
         name, stored, wanted = shapes[0]
         return Finding(check, FAILED, f"`{name}` has the shape {tuple(stored)}, the config asks for {tuple(wanted)}.")
     if unused := sorted(info["unexpected_keys"]):
-        return Finding(check, FAILED, f"{len(unused)} tensors have no place in the model: {_some(unused)}.")
+        return Finding(check, FAILED, f"{len(unused)} tensors have no place in the model: {some(unused)}.")
     stored = sorted({str(files.dtype(name)).removeprefix("torch.") for name in files.names})
     named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if named is not None and named not in stored:
@@ -113,7 +98,7 @@ def _agree(folder: Path, info: dict[str, Any], files: TensorFiles) -> Finding:
 def _finite(model: PreTrainedModel) -> Finding:
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        return Finding("every tensor finite", FAILED, f"NaN or infinite numbers in {len(broken)}: {_some(broken)}.")
+        return Finding("every tensor finite", FAILED, f"NaN or infinite numbers in {len(broken)}: {some(broken)}.")
     return Finding("every tensor finite", PASSED, "No NaN, nothing infinite.")
 
 
@@ -123,8 +108,8 @@ def _tied(model: PreTrainedModel) -> Finding:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     apart = sorted(name for name, first in tied.items() if parameters.get(name) is not parameters.get(first))
     if apart:
-        return Finding(check, FAILED, f"The config ties {_some(apart)} to another, but the files hold both.")
-    return Finding(check, PASSED, f"Tied: {_some(sorted(tied))}." if tied else "None is to be tied.")
+        return Finding(check, FAILED, f"The config ties {some(apart)} to another, but the files hold both.")
+    return Finding(check, PASSED, f"Tied: {some(sorted(tied))}." if tied else "None is to be tied.")
 
 
 def _experts(layers: list[MixtureLayer], folder: Path) -> Finding:
@@ -137,7 +122,7 @@ def _experts(layers: list[MixtureLayer], folder: Path) -> Finding:
     told = f"In {len(equal)} of {len(layers)} sparse layers all experts are equal"
     if _receipt_method(folder) == "copy":
         return Finding(check, PASSED, f"{told}, as the receipt says (method `copy`).")
-    return Finding(check, FAILED, f"{told}, and no receipt says that they were copied: {_some(equal)}.")
+    return Finding(check, FAILED, f"{told}, and no receipt says that they were copied: {some(equal)}.")
 
 
 def _all_equal(layer: MixtureLayer) -> bool:
@@ -169,14 +154,14 @@ def _routers(routings: list[tuple[MixtureLayer, Routing]], model: PreTrainedMode
         elif len(routing.top_k_index.unique()) <= layer.top_k < layer.num_experts and routing.token_index is None:
             narrow.append(layer.name)
     if blind:
-        return Finding(check, FAILED, f"All experts get the same score for every token in {_some(blind)}.")
+        return Finding(check, FAILED, f"All experts get the same score for every token in {some(blind)}.")
     if saturated:
-        told = f"One expert has over {SATURATED:.1%} of the probability, on average, in {_some(saturated)}."
+        told = f"One expert has over {SATURATED:.1%} of the probability, on average, in {some(saturated)}."
         return Finding(check, FAILED, told)
     mean = sum(entropies) / len(entropies)
     told = f"Entropy {mean:.2f} of the largest possible, on average, on 32 tokens"
     if narrow:
-        return Finding(check, WARNING, f"{told}; the same experts serve all of them in {_some(narrow)}.")
+        return Finding(check, WARNING, f"{told}; the same experts serve all of them in {some(narrow)}.")
     return Finding(check, PASSED, f"{told}.")
 
 
@@ -220,26 +205,9 @@ def _same(path: Path, other: Path) -> bool:
     return other.is_file() and path.read_bytes() == other.read_bytes()
 
 
-def _fingerprint(folder: Path, taken: dict[str, Any]) -> Finding:
-    check, recorded = "outputs equal the fingerprint", read_fingerprint(folder)
-    if recorded is None:
-        return Finding(check, NOT_CHECKED, "There is no fingerprint.json; a push writes it.")
-    difference = fingerprint_difference(recorded, taken)
-    told = f"Largest difference on 32 tokens {difference:.1e} of the largest output"
-    if difference <= TOLERANCE:
-        return Finding(check, PASSED, f"{told}.")
-    changed = recorded.get("files") != taken["files"]
-    why = "the files are not those it was taken of" if changed else "the files are the same"
-    return Finding(check, FAILED, f"{told}; {why}.")
-
-
-def _some(names: list[str]) -> str:
-    more = "" if len(names) <= MANY else f" and {len(names) - MANY} more"
-    return ", ".join(f"`{name}`" for name in names[:MANY]) + more
-
-
 def main() -> None:
-    findings, probe = examine(Path(sys.argv[1]))
+    folder, _, *base = map(Path, sys.argv[1:])
+    findings, probe = (examine_adapter(folder, base[0]), {}) if base else examine(folder)
     result = {"findings": [asdict(finding) for finding in findings], "probe": probe}
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 

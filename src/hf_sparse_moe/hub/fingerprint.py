@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +13,13 @@ from transformers import PreTrainedModel
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.upcycling.receipt import probe_inputs, source_files
 
+from .base_identity import without_adapter
+from .findings import FAILED, NOT_CHECKED, PASSED, Finding
 from .loading import load_checkpoint
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FINGERPRINT_NAME = "fingerprint.json"
 SAMPLES = 256
@@ -23,20 +28,23 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def probe_output(model: PreTrainedModel) -> torch.Tensor:
+def probe_output(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The first output (logits, or last hidden states) on the fixed sequence of 32 tokens."""
     inputs = probe_inputs(model.config, model.device)
-    if isinstance(model, SparseMoeEncoderForMultipleChoice):  # the one head whose inputs are (B, choices, S)
+    if isinstance(
+        without_adapter(model), SparseMoeEncoderForMultipleChoice
+    ):  # the one head whose inputs are (B, choices, S)
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
     return model(**inputs)[0]
 
 
-def take_fingerprint(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Any]:
     """
     What [`fingerprint_difference`] compares: evenly spaced outputs, and the hashes of the files that made them.
 
     Args:
-        model (`PreTrainedModel`): Loaded from `folder` in float32, so that the sum's order matters least.
+        model (`PreTrainedModel` or `PeftModel`):
+            Loaded from `folder` in float32, so that the sum's order matters least.
         folder (`Path`): With the weights and the config.
     """
     output = probe_output(model)
@@ -67,6 +75,11 @@ def make_fingerprint(folder: Path, target: Path) -> None:
                 f"`{folder}` lacks weights that its config asks for, such as `{unfilled[0]}`. Save the model again."
             )
         fingerprint = take_fingerprint(model, folder)
+    write_fingerprint(fingerprint, target, folder)
+
+
+def write_fingerprint(fingerprint: dict[str, Any], target: Path, folder: Path) -> None:
+    """Write it to `target`; raises a `ValueError` where what lies in `folder` computes NaN."""
     if not all(math.isfinite(value) for value in fingerprint["outputs"]):
         raise ValueError(
             f"`{folder}` computes numbers that are not finite, so it is not published. Run "
@@ -92,6 +105,20 @@ def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> f
         return math.inf
     largest = max(abs(one - other) for one, other in zip(there, here, strict=True))
     return largest / taken["largest"] if taken["largest"] > 0 else largest
+
+
+def compare_fingerprint(folder: Path, taken: dict[str, Any]) -> Finding:
+    """The row of the table that holds a fingerprint against the one in `folder`."""
+    check, recorded = "outputs equal the fingerprint", read_fingerprint(folder)
+    if recorded is None:
+        return Finding(check, NOT_CHECKED, "There is no fingerprint.json; a push writes it.")
+    difference = fingerprint_difference(recorded, taken)
+    told = f"Largest difference on 32 tokens {difference:.1e} of the largest output"
+    if difference <= TOLERANCE:
+        return Finding(check, PASSED, f"{told}.")
+    changed = recorded.get("files") != taken["files"]
+    why = "the files are not those it was taken of" if changed else "the files are the same"
+    return Finding(check, FAILED, f"{told}; {why}.")
 
 
 def _samples(output: torch.Tensor) -> list[float]:

@@ -17,6 +17,8 @@ from transformers import TrainerState
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
+from .adapter_card import ADAPTER_TEMPLATE, adapter_facts, adapter_metadata
+from .adapter_folder import Adapter, is_adapter, read_adapter
 from .card_facts import card_facts
 from .card_metadata import card_metadata
 from .card_sections import TEMPLATE, keep_free_sections, split_front_matter
@@ -26,7 +28,7 @@ from .evaluation_results import evaluation_entries, write_evaluation_results
 
 
 def render_model_card(
-    model: SparseMoePreTrainedModel | Checkpoint | str | Path,
+    model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path,
     repo_id: str,
     *,
     evaluation: Mapping[str, Any] | TrainerState | None = None,
@@ -36,12 +38,13 @@ def render_model_card(
     previous: Iterable[str] = (),
 ) -> str:
     """
-    The card of a mixture: every number is counted on the model, or read from its config and the files beside its
-    weights (receipt, training record, routing statistics).
+    The card of a mixture or an adapter: every number is counted on the model, or read from its config and the files
+    beside its weights (receipt, training record, routing statistics).
 
     Args:
-        model (`SparseMoePreTrainedModel`, [`Checkpoint`], `str` or `Path`):
-            The model that is published, or the folder where it lies; no weights of a folder are loaded.
+        model (`SparseMoePreTrainedModel`, [`Checkpoint`], [`Adapter`], `str` or `Path`):
+            The model that is published, or the folder where it or an adapter lies; no weights of a model in a folder
+            are loaded.
         repo_id (`str`): Where it is published, for the lines of code that load it.
         evaluation (`dict` or `TrainerState`, *optional*):
             Measured results by name; of a `TrainerState` the last evaluation is taken.
@@ -60,24 +63,35 @@ def render_model_card(
         ValueError: a model of another package, a folder that holds no whole mixture, a `repo_id` that the Hub does
             not allow, or a `previous` that cannot be read.
     """
-    if isinstance(model, Checkpoint):
-        checkpoint = model
-    elif isinstance(model, str | Path):
-        checkpoint = read_checkpoint(model)
-    else:
-        checkpoint = checkpoint_in_memory(model)
     validate_repo_id(repo_id)
+    published = _read(model)
     old = [split_front_matter(card) for card in previous]
-    metadata = card_metadata(
-        checkpoint, license=license, language=language, tags=tags, previous=[values for values, _ in old]
-    )
-    facts = card_facts(checkpoint, _results(evaluation), license=metadata.license, language=metadata.language)
-    body = _template().render(repo_id=Markdown(repo_id), title=repo_id, **facts)
+    told: dict[str, Any] = {
+        "license": license,
+        "language": language,
+        "tags": tags,
+        "previous": [values for values, _ in old],
+    }
+    if isinstance(published, Adapter):
+        template, metadata = ADAPTER_TEMPLATE, adapter_metadata(published, **told)
+        facts = adapter_facts(published, _results(evaluation), license=metadata.license, language=metadata.language)
+    else:
+        template, metadata = TEMPLATE, card_metadata(published, **told)
+        facts = card_facts(published, _results(evaluation), license=metadata.license, language=metadata.language)
+    body = _template(template).render(repo_id=Markdown(repo_id), title=repo_id, **facts)
     for _, old_body in old:
         body = keep_free_sections(body, old_body)
     card = f"---\n{metadata.to_yaml()}\n---\n\n{body}"
     ModelCard(card)  # reads the metadata as the Hub does
     return card
+
+
+def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -> Checkpoint | Adapter:
+    if isinstance(model, Checkpoint | Adapter):
+        return model
+    if isinstance(model, str | Path):
+        return read_adapter(model) if is_adapter(model) else read_checkpoint(model)
+    return checkpoint_in_memory(model)
 
 
 def write_model_card(
@@ -89,11 +103,11 @@ def write_model_card(
     tags: Iterable[str] | None = None,
 ) -> Path:
     """
-    Render the card of a checkpoint's folder into its README.md, and its scores into `.eval_results/`. What a person
-    wrote in the present README.md stays.
+    Render the card of a mixture's or an adapter's folder into its README.md, and its scores into `.eval_results/`.
+    What a person wrote in the present README.md stays.
 
     Args:
-        folder (`str` or `Path`): Of a saved mixture.
+        folder (`str` or `Path`): Of a saved mixture, or of an adapter.
         repo_id (`str`, *optional*): Defaults to the folder's name.
         license (`str`, *optional*): See [`render_model_card`].
         language (`str` or `Iterable[str]`, *optional*): The same.
@@ -102,7 +116,7 @@ def write_model_card(
     Returns:
         `Path`: the README.md.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = _read(folder)
     repo_id = repo_id or Path(folder).resolve().name
     render = partial(render_model_card, checkpoint, repo_id, license=license, language=language, tags=tags)
     path = write_readme(folder, render)
@@ -120,13 +134,13 @@ def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
     return path
 
 
-def _template() -> Template:
+def _template(path: Path) -> Template:
     environment = SandboxedEnvironment(
         undefined=StrictUndefined, finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["code"] = as_code
     environment.globals |= {"table": _table, "grid": _grid}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _table(rows: Mapping[str, Any]) -> Markdown:

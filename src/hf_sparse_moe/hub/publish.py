@@ -18,7 +18,9 @@ from transformers.utils import logging
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.upcycling.source import Source, read_config
 
-from .checkpoint import read_checkpoint
+from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
+from .adapter_publish import stage_adapter
+from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ATTEMPTS, NOT_DONE, check_repo_id, is_passing, pause, status_of, told_by_the_hub, with_retries
 from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, make_fingerprint
@@ -32,6 +34,7 @@ logger = logging.get_logger(__name__)
 # shards, and the others describe the weights beside them.
 SUPERSEDABLE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|adapter_model\.(safetensors|bin)|(expert_lora|adapter_base)\.json"
     r"|(receipt|fingerprint|training_record|routing_statistics)\.json|expert_load\.png"
     rf"|{re.escape(RESULTS_FILE)}",
     re.ASCII,
@@ -58,6 +61,7 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     *,
+    base: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -68,18 +72,21 @@ def push_folder(
     """
     Publish the checkpoint or adapter in a folder as one commit, which also deletes weight files that it supersedes.
 
-    The model is loaded once, for its fingerprint: outputs that [`doctor`] compares wherever the checkpoint arrives.
+    The model is loaded once, for its fingerprint: outputs that [`doctor`] compares wherever the checkpoint arrives;
+    with an adapter its base is, which is fetched for that.
     Pickles, training states and whatever else is no part of a checkpoint are left out. The folder stays as it is. The
     card is rendered from it, and keeps what a person wrote in the folder's README.md or the Hub's. Large files that
     reached the Hub in a call that was interrupted are not sent again.
 
     Args:
-        folder (`str` or `Path`): Of a saved model.
+        folder (`str` or `Path`): Of a saved model, or of an adapter that PEFT saved.
         repo_id (`str`): `"user/name"`. Created if it does not exist.
+        base (`str`, *optional*):
+            Folder or Hub id of an adapter's base. Defaults to the one that the adapter names.
         private (`bool`, *optional*): For a new repository. Defaults to the namespace's own setting.
         revision (`str`, *optional*): A branch, created from main if it does not exist. Defaults to main.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of writing to the branch.
-        commit_message (`str`, *optional*): Defaults to `"Upload <class>"`.
+        commit_message (`str`, *optional*): Defaults to `"Upload <class>"`, or `"Upload adapter"`.
         tag (`str`, *optional*): A name for the commit.
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
@@ -88,27 +95,34 @@ def push_folder(
 
     Raises:
         ValueError: no checkpoint, weights in a pickle, a sharded training state, a token in a file, a tag that names
-            another commit.
+            another commit; an adapter whose base is another, or which does not fit it; a repository that holds a
+            model where an adapter is pushed, or the other way round.
         PermissionError: the token is missing, wrong, or may not write there.
         HubUnavailableError: the Hub could not do it now.
     """
     folder = Path(folder)
     files, left_out = publishable_files(folder)
     check_repo_id(repo_id)
+    if base is not None and not is_adapter(folder):
+        raise ValueError(f"`base={base!r}` is given, but `{folder}` holds a model and no adapter. Leave it out.")
     title = "Upload adapter"
     with tempfile.TemporaryDirectory() as temporary, told_by_the_hub(repo_id, revision, writes=True):
         staged = Path(temporary)
-        if "config.json" in files:
+        published: Adapter | Checkpoint | None
+        if is_adapter(folder):
+            stage_adapter(files, staged, base, token)
+            published = read_adapter(staged)
+        else:
             title = f"Upload {_architecture(folder)}"
             make_fingerprint(folder, staged / FINGERPRINT_NAME)
+            published = read_checkpoint(folder) if _is_mixture(folder) else None
         api = HfApi(token=token)
         repo_id = _prepare(api, repo_id, private, revision)
         card = None
-        if "config.json" in files and _is_mixture(folder):
-            checkpoint = read_checkpoint(folder)
-            write_evaluation_results(evaluation_entries(checkpoint.record), staged)
+        if published is not None:
+            write_evaluation_results(evaluation_entries(published.record), staged)
             local = [files["README.md"].read_bytes().decode()] if "README.md" in files else []
-            card = lambda remote: render_model_card(checkpoint, repo_id, previous=[*local, *remote])  # noqa: E731
+            card = lambda remote: render_model_card(published, repo_id, previous=[*local, *remote])  # noqa: E731
         files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         commit = _commit(
             api,
@@ -177,7 +191,7 @@ def push_to_hub(
         if not any(folder.glob("*.safetensors")):
             raise ValueError(
                 f"`model` ({type(model).__name__}) saved no weights, so nothing was published to `{repo_id}`. If "
-                "it is sharded over processes, load its consolidated checkpoint and push that."
+                "it is sharded over processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -231,6 +245,7 @@ def _commit(
     for attempt in range(1, ATTEMPTS + 1):
         head = with_retries(lambda: api.model_info(repo_id, revision=revision))
         present = {sibling.rfilename for sibling in head.siblings or ()}
+        _check_kind(repo_id, files, present)
         written = {} if card is None else {"README.md": card(_remote_card(api, repo_id, head.sha, present)).encode()}
         try:
             # Files that the head holds already are left out, so where an earlier attempt did succeed this is a no-op.
@@ -257,6 +272,17 @@ def _commit(
     if tag is not None and tagged is None:
         with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
     return commit
+
+
+def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> None:
+    """transformers takes a repository with both for the adapter, whatever its base is."""
+    kinds = {"config.json": "a model", ADAPTER_CONFIG: "an adapter"}
+    for pushed, there in (("config.json", ADAPTER_CONFIG), (ADAPTER_CONFIG, "config.json")):
+        if pushed in files and there in present and there not in files:
+            raise ValueError(
+                f"`{repo_id}` holds {kinds[there]}, and this is {kinds[pushed]}: one would be taken for the other, or "
+                "replace it. Choose a repository of its own."
+            )
 
 
 def _tagged(api: HfApi, repo_id: str, tag: str, revision: str | None) -> str | None:

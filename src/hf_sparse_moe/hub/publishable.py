@@ -10,8 +10,9 @@ from pathlib import Path
 from hf_sparse_moe.upcycling.output import COMPANIONS
 from hf_sparse_moe.upcycling.source import Source, tensor_names, weight_files
 
+from .adapter_folder import ADAPTER_WEIGHTS, is_adapter
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 PUBLISHED = ("*.json", "*.md", "*.txt", "*.jinja", "*.yaml", "*.png", "*.svg", *COMPANIONS)
 PUBLISHED_FOLDERS = (".eval_results",)
 # Pickles run code when they are read; they may be named as anything, so this is a list of what people meet.
@@ -72,7 +73,7 @@ def _is_published(name: str) -> bool:
 
 def _weights(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
-        if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+        if is_adapter(folder) and (folder / ADAPTER_WEIGHTS).is_file():
             tensor_names(folder / ADAPTER_WEIGHTS)
             return [folder / ADAPTER_WEIGHTS]
     elif found := weight_files(Source(folder.resolve().name, folder, None)):
@@ -92,16 +93,12 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _refuse_training_state(folder: Path) -> None:
-    sharded = f"`{folder}` holds a training state that is sharded over processes, and no weights of a whole model. "
-    if any(folder.glob("global_step*")) or (folder / "zero_to_fp32.py").is_file():
+    deepspeed = any(folder.glob("global_step*")) or (folder / "zero_to_fp32.py").is_file()
+    if deepspeed or next(folder.rglob("*.distcp"), None) is not None:
         raise ValueError(
-            f"{sharded}Consolidate it first, with DeepSpeed's own script: `python {folder}/zero_to_fp32.py {folder} "
-            "CONSOLIDATED --safe_serialization`, and copy config and tokenizer there."
-        )
-    for shard in folder.rglob("*.distcp"):
-        raise ValueError(
-            f"{sharded}Consolidate it first: `accelerate merge-weights {shard.parent} CONSOLIDATED`, and copy config "
-            "and tokenizer there."
+            f"`{folder}` holds a training state of {'DeepSpeed' if deepspeed else 'FSDP'} that is sharded over "
+            "processes, and no weights of a whole model. Run "
+            f"`hf-sparse-moe consolidate {folder} CONSOLIDATED`, and push that folder."
         )
 
 

@@ -19,8 +19,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hf_sparse_moe.upcycling.output import check_free_space, check_target
 from hf_sparse_moe.upcycling.source import Source, weight_files
 
+from .adapter_folder import ADAPTER_WEIGHTS
 from .errors import HubUnavailableError, check_repo_id, told_by_the_hub, with_retries
-from .publishable import ADAPTER_WEIGHTS, is_pickle
+from .publishable import is_pickle
 
 
 LOCK, CLIENT_FOLDER = ".lock", ".cache"

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from transformers import Trainer
@@ -15,12 +15,18 @@ from transformers.utils import logging
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .checkpoint import PICTURE_NAME, ROUTING_NAME, checkpoint_in_memory, read_json
+from .adapter_folder import Adapter
+from .adapter_publish import adapter_in_memory
+from .base_identity import is_mixture, record_base
+from .checkpoint import PICTURE_NAME, ROUTING_NAME, Checkpoint, checkpoint_in_memory, read_json
 from .errors import HubUnavailableError
 from .model_card import render_model_card, write_model_card, write_readme
 from .publish import push_folder
 from .training_record import ModelCardCallback
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +41,8 @@ def add_model_card(trainer: Trainer, callback: ModelCardCallback | None = None) 
     class `Trainer` stays as it is.
 
     Args:
-        trainer (`Trainer`): With one of this package's models, of any subclass of `Trainer`.
+        trainer (`Trainer`):
+            With one of this package's models, or an adapter of a mixture; of any subclass of `Trainer`.
         callback ([`ModelCardCallback`], *optional*): Knows names of data, licence and language.
 
     Returns:
@@ -79,7 +86,7 @@ def push_trainer(
     weights which are spread over them are gathered; pickles and logs are not published.
 
     Args:
-        trainer (`Trainer`): With one of this package's models.
+        trainer (`Trainer`): With one of this package's models, or an adapter of a mixture.
         commit_message (`str`, *optional*): As `Trainer.push_to_hub` takes it.
         blocking (`bool`): It waits for the commit; False is refused.
         token (`str`, *optional*): Defaults to `hub_token` of the training arguments.
@@ -93,7 +100,7 @@ def push_trainer(
     Returns:
         [`~huggingface_hub.CommitInfo`], on the main process.
     """
-    _check_model(trainer)
+    model = _check_model(trainer)
     if not blocking:
         raise ValueError("`blocking=False` is not allowed: weights and card are one commit, which is waited for.")
     args = trainer.args
@@ -104,11 +111,14 @@ def push_trainer(
     if not trainer.is_world_process_zero():
         return None
     try:
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, beside an adapter
         for name in ("README.md", ROUTING_NAME, PICTURE_NAME):
             if (output / name).is_file():
                 shutil.copyfile(output / name, folder / name)
         if callback := _callback_of(trainer):
             callback.write(args, trainer.state, folder)
+        if _is_adapted(model):
+            record_base(model, folder)
         repo_id = _repo_id(trainer)
         write_model_card(folder, repo_id, license=license, language=language, tags=tags)
         published = push_folder(
@@ -136,12 +146,16 @@ def create_model_card(
         return
     callback, folder = _callback_of(trainer), Path(str(trainer.args.output_dir))
     record = None if callback is None else callback.record(trainer.args, trainer.state)
-    checkpoint = checkpoint_in_memory(_check_model(trainer), record, read_json(folder / ROUTING_NAME))
+    model = _check_model(trainer)
+    if isinstance(model, SparseMoePreTrainedModel):
+        published: Checkpoint | Adapter = checkpoint_in_memory(model, record, read_json(folder / ROUTING_NAME))
+    else:
+        published = adapter_in_memory(model, record)
     write_readme(
         folder,
         partial(
             render_model_card,
-            checkpoint,
+            published,
             _repo_id(trainer),
             license=license,
             language=language,
@@ -170,14 +184,18 @@ def _push_from_checkpoint(trainer: Trainer, callback: ModelCardCallback, checkpo
         logger.warning(f"Step {state.global_step} was not published, and the training goes on. {error}")
 
 
-def _check_model(trainer: Trainer) -> SparseMoePreTrainedModel:
+def _check_model(trainer: Trainer) -> SparseMoePreTrainedModel | PeftModel:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, SparseMoePreTrainedModel):
+    if not isinstance(model, SparseMoePreTrainedModel) and not _is_adapted(model):
         raise ValueError(
             f"`trainer.model` is a {type(model).__name__}, of which this card knows nothing: it is for the classes of "
-            "hf_sparse_moe. Use the trainer as it is, or merge an adapter first."
+            "hf_sparse_moe, and for adapters of mixtures. Use the trainer as it is."
         )
     return model
+
+
+def _is_adapted(model: Any) -> bool:
+    return hasattr(model, "get_base_model") and is_mixture(model)
 
 
 def _callback_of(trainer: Trainer) -> ModelCardCallback | None:

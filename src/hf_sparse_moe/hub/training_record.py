@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hf_sparse_moe
 
+from .base_identity import record_base
 from .checkpoint import RECORD_NAME, mapping
 
 
@@ -54,7 +55,8 @@ _READERS = ("json", "csv", "text", "parquet", "arrow", "generator")  # of `datas
 class ModelCardCallback(TrainerCallback):
     """
     Records a training for the model card, in `training_record.json` beside the weights of each checkpoint and of the
-    end: data, hyperparameters, hardware, versions, duration, the routers' health and every evaluation.
+    end: data, hyperparameters, hardware, versions, duration, the routers' health and every evaluation. Where an
+    adapter is trained, `adapter_base.json` says what tells its base from others.
 
     It watches the stock [`Trainer`]. What nobody tells it, such as the names of data that were not loaded by
     `datasets`, stays "not recorded". No path, token or host name is recorded.
@@ -135,6 +137,7 @@ class ModelCardCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (folder := _checkpoint_folder(args, state)).is_dir():
             self.write(args, state, folder)
+            self._write_base(kwargs.get("model"), state, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,6 +146,7 @@ class ModelCardCallback(TrainerCallback):
         self._follow(state, best or state.global_step)
         self._started = None
         self.write(args, state, str(args.output_dir))
+        self._write_base(kwargs.get("model"), state, args.output_dir)
 
     def record(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What is known by now, in plain values. Numbers that are not finite are words, for JSON has none."""
@@ -154,6 +158,10 @@ class ModelCardCallback(TrainerCallback):
         """Write `training_record.json`, on the main process."""
         if state.is_world_process_zero:
             write_record(self.record(args, state), folder)
+
+    def _write_base(self, model: Any, state: TrainerState, folder: str | Path | None) -> None:
+        if folder is not None and state.is_world_process_zero and hasattr(model, "peft_config"):
+            record_base(model, folder)
 
     def _follow(self, state: TrainerState, step: int) -> None:
         """Bring the record of a running training up to date, for the weights of `step`."""

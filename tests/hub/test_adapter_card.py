@@ -1,0 +1,182 @@
+"""The card of an adapter says which base, which experts and how much was trained, and no more than its files do."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from cli_client import assert_one_sentence, run_cli
+from hf_sparse_moe.hub import render_model_card, write_model_card
+from hf_sparse_moe.hub.adapter_folder import read_adapter
+from hub_adapters import load, save_adapter, save_base
+
+
+CHOICES = [
+    {},
+    {"experts": {0: [1, 2], 1: None}},
+    {"experts": {1: [3]}, "projections": ("gate", "down")},
+    {"projections": ("up",)},
+    {"projections": ("down",), "attention": True, "router": True},
+    {"rank_pattern": {r"layers\.1\..*": 5}},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def outside_code(card: str) -> str:
+    return re.sub(r"^```.*?^```$", "", card, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_it_counts_what_training_moves(base, tmp_path, choice):
+    model = save_adapter(tmp_path, base, **choice)
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert read_adapter(tmp_path).trainable == trainable
+    assert f"| Parameters that were trained | {trainable:,} |" in render_model_card(tmp_path, "me/x")
+
+
+def test_it_names_layers_experts_and_projections(base, tmp_path):
+    save_adapter(
+        tmp_path, base, experts={1: [0, 3]}, projections=("gate", "down"), r=3, lora_alpha=6, lora_dropout=0.1
+    )
+    card = render_model_card(tmp_path, "me/x")
+    assert "| `dense.model.layers.1.mlp.experts` | 0, 3 | gate, down | 3 |" in card
+    assert "layers.0.mlp" not in card
+    for row in (
+        "| Sparse layers that it adapts | 1 of 2 |",
+        "| Rank | 3 |",
+        "| Alpha | 6 |",
+        "| Dropout in training | 0.1 |",
+    ):
+        assert row in card
+
+
+def test_an_adapter_without_a_record_of_its_base_says_so(base, tmp_path):
+    save_adapter(tmp_path, base)
+    (tmp_path / "adapter_base.json").unlink()
+    card = render_model_card(tmp_path, "me/x")
+    assert "| all 4 | gate, up, down | 2 |" in card
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"x": 5}}))
+    assert_one_sentence(run_cli("card", tmp_path, "--repo", "me/x"), "its experts cannot be counted")
+    assert "another one would be adapted in silence" in card
+
+
+def test_an_adapter_that_changes_nothing_says_so(base, tmp_path):
+    model = save_adapter(tmp_path, base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    model.save_pretrained(tmp_path)
+    assert "It changes no expert" in render_model_card(tmp_path, "me/x")
+
+
+def test_its_metadata_is_what_the_hub_reads(base, tmp_path):
+    save_adapter(tmp_path, base)
+    told = json.loads((tmp_path / "adapter_base.json").read_text())
+    told |= {"name_or_path": "me/base", "revision": "0123abc"}
+    (tmp_path / "adapter_base.json").write_text(json.dumps(told))
+    card = write_model_card(tmp_path, "me/x", license="mit", language="en").read_text()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["base_model"] == "me/base"
+    assert data["base_model_relation"] == "adapter"
+    assert (data["library_name"], data["pipeline_tag"]) == ("peft", "text-generation")
+    assert (data["license"], data["language"]) == ("mit", ["en"])
+    assert data["tags"][:4] == ["moe", "sparse-moe", "lora", "decoder"]
+    assert 'from_pretrained("me/base", revision="0123abc")' in card
+    assert "not known to be on the Hub" not in card
+
+
+def test_no_folder_of_the_publisher_s_is_told(base, tmp_path):
+    save_adapter(tmp_path, base)  # PEFT's own card, which names it, lies there
+    assert str(base) in (tmp_path / "README.md").read_text()
+    card = write_model_card(tmp_path, "me/x").read_text()
+    assert str(base.parent) not in card
+    assert "[More Information Needed]" not in card
+    assert f"a folder named {base.name}" in card.replace("\\", "")
+
+
+def test_what_a_person_wrote_stays(base, tmp_path):
+    save_adapter(tmp_path, base)
+    assert run_cli("card", tmp_path, "--repo", "me/x").code == 0
+    path = tmp_path / "README.md"
+    path.write_text(
+        path.read_text().replace("<!-- free: limits -->\n", "<!-- free: limits -->\nNo poems.\n")
+        + "\n## Mine\n\nWords.\n"
+    )
+    assert run_cli("card", tmp_path, "--repo", "me/x", "--language", "en").code == 0
+    card = path.read_text()
+    assert "No poems." in card
+    assert "## Mine\n\nWords." in card
+    assert "| Language | en |" in card
+
+
+def test_an_edited_card_of_peft_is_kept(base, tmp_path):
+    save_adapter(tmp_path, base)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nTrained on my diary.\n")
+    assert "Trained on my diary." in write_model_card(tmp_path, "me/x").read_text()
+
+
+def test_its_python_compiles_and_its_training_is_told(base, tmp_path):
+    save_adapter(tmp_path, base)
+    record = {
+        "training": {"steps": 7, "data": ["hf://datasets/me/law"]},
+        "evaluation": {"results": {"": {"loss": 1.5}}},
+    }
+    (tmp_path / "training_record.json").write_text(json.dumps(record))
+    card = render_model_card(tmp_path, "me/x")
+    assert "| Optimizer steps | 7 |" in card
+    assert "| all | 1.5 |" in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "card", "exec")
+
+
+EVIL = "x | y\n---\nlicense: mit\n# <script>alert(1)</script> {{ 7 * 7 }}"
+
+
+def test_what_others_wrote_is_escaped(base, tmp_path):
+    save_adapter(tmp_path, base)
+    for name, fields in (
+        ("adapter_config.json", {"base_model_name_or_path": EVIL, "lora_alpha": EVIL, "peft_version": EVIL}),
+        ("adapter_base.json", {"name_or_path": EVIL, "architecture": EVIL, "sha256": {EVIL: EVIL}, "revision": EVIL}),
+    ):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    card = render_model_card(tmp_path, "me/x")
+    assert "<script>" not in card
+    assert "\n# <" not in card
+    assert "49" not in outside_code(card).split("## Versions")[1]
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        assert "alert" not in block
+
+
+@pytest.mark.parametrize(
+    "fields", [{"r": 0}, {"r": "x"}, {"target_parameters": 3}, {"target_parameters": [3]}, {"r": 7}], ids=str
+)
+def test_files_that_do_not_fit_together_are_refused(base, tmp_path, fields):
+    save_adapter(tmp_path, base)
+    (tmp_path / "adapter_base.json").unlink()
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert_one_sentence(run_cli("card", tmp_path, "--repo", "me/x"), "does not fit together")
+
+
+def test_a_second_adapter_of_a_model_is_one_of_its_own(base, tmp_path):
+    model: PeftModel = save_adapter(tmp_path / "one", base)
+    config = model.peft_config["default"]
+    model.add_adapter("two", config)
+    model.save_pretrained(tmp_path, selected_adapters=["two"])
+    assert read_adapter(tmp_path / "two").experts[0].moved == []
+    assert load(base)
