@@ -18,13 +18,13 @@ STOREYS = (
     {"models"},
     {"registration", "backends", "analysis", "metrics", "routing"},
     {"upcycling", "adapters", "train"},
-    {"export"},
+    {"export", "planning"},
     {"hub"},
-    {"quickstart"},
+    {"quickstart", "distributed"},
     {"cli"},
 )
 TRAVELS_WITH = {"torch", "transformers", "safetensors", "huggingface_hub"}
-OPTIONAL = {"accelerate", "datasets", "peft", "evaluate", "matplotlib", "trl", "sklearn"}
+OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "peft", "evaluate", "matplotlib", "trl", "sklearn"}
 
 
 def storey_of(part: str) -> int:

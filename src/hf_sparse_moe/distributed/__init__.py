@@ -1,0 +1,1 @@
+"""Several processes: launching them, and checkpoints that outlive them."""

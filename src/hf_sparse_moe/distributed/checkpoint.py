@@ -1,0 +1,230 @@
+"""Checkpoints of a Trainer that are whole, or known not to be."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.utils import CONFIG_NAME, logging
+
+from hf_sparse_moe.upcycling.source import tensor_names
+
+
+logger = logging.get_logger(__name__)
+
+INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"  # as the JIT checkpoints of transformers name it
+
+# Where the engines keep the weights of a checkpoint; what each of them writes last. `*` is a step, an index or a part.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "shard-*.safetensors",  # expert parallelism
+    "pytorch_model_fsdp*.bin",
+    "pytorch_model_fsdp_*/.metadata",
+    "latest",  # DeepSpeed
+    "adapter_model.safetensors",
+    "*/adapter_model.safetensors",
+)
+# What a training needs beside them; a checkpoint with `save_only_model=True` has none of it.
+_STATES = {
+    "the optimizer's state": ("optimizer.pt", "optimizer*.bin", "optimizer_*/.metadata", "latest"),
+    "the scheduler's state": ("scheduler.pt", "latest"),
+    "the random state": ("rng_state*.pth",),
+}
+_ZIP_FILES = ("*.pt", "*.pth", "*.bin")  # what torch.save writes
+_FULL_DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# torch.save names no number, and a distributed save wraps its error as text.
+_WRITE_FAILED = re.compile(rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({_FULL_DISK})\b")
+
+
+def keep_checkpoints_whole(trainer: Trainer) -> None:
+    """
+    Have a trainer mark each checkpoint while it is being written, so that [`find_last_checkpoint`] never takes one for
+    whole that a kill, a crash or a power cut ended.
+
+    On this one trainer, whatever its subclass and engine, a checkpoint is whole when all ranks have written their part
+    and the disk holds it; only then older ones go by `save_total_limit`. A full disk ends the training with one
+    sentence, and leaves the older checkpoints as they are. Each checkpoint is logged, so that the numbers of the
+    steps since the last log are not lost in a resume.
+
+    Args:
+        trainer (`Trainer`): Call it before `train`.
+
+    Example:
+        ```python
+        trainer = Trainer(model=model, args=args, train_dataset=dataset)
+        keep_checkpoints_whole(trainer)
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(args.output_dir))
+        ```
+    """
+    if "_save_checkpoint" in trainer.__dict__:
+        return
+    trainer.__dict__["_save_checkpoint"] = partial(_save_whole, trainer, trainer._save_checkpoint)
+    trainer.add_callback(_LogAtCheckpoints())
+
+
+def find_last_checkpoint(folder: str | Path) -> str | None:
+    """
+    The last checkpoint in `folder` from which a training can go on. Those that were not finished, or are damaged, are
+    skipped with a warning; `transformers.trainer_utils.get_last_checkpoint` takes them.
+
+    Args:
+        folder (`str` or `Path`): The `output_dir` of a training; it need not exist.
+
+    Returns:
+        `str`: its path, or None where there is none.
+    """
+    for path in _newest_first(Path(folder)):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return str(path)
+        logger.warning(f"`{path}` is skipped: {damage}.")
+    return None
+
+
+def checkpoint_damage(folder: str | Path) -> str | None:
+    """
+    What keeps a training from going on from a checkpoint; None where nothing does. Files are held against their own
+    headers and indices, and not read whole.
+    """
+    folder = Path(folder)
+    if (folder / INCOMPLETE_NAME).exists():
+        return "its writing was not finished"
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except ValueError:
+        return f"its {TRAINER_STATE_NAME} is cut short"
+    if not _has(folder, _WEIGHTS):
+        return "it has no weights"
+    missing = [name for name, patterns in _STATES.items() if not _has(folder, patterns)]
+    if 0 < len(missing) < len(_STATES):
+        return f"it lacks {missing[0]}"
+    return next(_cut_short(folder), None)
+
+
+class _LogAtCheckpoints(TrainerCallback):
+    """A resumed training logs the steps since its checkpoint: the ones before are to be in a log already."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate):
+            control.should_log = True
+
+    on_epoch_end = on_step_end
+
+
+def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> None:
+    args, step = trainer.args, trainer.state.global_step
+    run = Path(trainer._get_output_dir(trial=trial))
+    folder = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    mark, limit = folder / INCOMPLETE_NAME, args.save_total_limit
+    if args.should_save:
+        if mark.exists():  # left by a training that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(f"The checkpoint of step {step} is being written.\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()  # no rank writes before the mark is there
+    args.save_total_limit = None  # nothing older goes before this one is whole
+    try:
+        with _full_disk_told(folder, removable=args.should_save):
+            save(model, trial)
+            if args.should_save:
+                _describe(trainer, folder)
+            _flush(folder)
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        mark.unlink()
+        best = trainer.state.best_model_checkpoint
+        rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def _describe(trainer: Trainer, folder: Path) -> None:
+    """Engines that leave the weights in shards save no config with them, without which they cannot be loaded."""
+    model: Any = trainer.model
+    if hasattr(model, "peft_config") or not hasattr(model, "config") or (folder / CONFIG_NAME).exists():
+        return
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(folder)
+
+
+@contextmanager
+def _full_disk_told(folder: Path, removable: bool) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if _WRITE_FAILED.search(str(error)) is None:
+            raise
+        if removable:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(
+            f"The disk of `{folder}` is full, so that this checkpoint could not be written; earlier ones are as they "
+            "were. Free some space, and start the same command again."
+        ) from error
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = {
+        path: int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+", path.name)
+    }
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def _cut_short(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            tensor_names(path)
+        except ValueError:
+            yield f"its {path.name} is cut short"
+    for index in sorted(folder.rglob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield f"its {index.name} is cut short"
+            return
+        yield from (f"it lacks {name}" for name in sorted(names) if not (index.parent / name).is_file())
+    for pattern in _ZIP_FILES:
+        for path in sorted(folder.rglob(pattern)):
+            if not zipfile.is_zipfile(path):
+                yield f"its {path.name} is cut short"
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold what this rank may have written, and the folder's entries."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
