@@ -57,8 +57,11 @@ format: $(READY)  ## repair what lint and format can repair
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)  ## the side-by-side measurements of benchmarks/, one table each
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=$(JOBS) $(BIN)/python $$file $(ARGS); done
+# Half an hour on a quiet machine. The other files of benchmarks/ answer questions of their own, on the pages that name them.
+bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS=--quick: a look, which writes nothing)
+	@set -e; for name in generate growth training_step lora experts; do echo "== benchmarks/$$name.py"; \
+	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done
+	@$(BIN)/python benchmarks/write_performance.py
 
 docs: $(READY)  ## run the commands and the Python examples of README.md and docs/
 	$(PYTEST) tests/test_docs.py $(ARGS)

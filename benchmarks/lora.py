@@ -7,7 +7,7 @@ Two tables: the experts block alone, forward and backward, and a whole training 
 contender is a process of its own, so that none fills the others' caches of compiled products, and they take turns, a
 call each, so that what slows the machine slows all. Every call draws tokens and routing anew: a backend that has seen
 a row count before may be faster with it. The tables show PEFT's median time, and its peak memory in one call, over
-ours. Writes the section `lora` of `benchmarks/results/<device>.json`.
+ours. `--write` puts them into `benchmarks/results/<device>.json`, as `lora`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from measuring import device_name, peak_bytes, save, synchronize
 
 
 RANK = 16
-EXPERTS = {8: 2, 16: 4, 64: 8, 128: 8}  # experts, experts a token
+TOP_K = {8: 2, 16: 4, 64: 8, 128: 8}  # experts a token, by experts
 TOKENS = (128, 512, 2048, 8192)
 BLOCK, STEP = ("PEFT", "ours"), ("PEFT", "ours", "attention only")
 
@@ -43,28 +43,34 @@ class Case(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few small cases, few rounds, writes no file")
-    parser.add_argument("--experts", nargs="+", type=int, choices=EXPERTS, default=list(EXPERTS))
+    parser.add_argument("--quick", action="store_true", help="a few small cases, few rounds")
+    parser.add_argument("--experts", nargs="+", type=int, choices=TOP_K, default=[8, 16, 64], help="of the block")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--step-experts", nargs="+", type=int, choices=TOP_K, default=[16, 128])
     parser.add_argument("--step-tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=512, help="of one expert")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="put the section into the results file")
     options = parser.parse_args()
     if options.quick:
-        options.experts, options.tokens, options.step_tokens, options.rounds = [16], [128], [128], 3
+        options.experts = options.step_experts = [16]
+        options.tokens, options.step_tokens, options.rounds = [128], [128], 3
     sizes = options.hidden, options.intermediate
     rows: dict[str, list[dict[str, Any]]] = {}
-    for what, tokens, contenders in (("block", options.tokens, BLOCK), ("step", options.step_tokens, STEP)):
+    for what, chosen, tokens, contenders in (
+        ("block", options.experts, options.tokens, BLOCK),
+        ("step", options.step_experts, options.step_tokens, STEP),
+    ):
         print(f"\n{what}, rank {RANK}, H {sizes[0]}, I {sizes[1]}, {device_name(options.device)}")
         print("| dtype | E | k | tokens | " + " | ".join(f"{name} ms" for name in contenders), end=" | ")
         print("PEFT / ours | memory, PEFT / ours |\n" + "| --- " * (6 + len(contenders)) + "|", flush=True)
         for case in (
-            Case(what, dtype, experts, EXPERTS[experts], count, *sizes)
+            Case(what, dtype, experts, TOP_K[experts], count, *sizes)
             for dtype in options.dtypes
-            for experts in options.experts
+            for experts in chosen
             for count in tokens
         ):
             row = measure(case, contenders, options.rounds, options.device)
@@ -73,8 +79,8 @@ def main() -> None:
             cells = [case.dtype, case.E, case.K, case.T, *(f"{1e3 * times[name]:.1f}" for name in contenders)]
             cells += [f"{times['PEFT'] / times['ours']:.2f}", f"{row['peak']['PEFT'] / row['peak']['ours']:.1f}"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    if not options.quick:
-        print(save("lora", options.device, {"rank": RANK, **rows}))
+    if options.write:
+        print("Wrote", save("lora", options.device, {"rank": RANK, **rows}))
 
 
 def measure(case: Case, contenders: tuple[str, ...], rounds: int, device: str, warmup: int = 2) -> dict[str, Any]:

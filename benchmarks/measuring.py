@@ -36,25 +36,33 @@ def device_name(device: str) -> str:
 
 
 def interleave(
-    contenders: dict[str, Callable[[int], Any]],
+    contenders: dict[Any, Callable[[int], Any]],
     device: str,
     rounds: int,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
+    turn: int = 1,
+    settle: int = 0,
+) -> dict[Any, float]:
     """
-    The median seconds of each contender. A round calls each once with the round's number, so that what slows the
-    machine for a while slows all of them. With one thread, `time.process_time` as `clock` counts nobody else's work.
+    The median seconds of each contender, each called with the number of its call, from 0.
+
+    A round gives each a turn of `turn` timed calls, so that what slows the machine for a while slows all of them. The
+    `settle` calls before them are not timed: they meet the caches, those of compiled products among them, and the free
+    memory as others left them, and a hypervisor may have taken back what was free for some seconds, all of which a
+    training loop does not meet. With one thread, `time.process_time` as `clock` counts nobody else's work.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
+    calls = settle + turn
     for number in range(warmup + rounds):
         for name, call in contenders.items():
-            synchronize(device)
-            start = clock()
-            call(number)
-            synchronize(device)
-            if number >= warmup:
-                seconds[name].append(clock() - start)
+            for part in range(calls):
+                synchronize(device)
+                start = clock()
+                call(number * calls + part)
+                synchronize(device)
+                if number >= warmup and part >= settle:
+                    seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -182,6 +182,35 @@ def test_autocast_computes_in_its_dtype(backend, kind):
         torch.testing.assert_close(found[name].double(), value.double(), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_tokens_without_gradient(kind, dtype):
+    """As each step of `generate` has them: the weights of experts that they do not choose may hold anything."""
+    for tokens in (1, 3):
+        hidden, index, weights = inputs(tokens, 2, dtype=dtype)
+        experts = make(kind, "auto", dtype)
+        unchosen = [expert for expert in range(5) if expert not in index]
+        with torch.no_grad():
+            for name, parameter in experts.named_parameters():
+                if not name.startswith("act_fn"):
+                    parameter[unchosen] = torch.nan
+            found, expected = experts(hidden, index, weights), experts_oracle(experts, hidden, index, weights)
+        atol = TOLERANCE[dtype] * expected.abs().max().item()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+
+
+def test_few_tokens_without_gradient_heed_autocast_and_odd_sizes():
+    hidden, index, weights = inputs(3, 2, H=18)
+    experts = make("mixtral", "auto", H=18, I=23)  # rows of 72 and 92 bytes
+    with torch.no_grad():
+        torch.testing.assert_close(
+            experts(hidden, index, weights), experts_oracle(experts, hidden, index, weights).float()
+        )
+        with Products() as products, torch.autocast("cpu", torch.bfloat16):
+            make("mixtral", "auto")(*inputs(3, 2))
+    assert set(products.dtypes) == {torch.bfloat16}
+
+
 def test_autocast_leaves_float64_alone():
     experts, tensors = make("mixtral", "segment_mm", torch.float64), inputs(9, 2, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,8 +259,12 @@ def test_pairs_of_another_expert_parallel_rank_add_nothing(dtype):
 def test_an_expert_that_does_not_exist_is_refused(expert):
     hidden, index, weights = inputs(4, 2)
     index[2, 1] = expert
-    with pytest.raises(ValueError, match=rf"`top_k_index` names expert {expert}, but the experts are 0 to 4"):
-        make("mixtral", "segment_mm")(hidden, index, weights)
+    for backend, learns in (("segment_mm", True), ("auto", True), ("auto", False)):
+        with (
+            torch.set_grad_enabled(learns),
+            pytest.raises(ValueError, match=rf"`top_k_index` names expert {expert}, but the experts are 0 to 4"),
+        ):
+            make("mixtral", backend)(hidden, index, weights)
 
 
 def kept_bytes(experts, tensors) -> int:

@@ -146,3 +146,11 @@ def test_one_micro_batch_of_one_sequence_has_the_same_loss_in_every_scope(scope)
     inputs = tiny_inputs(model, batch=1)
     expected = per_token_aux_loss(model, [inputs])
     assert model(**inputs).aux_loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_is_known_by_its_label_count_where_its_gradients_do_not_show():
+    """Between the micro-batches of a step FSDP2 and DeepSpeed leave `grad` None and the version as it is."""
+    load, parameters, items = GlobalLoad(), [torch.nn.Parameter(torch.ones(2))], torch.tensor(8)
+    assert load.is_new_step(parameters, items)
+    assert not load.is_new_step(parameters, items)
+    assert load.is_new_step(parameters, torch.tensor(8))

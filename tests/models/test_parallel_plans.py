@@ -16,13 +16,15 @@ def matches(rule: str, names: list[str]) -> list[str]:
 def test_every_rule_matches_and_experts_are_covered(name):
     model = tiny_sparse(name)
     names = [key for key, _ in (*model.named_modules(), *model.named_parameters())]
-    for plan in (model.tp_plan, model.ep_plan):
-        assert plan
+    biased = any(block.experts.biased for block in model.sparse_blocks)
+    for plan in (model.tp_plan, model.ep_plan, model.fsdp_plan):
+        assert plan or (biased and plan is model.tp_plan)
         for rule in plan:
             assert matches(rule, names), f"{rule} matches nothing"
     for plan, style in ((model.ep_plan, "ep_dispatch_experts"), (model.tp_plan, "moe_tp_experts")):
         experts = {match for rule, kind in plan.items() if kind == style for match in matches(rule, names)}
-        assert experts == {key for key, _ in model.named_modules() if key.endswith(".experts")}
+        covered = {key for key, _ in model.named_modules() if key.endswith(".experts")}
+        assert experts == (set() if biased and plan is model.tp_plan else covered)
     sharded = {
         match for rule, kind in model.ep_plan.items() if kind == "grouped_gemm" for match in matches(rule, names)
     }
@@ -51,3 +53,13 @@ def test_packed_projections_are_split_as_packed(name):
             assert style == "packed_colwise"
         elif rule.endswith("experts.up_proj"):
             assert style == "colwise"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_layer_with_experts_is_sharded_by_itself(name):
+    model = tiny_sparse(name)
+    names = [key for key, _ in model.named_modules()]
+    units = {match for rule, style in model.fsdp_plan.items() for match in matches(rule, names)}
+    layers = [{unit for unit in units if key.startswith(f"{unit}.")} for key in names if key.endswith(".experts")]
+    assert all(len(layer) == 1 for layer in layers)
+    assert len(set.union(*layers)) == len(layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -16,8 +17,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_sparse_moe import SparseMoeConfig, upcycle
+from hf_sparse_moe.distributed.launch import check_distributed_config
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.upcycling.families import sparse_class, sparse_config_class
@@ -65,6 +68,13 @@ class ModelArguments:
     experts_implementation: str | None = field(
         default=None, metadata={"help": "Backend of the experts, such as grouped_mm, batched_mm or eager."}
     )
+    distributed_config: dict[str, int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Share a mixture out over the processes by transformers' own FSDP2, expert and tensor "
+            'parallelism, as JSON (in a YAML file a mapping): {"fsdp_size": 8, "ep_size": 4}.'
+        },
+    )
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; for mixed precision leave float32 and pass --bf16."}
     )
@@ -74,13 +84,8 @@ class ModelArguments:
             raise ValueError("Pass either `--model_name_or_path`, or `--config_name` to begin from scratch.")
         if self.config_name is not None and self.tokenizer_name is None:
             raise ValueError("`--config_name` begins from scratch: pass `--tokenizer_name` with it.")
-        if isinstance(self.config_overrides, str):
-            try:
-                self.config_overrides = json.loads(self.config_overrides)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`--config_overrides={self.config_overrides}` is no JSON: {error}.") from error
-        if not isinstance(self.config_overrides, dict | None):
-            raise ValueError(f"`--config_overrides={self.config_overrides!r}` must be a JSON object.")
+        self.config_overrides = _as_mapping("config_overrides", self.config_overrides)
+        self.distributed_config = _as_mapping("distributed_config", self.distributed_config)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"`--dtype={self.dtype}` must be auto, float32, bfloat16 or float16.")
 
@@ -90,6 +95,17 @@ class ModelArguments:
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         named = {name: value for name in names if (value := getattr(self, name)) is not None}
         return (self.config_overrides or {}) | named
+
+
+def _as_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--{name}={value}` is no JSON: {error}.") from error
+    if not isinstance(value, dict | None):
+        raise ValueError(f"`--{name}={value!r}` must be a JSON object.")
+    return value
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -133,6 +149,7 @@ def load_model(
             f"has no `{auto_class.__name__}`. Use the recipe of its own task."
         )
     path = args.model_name_or_path
+    sharing = _sharing(args, config, len(tokenizer))
     if path is None:
         for name, value in head_fields.items():
             setattr(config, name, value)
@@ -147,7 +164,7 @@ def load_model(
         if unknown:
             raise ValueError(f"`{unknown[0]}` in `--config_overrides` is no field of `{config_class.__name__}`.")
         folder = find_source(path, args.model_revision).folder
-        model = auto_class.from_pretrained(folder, dtype=args.dtype, **fields, **head_fields)
+        model = auto_class.from_pretrained(folder, dtype=args.dtype, **sharing, **fields, **head_fields)
     else:
         options = {"method": args.upcycling_method, "seed": seed, "dtype": args.dtype, **args.fields}
         if not head_fields and sparse_class(config, architecture) is model_class:
@@ -163,6 +180,28 @@ def load_model(
     total, active = count_parameters(model), count_parameters(model, only_active=True)
     logger.info("%s: %s parameters, %s active a token", type(model).__name__, f"{total:,}", f"{active:,}")
     return model
+
+
+def _sharing(args: ModelArguments, config: PreTrainedConfig, vocab_size: int) -> dict[str, DistributedConfig]:
+    """What `from_pretrained` takes to read the weights straight into shards."""
+    if args.distributed_config is None:
+        return {}
+    if args.model_name_or_path is None or not isinstance(config, SparseMoeConfig):
+        raise ValueError(
+            "`--distributed_config` reads a mixture straight into shards, and no process makes the whole one: pass "
+            "one as `--model_name_or_path`, made by `hf-sparse-moe upcycle`, or by this recipe with `--max_steps 1`."
+        )
+    if vocab_size > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {vocab_size} tokens, `{args.model_name_or_path}` {config.vocab_size}, and a model in "
+            "shards cannot be resized: train one step without `--distributed_config` first."
+        )
+    unknown = sorted(set(args.distributed_config) - set(DistributedConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` in `--distributed_config` is no field of `DistributedConfig`.")
+    sizes = DistributedConfig(**args.distributed_config)
+    check_distributed_config(sizes, config, distributed.get_world_size() if distributed.is_initialized() else 1)
+    return {"distributed_config": sizes}
 
 
 def _scratch_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> SparseMoeConfig:

@@ -10,9 +10,16 @@ from pathlib import Path
 
 from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from yaml import YAMLError
 
+from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
+from hf_sparse_moe.distributed.launch import (
+    check_engine,
+    check_processes,
+    check_same_everywhere,
+    join_deepspeed,
+)
 from hf_sparse_moe.hub import ModelCardCallback, add_model_card
 from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 
@@ -52,10 +59,13 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_dir():
         raise ValueError(f"`--resume_from_checkpoint={args.resume_from_checkpoint}` is no folder. Check the path.")
     if args.resume_from_checkpoint is None and output.is_dir() and any(output.iterdir()):
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+        args.resume_from_checkpoint = find_last_checkpoint(args.output_dir)
         if args.resume_from_checkpoint is None:
             raise ValueError(f"`--output_dir={output}` is not empty and holds no checkpoint. Name another folder.")
         logger.warning("Going on from %s; name another `--output_dir` to begin anew.", args.resume_from_checkpoint)
+    check_processes(args)
+    join_deepspeed(args)
+    check_same_everywhere(args, **{type(part).__name__: part for part in arguments[:-1]})
     set_seed(args.seed)
     return arguments
 
@@ -65,12 +75,15 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
     Train where there is training data, evaluate where there is validation data; write the model, the numbers and the
     model card, and with `--push_to_hub` publish them.
     """
+    with stop_on_bad_input():
+        check_engine(trainer)
     train_data, eval_data = data_names(data_args)
     add_model_card(trainer, ModelCardCallback(train_data, eval_data))
     if trainer.train_dataset is not None:
         add_leading_callback(trainer, RoutingMonitor())
         if trainer.model.config.router_bias_update_speed > 0:
             trainer.add_callback(SelectionBiasCallback())
+        keep_checkpoints_whole(trainer)
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()
@@ -80,6 +93,8 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    unset_hf_deepspeed_config()  # or the models that the card is checked with would be shared out, on one rank alone
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # DeepSpeed's last process would wait for one that has gone

@@ -67,7 +67,7 @@ def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool) -
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_bias, down_bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     up = getattr(self, up_name)
-    dtype = _compute_dtype(up)
+    dtype = compute_dtype(up)
     activation = Activation.of(self)
     arguments = (hidden_states, top_k_weights, up, up_bias, self.down_proj, down_bias, *activation.parameters)
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
@@ -88,7 +88,7 @@ def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
     return "with a norm after the experts" if experts.has_post_expert_norm else None
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """What autocast would choose for a product with this weight: it leaves float64 alone."""
     if torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64:
         return torch.get_autocast_dtype("cpu")

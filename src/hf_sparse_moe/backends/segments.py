@@ -58,12 +58,7 @@ def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool,
         ValueError: an index below 0, or above E - 1 unless `may_skip`.
     """
     num_tokens, top_k = top_k_index.shape
-    expert_P = top_k_index.detach().reshape(-1).numpy()
-    if expert_P.size and (expert_P.min() < 0 or (expert_P.max() >= num_experts and not may_skip)):
-        wrong = expert_P[(expert_P < 0) | (expert_P >= num_experts)][0]
-        raise ValueError(
-            f"`top_k_index` names expert {wrong}, but the experts are 0 to {num_experts - 1}. Check the router."
-        )
+    expert_P = require_experts(top_k_index, num_experts, may_skip=may_skip)
     # A stable sort of small integers is a radix sort, 20 times faster than torch's own.
     expert_P = np.minimum(expert_P, num_experts).astype(np.min_scalar_type(num_experts))
     counts_E = np.bincount(expert_P, minlength=num_experts)[:num_experts]
@@ -89,8 +84,19 @@ def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool,
     )
 
 
+def require_experts(top_k_index: torch.Tensor, num_experts: int, *, may_skip: bool) -> np.ndarray:
+    """`top_k_index`, flat, on the host, after refusing what [`find_segments`] refuses."""
+    expert_P = top_k_index.detach().reshape(-1).numpy()
+    if expert_P.size and (expert_P.min() < 0 or (expert_P.max() >= num_experts and not may_skip)):
+        wrong = expert_P[(expert_P < 0) | (expert_P >= num_experts)][0]
+        raise ValueError(
+            f"`top_k_index` names expert {wrong}, but the experts are 0 to {num_experts - 1}. Check the router."
+        )
+    return expert_P
+
+
 def padded_lengths(lengths: np.ndarray) -> np.ndarray:
-    """The next of 1, 2, ..., 32, 40, 48, ..., 256, 272, ..., 512, 544, ...: few lengths, and little filling up."""
+    """The next of 8, 16, ..., 256, 272, ..., 512, 544, ...: few lengths, and little filling up."""
     exponents = np.frexp(lengths - 0.5)[1]  # lengths are in (2^(e-1), 2^e]
-    steps = np.where(lengths <= 32, 1, np.maximum(8, (1 << exponents) >> 5))
+    steps = np.maximum(8, (1 << exponents) >> 5)
     return -(-lengths // steps) * steps

@@ -119,14 +119,24 @@ class GlobalLoad:
     def __init__(self) -> None:
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
         self.version = 0  # of the router's parameters, which an optimizer step raises
+        self.step_items: torch.Tensor | None = None  # the `num_items_in_batch` of the last micro-batch
 
-    def is_new_step(self, router_parameters: Sequence[torch.nn.Parameter]) -> bool:
+    def is_new_step(
+        self, router_parameters: Sequence[torch.nn.Parameter], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> bool:
         """
         Whether an optimizer step, or a `zero_grad` that leaves None, came after the last micro-batch. Under
-        torch.compile only the latter is seen.
+        torch.compile only the latter is seen. FSDP2 and DeepSpeed keep gradients where neither shows: there it is the
+        tensor `num_items_in_batch` that tells, of which Trainer makes one a step.
         """
-        version = 0 if torch.compiler.is_compiling() else sum(parameter._version for parameter in router_parameters)
+        if torch.compiler.is_compiling():
+            return all(parameter.grad is None for parameter in router_parameters)
+        version = sum(parameter._version for parameter in router_parameters)
         stepped, self.version = version != self.version, version
+        items, known = num_items_in_batch, self.step_items
+        self.step_items = items if isinstance(items, torch.Tensor) else None
+        if self.step_items is not None and known is not None:
+            return stepped or items is not known
         return stepped or all(parameter.grad is None for parameter in router_parameters)
 
     def add(

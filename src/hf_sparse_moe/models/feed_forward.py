@@ -272,7 +272,7 @@ def _lost_parts(module: nn.Module, layout: FeedForwardLayout, activation: str) -
         intermediate, hidden = _features(_part(module, layout.down))
         for holder in dict.fromkeys(name.rpartition(".")[0] for name in (layout.up[0], layout.down)):
             for name, child in module.get_submodule(holder).named_children():
-                shapes = {parameter.shape for parameter in child.parameters()}
+                shapes = {_shape(parameter) for parameter in child.parameters()}
                 if (
                     shapes == {(intermediate,)}
                     and intermediate != hidden
@@ -312,8 +312,13 @@ def _hollow(module: nn.Module, layout: FeedForwardLayout, path: str) -> nn.Modul
     return hollow
 
 
+def _shape(parameter: Any) -> torch.Size:
+    """Also where DeepSpeed's ZeRO-3 has emptied the parameter, as it does while a model is built."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _features(projection: nn.Module) -> tuple[int, int]:
-    rows, columns = projection.weight.shape
+    rows, columns = _shape(projection.weight)
     return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
 
 

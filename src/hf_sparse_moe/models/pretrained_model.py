@@ -257,7 +257,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             return balance(counts_LE, probs_LE).mean(), weight
         counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
         parameters = [parameter for block in self.sparse_blocks for parameter in block.gate.parameters()]
-        new_step = self._global_load.is_new_step(parameters)
+        new_step = self._global_load.is_new_step(parameters, num_items_in_batch)
         counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
         ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         share_L1 = (ranks * tokens_L / all_tokens_L.clamp(min=1))[:, None]
@@ -315,14 +315,24 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         present = {_wildcard(name) for name, _ in (*self.named_modules(), *self.named_parameters())}
         self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in present}
         self._ep_plan = {rule: style for rule, style in (self._ep_plan or {}).items() if rule in present}
+        self._fsdp_plan = {rule: style for rule, style in (self._fsdp_plan or {}).items() if rule in present}
         for name, module in self.named_modules():
             if isinstance(module, SparseMoeBlock):
+                # transformers names the layers of most architectures otherwise than they are called.
+                self._fsdp_plan.setdefault(_wildcard(self._layer_of(name)), "free_full_weight")
                 experts, up = f"{_wildcard(name)}.experts", module.experts.up_name
-                tp_up = "packed_colwise" if module.experts.gated else "colwise"
-                self._tp_plan |= {f"{experts}.{up}": tp_up, f"{experts}.down_proj": "rowwise"}
-                self._tp_plan[experts] = "moe_tp_experts"
+                if not module.experts.biased:  # every rank would add the bias of the whole
+                    tp_up = "packed_colwise" if module.experts.gated else "colwise"
+                    self._tp_plan |= {f"{experts}.{up}": tp_up, f"{experts}.down_proj": "rowwise"}
+                    self._tp_plan[experts] = "moe_tp_experts"
                 self._ep_plan |= {f"{experts}.{parameter}": "grouped_gemm" for parameter in module.experts._parameters}
                 self._ep_plan[experts] = "ep_dispatch_experts"
+
+    def _layer_of(self, block: str) -> str:
+        """The outermost numbered module around a block: what FSDP gathers and frees. A list has no forward."""
+        parts = block.split(".")
+        paths = [".".join(parts[: end + 1]) for end, part in enumerate(parts) if part.isdigit()]
+        return next((path for path in paths if not isinstance(self.get_submodule(path), nn.ModuleList)), block)
 
     # ---- initialisation ---------------------------------------------------------------------------------------
 
@@ -467,7 +477,8 @@ def _checkpoint_keys(state_dict: dict | None, checkpoint_files: list[str] | None
 
 
 def _wildcard(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+    """As transformers looks a rule up: of two numbers in a row, the second stays."""
+    return re.sub(r"\.\d+(\.|$)", r".*\1", name)
 
 
 def _assignments(entry: RoutingEntry, mask_T: torch.Tensor | None, num_experts: int) -> torch.Tensor:

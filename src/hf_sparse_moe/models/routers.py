@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -144,7 +145,9 @@ class SparseMoeTopKRouter(nn.Module):
 
     def compute_logits(self, hidden_states_TH: torch.Tensor) -> torch.Tensor:
         """[`logits`] in float32, with jitter in training. What is not finite becomes 0: the choice stays defined."""
-        with torch.autocast(device_type=hidden_states_TH.device.type, enabled=False):
+        device = hidden_states_TH.device.type
+        # Each step of `generate` asks every router: what it need not do costs as much as its product.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             router_input = hidden_states_TH.float()
             if self.training and self.jitter_noise > 0:
                 noise = torch.empty_like(router_input).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
@@ -189,7 +192,8 @@ class SparseMoeTopKRouter(nn.Module):
         if self.norm_topk_prob:
             # Sigmoids can all be 0; the smallest float32 keeps such a token's weights 0 rather than NaN.
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        weights = weights * self.routed_scaling_factor
+        if self.routed_scaling_factor != 1:
+            weights = weights * self.routed_scaling_factor
         return weights if kept_TK is None else weights.masked_fill(~kept_TK, 0.0)
 
     def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
