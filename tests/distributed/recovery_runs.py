@@ -114,7 +114,7 @@ def make_rows(model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 
 def _fsdp_on_cpu() -> None:
-    """accelerate shards with FSDP only where it sees GPUs (TRAPS: `fsdp=` on CPU silently becomes DDP)."""
+    """accelerate shards with FSDP only where it sees GPUs: on CPUs it becomes DDP, without a word."""
     os.environ.setdefault("LOCAL_RANK", "0")
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
