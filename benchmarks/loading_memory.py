@@ -1,5 +1,5 @@
 """
-What does a process hold while it loads its part of a mixture? Anonymous memory, beside the mapped file, of each layout.
+What does a process hold while it loads its part of a mixture? Its own memory, beside the mapped file, by layout.
 
     python benchmarks/loading_memory.py
 
