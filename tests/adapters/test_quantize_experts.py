@@ -263,7 +263,7 @@ def test_it_loads_a_state_dict_of_floats_or_codes(name):
         torch.testing.assert_close(logits_of(target, inputs), logits_of(expected, inputs))
 
 
-@pytest.mark.parametrize("backend", ["auto", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["segment_mm", "grouped_mm"])
 def test_it_casts_and_computes_under_autocast(backend):
     model = quantize_experts(mixture("decoder"), 8)
     floats = rounded(model)
