@@ -1,6 +1,5 @@
 """Killed at any moment and started again, a training ends as one that nothing disturbed, bit for bit."""
 
-import os
 import random
 import signal
 import time
@@ -99,7 +98,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path):
         while process.is_alive() and len(list(killed.glob("checkpoint-*/model.safetensors"))) == begun:
             time.sleep(0.0005)
         time.sleep(chance.uniform(0, 0.03))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         incomplete += len(list(killed.glob("checkpoint-*/checkpoint-is-incomplete.txt")))
         assert last is None or find_last_checkpoint(killed) is not None  # no kill costs the last whole one
