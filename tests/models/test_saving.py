@@ -6,10 +6,6 @@ import pytest
 import torch
 import transformers as hf
 from safetensors import safe_open
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_sparse_moe import upcycle
 from tiny_models import (
@@ -182,19 +178,3 @@ def test_the_folder_of_the_dense_checkpoint_stays_at_home(tmp_path):
     dense.save_pretrained(tmp_path / "secret-folder")
     upcycle(str(tmp_path / "secret-folder"), num_experts=2).save_pretrained(tmp_path / "sparse")
     assert "secret-folder" not in (tmp_path / "sparse" / "config.json").read_text()
-
-
-def test_what_fsdp_wraps_is_saved_as_itself(tmp_path):
-    """torch makes a class of its own of it, in a module of its own, which would be copied beside the weights."""
-    model = tiny_sparse("llama")
-    model.save_pretrained(tmp_path / "alone")
-    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        model.save_pretrained(tmp_path / "wrapped", state_dict=weights)
-    finally:
-        distributed.destroy_process_group()
-    for file in (tmp_path / "alone").iterdir():
-        assert (tmp_path / "wrapped" / file.name).read_bytes() == file.read_bytes(), file.name
-    assert len(list((tmp_path / "wrapped").iterdir())) == len(list((tmp_path / "alone").iterdir()))

@@ -369,10 +369,6 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         and the code they need is copied beside the weights. `push_to_hub=True` then publishes as `repo_id`, or as the
         folder's name.
         """
-        cls = type(self)
-        if cls.__name__.startswith("FSDP"):  # torch made this class of ours, and its own code is not to travel
-            ours = next(base for base in cls.__mro__[1:] if issubclass(base, SparseMoePreTrainedModel))
-            cls.__module__, cls.__name__ = ours.__module__, ours.__name__
         self.config.auto_map = self.family_auto_map()
         # Keys are saved as they stand in the module, so that a strict load (a Trainer's resume) finds them.
         kwargs.setdefault("save_original_format", False)
