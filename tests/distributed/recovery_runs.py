@@ -30,6 +30,9 @@ from tiny_models import tiny_inputs, tiny_sparse
 
 ROWS, STEPS, SAVE_STEPS = 28, 7, 2  # 7 micro-batches of 4 an epoch: step 4 ends one, with one micro-batch
 PATIENCE = 100.0  # seconds
+# Forks of a process that has imported these packages and started no thread: a fork of pytest's own may hang in OpenMP.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["peft", "transformers.trainer", "hf_sparse_moe.adapters", "hf_sparse_moe.train"])
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,12 @@ def finish(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor] | No
 
 
 def in_processes(ranks: int, function: Callable, *arguments, **named) -> list[int]:
-    """Run a function as so many ranks, each a fork of this process; returns their exit codes (-9 is a SIGKILL)."""
+    """Run a function as so many ranks, each in a process of its own; returns their exit codes (-9 is a SIGKILL)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = get_context("fork")
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, function, arguments, named)) for rank in range(ranks)
+        PROCESSES.Process(target=_rank, args=(rank, ranks, port, function, arguments, named)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()

@@ -3,12 +3,12 @@
 import random
 import signal
 import time
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 from distributed.recovery_runs import (
+    PROCESSES,
     STEPS,
     Kill,
     Run,
@@ -92,7 +92,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path):
     chance, incomplete = random.Random(0), 0
     for _ in range(20):
         last = find_last_checkpoint(killed) if killed.exists() else None
-        process = get_context("fork").Process(target=train, args=(run, killed), kwargs={"resume": last})
+        process = PROCESSES.Process(target=train, args=(run, killed), kwargs={"resume": last})
         process.start()
         begun = len(list(killed.glob("checkpoint-*/model.safetensors")))
         while process.is_alive() and len(list(killed.glob("checkpoint-*/model.safetensors"))) == begun:
