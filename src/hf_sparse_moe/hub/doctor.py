@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import HF_MODULES_CACHE
+
 from .adapter_folder import is_adapter
 from .adapter_loading import find_base
 from .adapter_publish import named_base
@@ -133,8 +135,11 @@ def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_rem
 def _run(arguments: list[str], workplace: Path) -> str | None:
     """A Python process without tokens, network of the Hub or a shared cache; the last line it said if it failed."""
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    environment |= {"HF_HOME": str(workplace / "home"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the packages of this process, here and there
+    home = workplace / "home"
+    environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["TRANSFORMERS_VERBOSITY"] = "error"
+    # The packages of this process, and not the code of checkpoints that it has loaded: it would hide this one's.
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and path != HF_MODULES_CACHE)
     ended = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     if ended.returncode == 0:
         return None
