@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from .few_pairs import few_pairs_experts_forward, suits_few_pairs
 from .segment_mm import compute_dtype, segment_mm_experts_forward
 from .segments import require_experts
 
@@ -24,15 +25,18 @@ def auto_experts_forward(
     """
     `experts_implementation="auto"`: `segment_mm` on a CPU, transformers' `grouped_mm` elsewhere and in traced graphs.
 
-    On a CPU, outside of training, `grouped_mm` runs what has few rows an expert, as each step of `generate` has. A
-    choice by measurement (benchmarks/experts.py): with its own arguments no backend computes anything else. Takes what
-    [`segment_mm_experts_forward`] takes.
+    On a CPU, outside of training, few tokens run in a loop over the experts hit, as in each step of `generate`, and
+    few rows an expert with `grouped_mm`. A choice by measurement (benchmarks/experts.py, benchmarks/generate.py): with
+    its own arguments no backend computes anything else. Takes what [`segment_mm_experts_forward`] takes.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if hidden_states.device.type != "cpu" or traced or self.has_post_expert_norm:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self.training:  # a reentrant checkpoint runs without gradients first, and has to draw the same dropout later
         return segment_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if suits_few_pairs(self, top_k_index):
+        require_experts(top_k_index, self.num_experts, may_skip=False)
+        return few_pairs_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if _few_rows_suit_grouped_mm(self, top_k_index):
         require_experts(top_k_index, self.num_experts, may_skip=self._is_expert_parallel)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
