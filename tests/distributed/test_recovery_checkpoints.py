@@ -115,20 +115,20 @@ def test_a_rank_killed_while_a_checkpoint_is_written(engine, tmp_path):
     assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def train_on_a_full_disk(folder, size) -> None:
+    trainer = make_trainer(RUN, folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # larger files fail as on a full disk
+    with pytest.raises(OSError, match=r"disk of `.*checkpoint-4` is full.*earlier ones.*Free some space"):
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(folder))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
 def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(name, checkpoints):
     shutil.rmtree(checkpoints / "checkpoint-4")
     before = {path: path.read_bytes() for path in (checkpoints / "checkpoint-2").iterdir()}
     size = len(before[checkpoints / "checkpoint-2" / name]) - 1
-
-    def train_on_a_full_disk() -> None:
-        trainer = make_trainer(RUN, checkpoints)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # larger files fail as on a full disk
-        with pytest.raises(OSError, match=r"disk of `.*checkpoint-4` is full.*earlier ones.*Free some space"):
-            trainer.train(resume_from_checkpoint=find_last_checkpoint(checkpoints))
-
-    assert in_processes(1, train_on_a_full_disk) == [0]
+    assert in_processes(1, train_on_a_full_disk, checkpoints, size) == [0]
     assert {path: path.read_bytes() for path in (checkpoints / "checkpoint-2").iterdir()} == before
     assert not (checkpoints / "checkpoint-4").exists()
     assert in_processes(1, train, RUN, checkpoints, resume=find_last_checkpoint(checkpoints)) == [0]
