@@ -84,6 +84,21 @@ def test_the_router_alone_makes_another_base():
     )
 
 
+@pytest.mark.parametrize("name", ["mixtral", "t5", "bert"])
+def test_attention_alone_makes_another_base(name):
+    other = mixture(name)
+    changed = next(name for name, weight in other.named_parameters() if "att" in name.lower() and weight.dim() == 2)
+    other.get_parameter(changed).data += 0.1
+    assert base_difference(recorded(mixture(name)), other) == f"`{changed}` holds other numbers"
+
+
+def test_tokens_may_be_added():
+    model = mixture("mixtral")
+    before = recorded(model)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    assert base_difference(before, model) is None
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [

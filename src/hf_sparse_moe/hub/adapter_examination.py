@@ -56,7 +56,8 @@ def _identity(recorded: Mapping[str, Any], model: PreTrainedModel) -> Finding:
         return Finding(check, NOT_CHECKED, "It has no adapter_base.json; a push writes it.")
     if difference := base_difference(recorded, model):
         return Finding(check, FAILED, f"{difference[0].upper()}{difference[1:]}.")
-    return Finding(check, PASSED, f"Experts and routers of {len(recorded['layers'])} layers are those recorded.")
+    layers, others = len(recorded["layers"]), len(recorded.get("weights", ()))
+    return Finding(check, PASSED, f"Its {layers} sparse layers and {others} other weights are those recorded.")
 
 
 def _attached(attachment: Attachment) -> Finding:

@@ -124,7 +124,7 @@ def stage_adapter(files: Mapping[str, Path], staged: Path, base: str | None, tok
     check_base(model, staged, folder.name)
     if is_mixture(model):
         found = identify_base(model, source)
-        write_base(found | {key: recorded[key] for key in ("dtype", "layers") if key in recorded}, staged)
+        write_base(found | {key: recorded[key] for key in ("dtype", "layers", "weights") if key in recorded}, staged)
     config |= {"base_model_name_or_path": source.name, "revision": source.revision}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     loaded, attachment = attach(model, staged)

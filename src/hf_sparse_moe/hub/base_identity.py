@@ -1,4 +1,4 @@
-"""Which mixture an adapter was trained on: a sample of its routers and experts, to know it again."""
+"""Which mixture an adapter was trained on: a sample of its weights, to know it again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, without_wrapper
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 BASE_NAME = "adapter_base.json"
 SAMPLES = 4  # of each expert in each tensor: a further step of training moves most of them
+MATRIX_SAMPLES = 32  # of each other weight
 ROUTER = "router"
 
 
@@ -35,7 +37,7 @@ def read_base(folder: Path) -> Mapping[str, Any]:
     """
     recorded = read_json(folder / BASE_NAME)
     try:
-        for tensors in recorded["layers"].values() if recorded else ():
+        for tensors in [*recorded["layers"].values(), recorded.get("weights", {})] if recorded else ():
             for described in tensors.values():
                 experts, *_ = described["shape"]
                 _decode(described)
@@ -52,7 +54,8 @@ def read_base(folder: Path) -> Mapping[str, Any]:
 def identify_base(model: PreTrainedModel | PeftModel, source: Source | None = None) -> dict[str, Any]:
     """
     What tells a mixture from others, for `adapter_base.json` beside an adapter: of each sparse layer the shapes and a
-    few numbers of each expert, as bfloat16 holds them, so that a base in another dtype is recognised.
+    few numbers of each expert, and a few numbers of each other weight but the embeddings, which may grow. As bfloat16
+    holds them, so that a base in another dtype is recognised.
 
     Args:
         model (`PreTrainedModel`): The base, alone or inside a `PeftModel` whose adapters are not merged.
@@ -66,11 +69,9 @@ def identify_base(model: PreTrainedModel | PeftModel, source: Source | None = No
         "sha256": source_files(source.folder) if source else {},
         "dtype": _name(model.dtype),
         "layers": {
-            layer.name: {
-                name: {"shape": list(tensor.shape), "samples": _encode(tensor)} for name, tensor in _tensors(layer)
-            }
-            for layer in _layers(model)
+            layer.name: {name: _describe(tensor) for name, tensor in _tensors(layer)} for layer in _layers(model)
         },
+        "weights": {name: _describe(weight, MATRIX_SAMPLES) for name, weight in _other_weights(model)},
     }
 
 
@@ -123,7 +124,22 @@ def base_difference(recorded: Mapping[str, Any], model: PreTrainedModel) -> str 
                 return f"`{tensor}` of `{name}` has the shape {tuple(own)}, and had {tuple(shape)} there"
         if found := _content_difference(name, there, here, tolerant):
             return found
+    others = recorded.get("weights", {})
+    for name, weight in _other_weights(model):
+        if name in others and _close(others[name], weight, tolerant, MATRIX_SAMPLES) is False:
+            return f"`{name}` holds other numbers"
     return None
+
+
+def _close(described: Mapping[str, Any], weight: torch.Tensor, tolerant: bool, samples: int) -> bool | None:
+    recorded, own = _decode(described), _sample(weight, samples)
+    if recorded is None or own is None:
+        return None
+    return recorded.shape == own.shape and bool(_same(recorded, own, tolerant).all())
+
+
+def _same(recorded: torch.Tensor, own: torch.Tensor, tolerant: bool) -> torch.Tensor:
+    return torch.isclose(recorded, own, rtol=2**-7, atol=1e-6) if tolerant else torch.eq(recorded, own)
 
 
 def _content_difference(
@@ -133,9 +149,7 @@ def _content_difference(
     for tensor in sorted(here.keys() & there.keys()):
         recorded, own = _decode(there[tensor]), _sample(here[tensor])
         if recorded is not None and own is not None:
-            pair = recorded[:, None], own[None, :]
-            close = torch.isclose(*pair, rtol=2**-7, atol=1e-6) if tolerant else torch.eq(*pair)
-            equal[tensor] = close.all(-1)
+            equal[tensor] = _same(recorded[:, None], own[None, :], tolerant).all(-1)
     different = [tensor for tensor, same in equal.items() if not same.diagonal().all()]
     if not different:
         return None
@@ -155,9 +169,9 @@ def _layers(model: PreTrainedModel | PeftModel) -> list[MixtureLayer]:
 
 def _tensors(layer: MixtureLayer) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors with one entry an expert: the router's weight and those of the experts."""
-    router: Any = without_wrapper(layer.router)
-    router = getattr(router, "original_module", router)  # PEFT's copy of a router that is trained stands beside
-    scores = (weight for weight in router.parameters() if weight.dim() == 2 and len(weight) == layer.num_experts)
+    scores = (
+        weight for weight in _own(layer.router).parameters() if weight.dim() == 2 and len(weight) == layer.num_experts
+    )
     if (weight := next(scores, None)) is not None:
         yield ROUTER, weight
     for name, weight in without_wrapper(layer.experts).named_parameters(recurse=False):
@@ -165,18 +179,47 @@ def _tensors(layer: MixtureLayer) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, weight
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor | None:
+def _other_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(1, O, I) of each matrix outside of sparse layers and embeddings, by the name that it has in the base."""
+    model = without_adapter(model)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    passed = {_own(end) for end in ends if end is not None}
+    for layer in _layers(model):
+        passed |= {_own(layer.router), _own(layer.experts)}
+    waiting = [("", cast("nn.Module", model))]
+    while waiting:
+        prefix, module = waiting.pop()
+        module = _own(module)
+        if module in passed or isinstance(module, nn.Embedding):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2:
+            yield f"{prefix}weight", weight[None]
+        waiting.extend((f"{prefix}{name}.", child) for name, child in module.named_children())
+
+
+def _own(module: nn.Module) -> Any:
+    """The base's module inside PEFT's layers; a copy that is trained stands beside the original."""
+    module = without_wrapper(module)
+    return getattr(module, "original_module", module)
+
+
+def _describe(tensor: torch.Tensor, samples: int = SAMPLES) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "samples": _encode(tensor, samples)}
+
+
+def _sample(weight: torch.Tensor, samples: int = SAMPLES) -> torch.Tensor | None:
     """(E, samples), rounded to bfloat16; None of weights that are quantised, sharded or not in memory."""
     plain = type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.device.type != "meta"
     if not plain:
         return None
     flat = weight.detach().flatten(1)
-    places = torch.linspace(0, flat.shape[1] - 1, min(SAMPLES, flat.shape[1]), device=flat.device).long()
+    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
     return flat[:, places].bfloat16().cpu()
 
 
-def _encode(weight: torch.Tensor) -> str | None:
-    sample = _sample(weight)
+def _encode(weight: torch.Tensor, samples: int = SAMPLES) -> str | None:
+    sample = _sample(weight, samples)
     return None if sample is None else base64.b64encode(sample.view(torch.uint8).numpy().tobytes()).decode()
 
 
