@@ -1,62 +1,67 @@
 """
-What does a process hold while it loads its part of a mixture? Its own memory, beside the mapped file, by layout.
+What does a process hold while it gets its part of a mixture? Its own memory, beside mapped files, by layout.
 
     python benchmarks/loading_memory.py
 
-Saves a mixture of 925 MiB (Qwen3-like, 16 experts, float32) into a temporary folder, and loads it in one process and
-in two (gloo, CPU) with `from_pretrained(distributed_config=...)`. Needs Linux, 1 GiB of disk and 3 GiB of memory.
+Writes a dense checkpoint and the mixture of 925 MiB that it becomes (Qwen3-like, 16 experts, float32) into a temporary
+folder. One, two and four processes (gloo, CPU) load the mixture with `from_pretrained(distributed_config=...)`, and
+make it of the dense checkpoint with `upcycle_into_shards`. Needs Linux, 1.2 GiB of disk and 3 GiB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import threading
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers as hf
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
-from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
+from hf_sparse_moe import SparseMoeDecoderForCausalLM, stream_upcycle, upcycle
+from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
 
 
 MIB = 2**20
-LAYOUTS: list[dict[str, int]] = [{}, {"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2}]
+EXPERTS = 16
+LAYOUTS: list[dict[str, int]] = [
+    {},
+    {"fsdp_size": 2},
+    {"fsdp_size": 2, "ep_size": 2},
+    {"tp_size": 2},
+    {"fsdp_size": 4},
+    {"fsdp_size": 4, "ep_size": 4},
+    {"fsdp_size": 2, "tp_size": 2},
+]
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hf_sparse_moe.distributed.upcycling", "transformers.models.qwen3.modeling_qwen3"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="of the mixture: 105 MiB each")
-    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "LAYOUT"), help=argparse.SUPPRESS)  # one rank of ours
+    parser.add_argument("--layers", type=int, default=8, help="of the mixture: 100 MiB each")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if options.load:
-        load(Path(options.load[0]), json.loads(options.load[1]))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_mixture(options.layers)
-        model.save_pretrained(folder)
-        print(f"A mixture of {sum(part.numel() * 4 for part in model.parameters()) / MIB:,.0f} MiB\n")
-        del model
-        print("| layout | its part, MiB | while loading | once written to |\n| --- | ---: | ---: | ---: |")
-        for layout in LAYOUTS:
-            told = run(Path(folder), layout)
-            name = " x ".join(f"{key} {value}" for key, value in layout.items()) or "one process"
-            print(f"| {name} | {told['part']:,.0f} | {told['loading']:,.0f} | {told['written']:,.0f} |", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        whole = make_checkpoints(Path(name), options.layers)
+        rows = [measure(Path(name), layout, way) for way in ("load", "upcycle") for layout in LAYOUTS]
+    print(f"A mixture of {whole:,.0f} MiB\n")
+    print("| | layout | its part, MiB | at most | once written to |\n| --- | --- | ---: | ---: | ---: |")
+    for row in rows:
+        name = " x ".join(f"{key} {value}" for key, value in row["layout"].items()) or "one process"
+        print(f"| {row['way']} | {name} | {row['part']:,.0f} | {row['peak']:,.0f} | {row['written']:,.0f} |")
 
 
-def make_mixture(layers: int) -> SparseMoeDecoderForCausalLM:
-    dense = hf.Qwen3Config(
+def make_checkpoints(folder: Path, layers: int) -> float:
+    """`dense`, and the `mixture` that it becomes; returns the MiB of that."""
+    config = hf.Qwen3Config(
         vocab_size=32000,
         hidden_size=512,
         intermediate_size=1024,
@@ -66,22 +71,37 @@ def make_mixture(layers: int) -> SparseMoeDecoderForCausalLM:
         head_dim=64,
         tie_word_embeddings=False,
     )
-    return SparseMoeDecoderForCausalLM(SparseMoeDecoderConfig.from_dense(dense, num_experts=16))
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "dense")
+    stream_upcycle(folder / "dense", folder / "mixture", num_experts=EXPERTS, method="noise")
+    return sum(file.stat().st_size for file in (folder / "mixture").glob("*.safetensors")) / MIB
 
 
-def run(folder: Path, layout: dict[str, int]) -> dict[str, float]:
+def measure(folder: Path, layout: dict[str, int], way: str) -> dict:
     """The largest figures of the ranks, in MiB."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if layout else []
-    command = [sys.executable, *launcher, __file__, "--load", str(folder), json.dumps(layout)]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    ranks = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    ranks = layout.get("fsdp_size", 1) * layout.get("tp_size", 1)
+    with tempfile.TemporaryDirectory(dir=folder) as results:
+        processes = [
+            PROCESSES.Process(target=run_as_rank, args=(rank, ranks, folder, layout, way, Path(results)))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise SystemExit(f"{way} {layout} failed.")
+        told = [json.loads(file.read_text()) for file in Path(results).glob("*.json")]
+    largest = {name: max(rank[name] for rank in told) for name in told[0]}
+    return {"way": way, "layout": layout, **largest}
 
 
-def load(folder: Path, layout: dict[str, int]) -> None:
-    """As one rank: print the growth of anonymous memory, at its peak and once every weight has been written to."""
-    if layout:
-        distributed.init_process_group("gloo")
+def run_as_rank(rank: int, ranks: int, folder: Path, layout: dict[str, int], way: str, results: Path) -> None:
+    """Write down the growth of anonymous memory, at its peak and once every weight has been written to."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if ranks > 1:
+        distributed.init_process_group("gloo", f"file://{results}/meet", rank=rank, world_size=ranks)
     before, peak, done = anonymous_mib(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -90,23 +110,33 @@ def load(folder: Path, layout: dict[str, int]) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    arguments: dict[str, Any] = {"distributed_config": DistributedConfig(**layout)} if layout else {}
-    model = SparseMoeDecoderForCausalLM.from_pretrained(folder, **arguments)
+    model = get_part(folder, layout, way)
     done.set()
     watcher.join()
     parts = [part.to_local() if isinstance(part, DTensor) else part for part in model.parameters()]
     for part in parts:
         part.data.add_(0)
     part_mib = sum(part.numel() * part.element_size() for part in parts) / MIB
-    told = {"part": part_mib, "loading": peak[0] - before, "written": anonymous_mib() - before}
-    print("\n" + json.dumps(told), flush=True)
-    if layout:
+    told = {"part": part_mib, "peak": peak[0] - before, "written": anonymous_mib() - before}
+    (results / f"{rank}.json").write_text(json.dumps(told))
+    if ranks > 1:
+        distributed.barrier()
         distributed.destroy_process_group()
+
+
+def get_part(folder: Path, layout: dict[str, int], way: str) -> hf.PreTrainedModel:
+    sizes = DistributedConfig(**layout)
+    if way == "load":
+        shared = {"distributed_config": sizes} if layout else {}
+        return SparseMoeDecoderForCausalLM.from_pretrained(folder / "mixture", **shared)
+    if not layout:
+        return upcycle(str(folder / "dense"), num_experts=EXPERTS, method="noise")
+    return upcycle_into_shards(folder / "dense", sizes, num_experts=EXPERTS, method="noise")
 
 
 def anonymous_mib() -> float:
     """Of this process; pages of a mapped file, which the system may drop, are not in it."""
-    status = Path(f"/proc/{os.getpid()}/status").read_text()
+    status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 

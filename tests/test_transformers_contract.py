@@ -8,6 +8,12 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint import _hf_utils
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     GenerationMixin,
     MixtralConfig,
@@ -22,6 +28,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
+from transformers.distributed import checkpoint as distributed_checkpoint
 from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
 from transformers.integrations import moe
 from transformers.loss import loss_utils
@@ -317,3 +324,61 @@ def test_trainer_publishes_through_methods_that_can_be_replaced():
 def test_a_trainer_s_evaluation_names_its_runtime():
     """Else the training record takes no evaluation for one, and cannot tell the parts of the evaluation data."""
     assert 'f"{split}_runtime"' in inspect.getsource(trainer_utils.speed_metrics)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("_get_output_dir", ["self", "trial"]),
+        ("_load_best_model", ["self"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
+    ],
+)
+def test_trainer_saves_and_resumes_through_methods_that_can_be_replaced(name, arguments):
+    """Else `ResumableTrainer` and `keep_checkpoints_whole` replace what nobody calls."""
+    assert parameters(getattr(Trainer, name)) == arguments
+    assert f"self.{name}(" in inspect.getsource(Trainer)
+
+
+def test_trainer_asks_only_after_a_step_whether_it_was_the_last():
+    """`keep_checkpoints_whole` skips the epoch from the end of a training; else it takes a step too many."""
+    source = inspect.getsource(Trainer._inner_training_loop)
+    assert source.index("self._run_epoch(") < source.index("self.control.should_training_stop")
+    assert "global_step >=" not in inspect.getsource(Trainer._run_epoch)
+
+
+def test_a_model_in_shards_is_loaded_and_its_optimizer_saved_by_functions_of_transformers():
+    """Else expert-parallel trainings neither save nor resume."""
+    assert parameters(distributed_checkpoint._load_model_checkpoint_distributed)[:2] == ["model", "checkpoint_dir"]
+    for function in ("save_optimizer_distributed", "load_optimizer_distributed"):
+        assert parameters(getattr(distributed_checkpoint, function)) == ["model", "optimizer", "checkpoint_dir"]
+    assert "is_distributed_loading_by_transformers" in inspect.getsource(Trainer)
+
+
+def test_torch_s_sharded_checkpoints_say_where_their_parts_lie():
+    """Else `consolidate` and `check_same_model` cannot read what FSDP and expert parallelism write."""
+    fields = _StorageInfo.__dataclass_fields__
+    assert {"relative_path", "offset", "length"} <= set(fields)
+    assert (_hf_utils.DCP_SHARDING_INFO_KEY, _hf_utils.SAVED_OFFSETS_KEY) == ("DCP_SHARDING_INFO", "saved_offsets")
+
+
+def test_torch_s_groups_of_processes_take_another_timeout():
+    """Else `--ddp_timeout` has no effect on CPUs, and a rank that hangs stops the others for 30 minutes."""
+    assert parameters(distributed_c10d._set_pg_timeout) == ["timeout", "group"]
+    assert isinstance(distributed_c10d._world.pg_map, dict)
+
+
+def test_fsdp_makes_a_class_of_torch_s_own():
+    """Else `save_pretrained` no longer knows it, and its name stands in `auto_map`, its code beside the weights."""
+    module = nn.Linear(2, 2)
+    distributed_c10d.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        wrapped = type(fully_shard(module, mesh=init_device_mesh("cpu", (1,))))
+    finally:
+        distributed_c10d.destroy_process_group()
+    assert wrapped.__name__ == "FSDPLinear"
+    assert wrapped.__module__.startswith("torch.")

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import recipe
+from hf_sparse_moe.distributed.resume import ResumableTrainer
 from hf_sparse_moe.metrics import load_metric
 
 
@@ -138,7 +139,8 @@ def main() -> None:
             model.config.pad_token_id = tokenizer.pad_token_id
 
     collator_class = DataCollatorForTokenClassification if by_token else DataCollatorWithPadding
-    trainer = Trainer(
+    trainer_class = Trainer if model_args.distributed_config is None else ResumableTrainer
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=data.get("train"),

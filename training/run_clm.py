@@ -11,6 +11,7 @@ from functools import partial
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import recipe
+from hf_sparse_moe.distributed.resume import ResumableTrainer
 
 
 @dataclass
@@ -36,7 +37,8 @@ def main() -> None:
         batch = default_data_collator(rows)
         return {**batch, "labels": batch["input_ids"].clone()}
 
-    trainer = Trainer(
+    trainer_class = Trainer if model_args.distributed_config is None else ResumableTrainer
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=blocks.get("train"),

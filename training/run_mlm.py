@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import recipe
+from hf_sparse_moe.distributed.resume import ResumableTrainer
 
 
 @dataclass
@@ -57,7 +58,8 @@ def main() -> None:
     def collate(rows: list[dict]) -> dict:
         return default_data_collator(rows) if "labels" in rows[0] else mask(rows)
 
-    trainer = Trainer(
+    trainer_class = Trainer if model_args.distributed_config is None else ResumableTrainer
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=blocks.get("train"),

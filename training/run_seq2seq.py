@@ -9,6 +9,7 @@ Train a sparse encoder-decoder to write one text from another: translation, summ
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import recipe
+from hf_sparse_moe.distributed.resume import ResumableSeq2SeqTrainer
 from hf_sparse_moe.metrics import load_metric
 
 
@@ -57,11 +59,13 @@ def main() -> None:
         config = recipe.load_config(model_args, tokenizer)
         length = recipe.sequence_length(data_args, tokenizer, config)
         target_length = min(data_args.max_target_length or length, length)
+        # `map` hashes what the function closes over: plain values, and not the module with all that is in it.
+        prefix, column = data_args.source_prefix, recipe.column
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
-            sources = [data_args.source_prefix + text for text in recipe.column(rows, source)]
+            sources = [prefix + text for text in column(rows, source)]
             batch = tokenizer(sources, max_length=length, truncation=True)
-            targets = tokenizer(text_target=recipe.column(rows, target), max_length=target_length, truncation=True)
+            targets = tokenizer(text_target=column(rows, target), max_length=target_length, truncation=True)
             return {
                 "input_ids": batch["input_ids"],
                 "attention_mask": batch["attention_mask"],
@@ -89,7 +93,8 @@ def main() -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=texts(prediction.predictions), references=texts(prediction.label_ids))
 
-    trainer = Seq2SeqTrainer(
+    trainer_class = Seq2SeqTrainer if model_args.distributed_config is None else ResumableSeq2SeqTrainer
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=data.get("train"),
@@ -98,6 +103,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=compute_metrics if args.predict_with_generate else None,
     )
+    register_fsdp_forward_method(model, "generate")  # it calls the encoder by itself
     recipe.train_and_evaluate(trainer, data_args)
 
 

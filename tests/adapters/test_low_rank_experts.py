@@ -1,5 +1,7 @@
 """The products of adapted experts equal, gradients too, those of a loop over tokens with the update added to W."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -111,6 +113,30 @@ def test_grouped_products_equal_the_oracle(kind, chosen):
     ours = with_gradients(grouped_in_float32, experts, tokens, up, down)
     for value, expected in zip(ours, with_gradients(oracle, experts, tokens, up, down), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def shared_out(experts, hidden, index, weights, up, down):
+    """As two ranks compute it, each with experts and adapters of its own, and a weight of 0 for the other's."""
+    total = 0
+    for start, count in ((0, 2), (2, 3)):
+        mine = copy.deepcopy(experts)
+        mine.num_experts = count
+        for parameter in mine.parameters():
+            parameter.data = parameter.data[start : start + count]
+        elsewhere = (index < start) | (index >= start + count)
+        places = (index - start).masked_fill(elsewhere, count), weights.masked_fill(elsewhere, 0)
+        adapters = ([one.of_experts(start, count) for one in side] for side in (up, down))
+        total = total + low_rank_experts(mine, hidden, *places, *adapters)
+    return total
+
+
+@pytest.mark.parametrize("chosen", [tuple(range(EXPERTS)), (3, 4)])
+def test_parts_of_the_experts_add_up(chosen):
+    experts, tokens = make("ours_gated_biased"), tokens_of()
+    up, down = [adapter(experts, experts.up_name, chosen)], [adapter(experts, "down_proj", chosen)]
+    ours = with_gradients(shared_out, experts, tokens, up, down)
+    for value, expected in zip(ours, with_gradients(oracle, experts, tokens, up, down), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("columns", [slice(0, INNER), slice(INNER, None), slice(1, None, 2)])

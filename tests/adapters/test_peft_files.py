@@ -179,14 +179,27 @@ def changed(config, **fields):
 def test_an_adapter_of_another_model_is_refused(fields, tmp_path):
     adapted(stock_mixture("mixtral")).save_pretrained(tmp_path)
     other = hf.AutoModelForCausalLM.from_config(changed(STOCK["mixtral"], **fields))
-    with pytest.raises(RuntimeError, match="Load it into the model, and with the rank, that it was trained for"):
+    with pytest.raises(ValueError, match="Load it into the model, and with the rank, that it was trained for"):
         load_expert_lora(other, tmp_path)
+
+
+def test_a_state_dict_that_an_engine_gathered_makes_the_same_file(tmp_path):
+    """FSDP and ZeRO gather parameters by name, and hand them to `save_pretrained`."""
+    peft_model = adapted(stock_mixture("mixtral"), experts={0: [0, 2], 1: [3]})
+    gathered = {name: parameter.detach().clone() for name, parameter in peft_model.named_parameters()}
+    assert gathered.keys() <= peft_model.state_dict().keys()
+    assert all(torch.equal(peft_model.state_dict()[name], value) for name, value in gathered.items())
+    peft_model.save_pretrained(tmp_path / "one")
+    peft_model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    one, other = (load_file(tmp_path / folder / WEIGHTS) for folder in ("one", "gathered"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_an_adapter_of_another_rank_is_refused(tmp_path):
     adapted(stock_mixture("mixtral"), r=2).save_pretrained(tmp_path)
     peft_model = adapted(stock_mixture("mixtral"), r=4)
-    with pytest.raises(RuntimeError, match="with the rank, that it was trained for"):
+    with pytest.raises(ValueError, match="with the rank, that it was trained for"):
         peft_model.load_adapter(tmp_path, "default")
 
 
@@ -195,7 +208,7 @@ def test_a_file_that_holds_more_than_was_chosen_is_refused(fields, tmp_path):
     model = stock_mixture("mixtral")
     adapted(stock_mixture("mixtral")).save_pretrained(tmp_path)
     peft_model = adapted(model, **fields)
-    with pytest.raises(RuntimeError, match="Choose, in `experts` and `projections`, at least"):
+    with pytest.raises(ValueError, match="Choose, in `experts` and `projections`, at least"):
         peft_model.load_adapter(tmp_path, "default")
 
 
@@ -205,5 +218,5 @@ def test_a_file_with_a_bad_tensor_is_refused(tmp_path):
     key = next(iter(tensors))
     tensors[key] = tensors[key][:-1].contiguous()
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(RuntimeError, match="of the adapter is"):
+    with pytest.raises(ValueError, match="of the adapter is"):
         load_expert_lora(stock_mixture("mixtral"), tmp_path)

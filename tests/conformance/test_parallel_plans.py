@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from conformance.measuring import EXACT, HEADS
 from conformance.table import documented

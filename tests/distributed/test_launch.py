@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_sparse_moe.distributed.launch import check_distributed_config, check_processes, check_tied_weights
-from tiny_models import tiny_config, tiny_sparse
+from tiny_models import tiny_sparse
 
 
 ROOT = Path(__file__).parents[2]
@@ -100,14 +100,14 @@ def test_fsdp_that_would_be_ddp(tmp_path):
 
 def test_sizes_that_do_not_make_up_the_processes():
     with pytest.raises(ValueError, match=r"is for 4 processes .* but 2 run"):
-        check_distributed_config(DistributedConfig(fsdp_size=2, tp_size=2), tiny_config("decoder"), processes=2)
+        check_distributed_config(DistributedConfig(fsdp_size=2, tp_size=2), num_experts=4, processes=2)
 
 
 def test_experts_that_the_ranks_do_not_divide():
     sizes = DistributedConfig(fsdp_size=3, ep_size=3)
     with pytest.raises(ValueError, match=r"`num_experts=4` cannot be shared out over `ep_size=3`.*\[1, 2, 4\]"):
-        check_distributed_config(sizes, tiny_config("decoder"), processes=3)
-    check_distributed_config(DistributedConfig(fsdp_size=4, ep_size=2), tiny_config("decoder"), processes=4)
+        check_distributed_config(sizes, num_experts=4, processes=3)
+    check_distributed_config(DistributedConfig(fsdp_size=4, ep_size=2), num_experts=4, processes=4)
 
 
 def test_slurm_tasks_that_know_nothing_of_each_other(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import math
 from dataclasses import replace
 
 import pytest
+from transformers import Qwen3Config
 
 from cli_client import run_cli
+from hf_sparse_moe import SparseMoeDecoderConfig
 from hf_sparse_moe.planning import Layout, Workload, make_machine, plan_layouts, read_shape
 from hf_sparse_moe.planning.formulas import memory_of_rank, traffic, transfer_seconds
 from tiny_models import FAMILIES, tiny_config, tiny_dense, tiny_sparse
@@ -106,6 +108,35 @@ def test_checkpointing_trades_memory_for_time(shape):
     plain, again = plans["FSDP 8"], plans["FSDP 8, checkpointing"]
     assert again.memory.activations < plain.memory.activations
     assert again.compute_seconds == pytest.approx(plain.compute_seconds * 4 / 3)
+
+
+def test_what_the_page_says_of_1_to_1024_gpus():
+    """docs/planning.md, "Reasoning": its claims, for its mixture, machine and command."""
+    dense = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    shape = read_shape(SparseMoeDecoderConfig.from_dense(dense, num_experts=8))
+    machine = make_machine("h100", "80GB", "nvlink4,ndr")
+    many = {gpus: plan_layouts(shape, gpus, machine=machine) for gpus in (1, 8, 64, 1024)}
+    by_name = {gpus: {plan.name: plan for plan in plans} for gpus, plans in many.items()}
+    assert many[1][0].fits
+    assert many[1][0].name == "one GPU"
+    fsdp, expert, ddp = (by_name[8][name] for name in ("FSDP 8", "FSDP 8 x EP 8", "DDP 8"))
+    assert fsdp.fastest_seconds == ddp.fastest_seconds == fsdp.compute_seconds  # all of it hides
+    assert ddp.memory.total > 3 * fsdp.memory.total
+    assert expert.fastest_seconds > fsdp.fastest_seconds
+    assert expert.slowest_seconds == min(plan.slowest_seconds for plan in many[8])
+    replicas = by_name[64]["8 replicas of FSDP 8 x EP 8"]
+    assert many[64][0].name == "DDP 64"
+    assert replicas.memory.total < many[64][0].memory.total / 3
+    assert replicas.fastest_seconds < 1.05 * many[64][0].fastest_seconds < by_name[64]["FSDP 64"].fastest_seconds / 4
+    names = [plan.name for plan in many[1024]]
+    assert names[:2] == ["ZeRO-2 1024", "128 replicas of FSDP 8 x EP 8"]
+    reduced = [
+        plans[name].sent("all_reduce") for plans, name in ((by_name[64], replicas.name), (by_name[1024], names[1]))
+    ]
+    assert reduced[0] < reduced[1] < 1.15 * reduced[0]
 
 
 @pytest.mark.parametrize(

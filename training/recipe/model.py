@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse_moe import SparseMoeConfig, upcycle
 from hf_sparse_moe.distributed.launch import check_distributed_config
+from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.upcycling.families import sparse_class, sparse_config_class
@@ -71,7 +73,7 @@ class ModelArguments:
     distributed_config: dict[str, int] | str | None = field(
         default=None,
         metadata={
-            "help": "Share a mixture out over the processes by transformers' own FSDP2, expert and tensor "
+            "help": "Share the mixture out over the processes by transformers' own FSDP2, expert and tensor "
             'parallelism, as JSON (in a YAML file a mapping): {"fsdp_size": 8, "ep_size": 4}.'
         },
     )
@@ -167,7 +169,21 @@ def load_model(
         model = auto_class.from_pretrained(folder, dtype=args.dtype, **sharing, **fields, **head_fields)
     else:
         options = {"method": args.upcycling_method, "seed": seed, "dtype": args.dtype, **args.fields}
-        if not head_fields and sparse_class(config, architecture) is model_class:
+        has_the_head = not head_fields and sparse_class(config, architecture) is model_class
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"`{path}` is dense, and ZeRO-3 leaves a process no dense model to upcycle. Run "
+                f"`hf-sparse-moe upcycle {path} FOLDER` and pass `--model_name_or_path FOLDER`, or replace "
+                "`--deepspeed` by `--distributed_config`."
+            )
+        if sharing and not has_the_head:
+            raise ValueError(
+                f"`--distributed_config` makes the shards of `{path}` with the head that it has, and this task needs "
+                "another. Pass a mixture of it, made by `hf-sparse-moe upcycle`."
+            )
+        if sharing:
+            model = upcycle_into_shards(path, revision=args.model_revision, **sharing, **options)
+        elif has_the_head:
             model = upcycle(path, revision=args.model_revision, **options)
         else:  # the dense model gets the task's head first
             folder = find_source(path, args.model_revision).folder
@@ -183,13 +199,13 @@ def load_model(
 
 
 def _sharing(args: ModelArguments, config: PreTrainedConfig, vocab_size: int) -> dict[str, DistributedConfig]:
-    """What `from_pretrained` takes to read the weights straight into shards."""
+    """What `from_pretrained` and `upcycle_into_shards` take to put the weights straight into shards."""
     if args.distributed_config is None:
         return {}
-    if args.model_name_or_path is None or not isinstance(config, SparseMoeConfig):
+    if args.model_name_or_path is None:
         raise ValueError(
-            "`--distributed_config` reads a mixture straight into shards, and no process makes the whole one: pass "
-            "one as `--model_name_or_path`, made by `hf-sparse-moe upcycle`, or by this recipe with `--max_steps 1`."
+            "`--distributed_config` reads a checkpoint straight into shards, and from scratch there is none: run this "
+            "recipe with `--max_steps 1` and without it first, and pass the result as `--model_name_or_path`."
         )
     if vocab_size > config.vocab_size:
         raise ValueError(
@@ -200,7 +216,8 @@ def _sharing(args: ModelArguments, config: PreTrainedConfig, vocab_size: int) ->
     if unknown:
         raise ValueError(f"`{unknown[0]}` in `--distributed_config` is no field of `DistributedConfig`.")
     sizes = DistributedConfig(**args.distributed_config)
-    check_distributed_config(sizes, config, distributed.get_world_size() if distributed.is_initialized() else 1)
+    num_experts = config.num_experts if isinstance(config, SparseMoeConfig) else args.fields.get("num_experts", 8)
+    check_distributed_config(sizes, num_experts, distributed.get_world_size() if distributed.is_initialized() else 1)
     return {"distributed_config": sizes}
 
 

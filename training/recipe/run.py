@@ -14,7 +14,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from yaml import YAMLError
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
+from hf_sparse_moe.distributed.checkpoint_model import check_same_model
 from hf_sparse_moe.distributed.launch import (
+    apply_timeout,
     check_engine,
     check_processes,
     check_same_everywhere,
@@ -65,6 +67,7 @@ def parse_arguments(description: str, *classes: type) -> tuple:
         logger.warning("Going on from %s; name another `--output_dir` to begin anew.", args.resume_from_checkpoint)
     check_processes(args)
     join_deepspeed(args)
+    apply_timeout(args)
     check_same_everywhere(args, **{type(part).__name__: part for part in arguments[:-1]})
     set_seed(args.seed)
     return arguments
@@ -75,8 +78,13 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
     Train where there is training data, evaluate where there is validation data; write the model, the numbers and the
     model card, and with `--push_to_hub` publish them.
     """
+    checkpoint = trainer.args.resume_from_checkpoint
     with stop_on_bad_input():
         check_engine(trainer)
+        check_same_everywhere(trainer.args, model=trainer.model.config)  # each node may have a disk of its own
+        if checkpoint is not None:
+            check_same_model(trainer.model, checkpoint)
+    apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
     add_model_card(trainer, ModelCardCallback(train_data, eval_data))
     if trainer.train_dataset is not None:
@@ -84,7 +92,7 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
         if trainer.model.config.router_bias_update_speed > 0:
             trainer.add_callback(SelectionBiasCallback())
         keep_checkpoints_whole(trainer)
-        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class ExpertFactor(nn.Module):
     """
     One factor of N adapted experts out of E: `weight` (N, r, features).
 
-    A state dict holds it as PEFT's `target_parameters` do, for all E experts, with zeros for those without adapter:
-    A as `(E r, in)`, and B, the experts running fastest, as `(out, r E)`.
+    PEFT's files hold it as its `target_parameters` do, for all E experts, with zeros for those without adapter: A as
+    `(E r, in)`, and B, the experts running fastest, as `(out, r E)`. A state dict holds the parameter itself, since
+    FSDP, ZeRO and their checkpoints take each entry for a parameter.
 
     Args:
         experts (`tuple[int, ...]`): The N adapted experts.
@@ -39,49 +44,75 @@ class ExpertFactor(nn.Module):
         reached = len(range(*columns.indices(features)))
         self.weight = nn.Parameter(torch.empty(len(experts), rank, reached, device=like.device, dtype=like.dtype))
 
-    def all_experts(self) -> torch.Tensor:
+    def all_experts(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """`(E, r, features)`, zero where there is no adapter."""
-        if len(self.experts) == self.num_experts and self.weight.shape[-1] == self.features:
-            return self.weight
-        full = self.weight.new_zeros(self.num_experts, self.rank, self.features)
-        full[list(self.experts), :, self.columns] = self.weight
+        weight = self.weight if weight is None else weight
+        if len(self.experts) == self.num_experts and weight.shape[-1] == self.features:
+            return weight
+        full = weight.new_zeros(self.num_experts, self.rank, self.features)
+        full[list(self.experts), :, self.columns] = weight
         return full
 
-    def packed(self) -> torch.Tensor:
-        """The file's form."""
-        full = self.all_experts()
+    def to_file(self, weight: torch.Tensor) -> torch.Tensor:
+        """The file's form of `weight` (N, r, features), which is gathered where ranks share it out."""
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        full = self.all_experts(whole.detach())
         return full.permute(2, 1, 0).flatten(1) if self.is_b else full.flatten(0, 1)
 
-    def _packed_shape(self) -> tuple[int, int]:
+    def from_file(self, packed: torch.Tensor, name: str) -> torch.Tensor:
+        """
+        The parameter's form, of the adapted experts and columns.
+
+        Raises:
+            ValueError: `packed`, whose name is `name`, is for other experts, another width or another rank.
+        """
         rows = self.num_experts * self.rank
-        return (self.features, rows) if self.is_b else (rows, self.features)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        packed = self.packed()
-        destination[prefix + "weight"] = packed if keep_vars else packed.detach()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        key = prefix + "weight"
-        if (packed := state_dict.get(key)) is not None:
-            if tuple(packed.shape) != self._packed_shape():
-                errors.append(
-                    f"`{key}` of the adapter is {tuple(packed.shape)}, but {self.num_experts} experts of "
-                    f"{self.features} {'outputs' if self.is_b else 'inputs'} at rank {self.rank} need "
-                    f"{self._packed_shape()}. Load it into the model, and with the rank, that it was trained for."
-                )
-                return
-            full = (
-                packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0)
-                if self.is_b
-                else packed.unflatten(0, (-1, self.rank))
+        needed = (self.features, rows) if self.is_b else (rows, self.features)
+        if tuple(packed.shape) != needed:
+            raise ValueError(
+                f"`{name}` of the adapter is {tuple(packed.shape)}, but {self.num_experts} experts of "
+                f"{self.features} {'outputs' if self.is_b else 'inputs'} at rank {self.rank} need "
+                f"{needed}. Load it into the model, and with the rank, that it was trained for."
             )
-            state_dict[key] = full[list(self.experts)][..., self.columns].contiguous()
-            if self.is_b and state_dict[key].count_nonzero() != full.count_nonzero():
-                errors.append(
-                    f"`{key}` of the adapter is not zero outside of experts {list(self.experts)} and of the chosen "
-                    "projections. Choose, in `experts` and `projections`, at least what it was trained for."
-                )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if self.is_b:
+            full = packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0)
+        else:
+            full = packed.unflatten(0, (-1, self.rank))
+        weight = full[list(self.experts)][..., self.columns].contiguous()
+        if self.is_b and weight.count_nonzero() != full.count_nonzero():
+            raise ValueError(
+                f"`{name}` of the adapter is not zero outside of experts {list(self.experts)} and of the chosen "
+                "projections. Choose, in `experts` and `projections`, at least what it was trained for."
+            )
+        return weight
 
     def extra_repr(self) -> str:
         return f"{len(self.experts)} of {self.num_experts} experts, {tuple(self.weight.shape)}"
+
+
+@cache
+def pack_in_peft_files() -> None:
+    """
+    Have PEFT write and read factors in its own form. It has no hook of a layer for that: its `LoraModel` chooses the
+    tensors of a file from a state dict, whoever gathered that, and names those of a file as a state dict does.
+    """
+    from peft.tuners import lora
+
+    lora_model: Any = lora.LoraModel
+    choose = lora_model._get_adapter_state_dict.__func__
+    rename = lora_model._remap_adapter_state_dict_for_load.__func__
+
+    def factors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[tuple[str, ExpertFactor]]:
+        named = ((f"{name}.weight", module) for name, module in model.named_modules())
+        return [(name, module) for name, module in named if isinstance(module, ExpertFactor) and name in tensors]
+
+    def choose_packed(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = choose(cls, model, *args, **kwargs)
+        return tensors | {name: factor.to_file(tensors[name]) for name, factor in factors(model, tensors)}
+
+    def rename_unpacked(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = rename(cls, model, *args, **kwargs)
+        return tensors | {name: factor.from_file(tensors[name], name) for name, factor in factors(model, tensors)}
+
+    lora_model._get_adapter_state_dict = classmethod(choose_packed)
+    lora_model._remap_adapter_state_dict_for_load = classmethod(rename_unpacked)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .expert_factors import ExpertFactor
+from .expert_factors import ExpertFactor, pack_in_peft_files
+from .expert_parallel import check_sharding, expert_parallel_low_rank
 from .low_rank import LowRank
 from .low_rank_experts import low_rank_experts
 from .quantized_weight import QuantizedWeight
@@ -29,9 +30,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
 
 
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """Of all of it, which ZeRO-3 hides; what torch shares out (`DTensor`) tells it itself."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def follows_interface(module: nn.Module) -> bool:
     """Whether a module has the shape that transformers' experts backends know."""
-    names = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+    names = {name for name, parameter in module.named_parameters(recurse=False) if len(shape_of(parameter)) == 3}
     return hasattr(module, "has_gate") and {"down_proj"} < names <= {"down_proj", *UP_NAMES} and len(names) == 2
 
 
@@ -67,7 +73,7 @@ class ExpertLora(_Base):
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        shape = getattr(module, self.parameter_name).shape
+        shape = shape_of(getattr(module, self.parameter_name))
         self.num_experts = shape[0]
         self._did_swap_in_out_features = not module.is_transposed  # PEFT's name for (E, out, in)
         return (shape[1], shape[2]) if module.is_transposed else (shape[2], shape[1])
@@ -82,6 +88,7 @@ class ExpertLora(_Base):
         experts = self._chosen_experts(config, target_name)
         columns = self._chosen_columns(config)
         weight = self.get_param()
+        check_sharding(self.experts, target_name, weight, config.modules_to_save)
         _refuse_unsupported_weight(weight, target_name)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
@@ -178,8 +185,13 @@ class ExpertLora(_Base):
                 adapters[layer.parameter_name] = layer._low_rank(tokens)
         if not any(adapters.values()):
             return experts(hidden_states, top_k_index, top_k_weights)
+        compute = low_rank_experts
+        if experts._is_expert_parallel:
+            if tokens is not None:
+                raise ValueError("`adapter_names` does not work with expert parallelism. Use one adapter a batch.")
+            compute = expert_parallel_low_rank
         up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        return low_rank_experts(
+        return compute(
             experts,
             hidden_states,
             top_k_index,
@@ -224,7 +236,13 @@ class ExpertLora(_Base):
         """Add the adapters to the experts' weights, expert after expert."""
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
-        if isinstance(self.get_param(), QuantizedWeight):
+        weight = self.get_param()
+        if isinstance(weight, DTensor) or weight.shape != shape_of(weight):
+            raise ValueError(
+                "Adapters do not merge into experts that are sharded over ranks. Save the adapter, and merge it in "
+                "one process."
+            )
+        if isinstance(weight, QuantizedWeight):
             raise ValueError(
                 "Adapters do not merge into quantised experts, which would round their update away. Call "
                 "`dequantize_experts(model)` first, or load the adapter into the unquantised model."
@@ -281,12 +299,7 @@ def _refuse_unsupported(config: LoraConfig) -> None:
 
 
 def _refuse_unsupported_weight(weight: torch.Tensor, name: str) -> None:
-    if isinstance(weight, DTensor):
-        raise ValueError(
-            f"`{name}` is sharded over ranks, which LoRA on experts does not support. Load the model without a "
-            "`distributed_config`, and shard it, if at all, after `get_peft_model`."
-        )
-    if type(weight.data) not in (torch.Tensor, QuantizedWeight) or weight.dtype not in _DTYPES:
+    if type(weight.data) not in (torch.Tensor, QuantizedWeight, DTensor) or weight.dtype not in _DTYPES:
         raise ValueError(
             f"`{name}` is quantised ({weight.dtype}) in a way that no adapter of experts computes with. Load the "
             "experts unquantised, and call `quantize_experts(model)`."
@@ -298,6 +311,7 @@ def layer_class() -> type[Any]:
     """PEFT's wrapper of parameters with the methods above; made on first use, since PEFT is an extra."""
     from peft.tuners.lora.layer import ParamWrapper
 
+    pack_in_peft_files()
     # PEFT knows its wrappers of parameters by this class name.
     return type("ParamWrapper", (ExpertLora, ParamWrapper), {"__module__": __name__})
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .expert_config import config_class
-from .expert_layer import PROJECTIONS, follows_interface
+from .expert_layer import PROJECTIONS, follows_interface, shape_of
 
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _chosen_experts(
                 f"`experts` names layer {layer!r}, which {len(matches)} experts modules match. Name one of: "
                 f"{', '.join(modules)}."
             )
-        count = modules[matches[0]].num_experts
+        count = shape_of(modules[matches[0]].down_proj)[0]  # `num_experts` is a rank's in expert parallelism
         numbers = list(range(count) if numbers is None else numbers)
         if not numbers or not all(0 <= number < count for number in numbers):
             raise ValueError(f"`experts` gives {numbers} for layer {layer!r}, which has experts 0 to {count - 1}.")

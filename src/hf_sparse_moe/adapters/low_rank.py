@@ -6,7 +6,8 @@ R rows of a batch of segments, E experts, N adapted experts, r rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +36,12 @@ class LowRank:
     columns: slice
     dropout: float = 0.0
     tokens: torch.Tensor | None = None
+
+    def of_experts(self, start: int, count: int) -> LowRank:
+        """The part for the `count` experts from `start` on, which are numbered from 0 then."""
+        slots = slice(bisect_left(self.experts, start), bisect_left(self.experts, start + count))
+        experts = tuple(expert - start for expert in self.experts[slots])
+        return replace(self, a=self.a[slots], b=self.b[slots], experts=experts)
 
     def all_experts(self, num_experts: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B with zeros for experts without adapter, and a rank of whole 16 bytes, as grouped products ask."""

@@ -51,6 +51,7 @@ _ZIP_FILES = ("*.pt", "*.pth", "*.bin")  # what torch.save writes
 _FULL_DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # torch.save names no number, and a distributed save wraps its error as text.
 _WRITE_FAILED = re.compile(rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({_FULL_DISK})\b")
+_RANK_GONE = re.compile(r"\bgloo/transport|\bNCCL\b")
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
@@ -59,9 +60,10 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
     whole that a kill, a crash or a power cut ended.
 
     On this one trainer, whatever its subclass and engine, a checkpoint is whole when all ranks have written their part
-    and the disk holds it; only then older ones go by `save_total_limit`. A full disk ends the training with one
-    sentence, and leaves the older checkpoints as they are. Each checkpoint is logged, so that the numbers of the
-    steps since the last log are not lost in a resume.
+    and the disk holds it; only then older ones go by `save_total_limit`. A full disk, or a rank that ends meanwhile,
+    ends the training with one sentence on every rank, and leaves the older checkpoints as they are. Each checkpoint is
+    logged, so that the numbers of the steps since the last log are not lost in a resume. From the checkpoint of its
+    last step a training takes no step more.
 
     Args:
         trainer (`Trainer`): Call it before `train`.
@@ -76,6 +78,7 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
     if "_save_checkpoint" in trainer.__dict__:
         return
     trainer.__dict__["_save_checkpoint"] = partial(_save_whole, trainer, trainer._save_checkpoint)
+    trainer.__dict__["_run_epoch"] = partial(_run_epoch_with_steps, trainer, trainer._run_epoch)
     trainer.add_callback(_LogAtCheckpoints())
 
 
@@ -145,14 +148,15 @@ def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> No
     trainer.accelerator.wait_for_everyone()  # no rank writes before the mark is there
     args.save_total_limit = None  # nothing older goes before this one is whole
     try:
-        with _full_disk_told(folder, removable=args.should_save):
+        # Other ranks may still write there; what is left is marked, and goes when this step is saved again.
+        with _failure_told(folder, removable=args.world_size == 1):
             save(model, trial)
             if args.should_save:
                 _describe(trainer, folder)
             _flush(folder)
+            trainer.accelerator.wait_for_everyone()
     finally:
         args.save_total_limit = limit
-    trainer.accelerator.wait_for_everyone()
     if args.should_save:
         mark.unlink()
         best = trainer.state.best_model_checkpoint
@@ -174,18 +178,33 @@ def _describe(trainer: Trainer, folder: Path) -> None:
 
 
 @contextmanager
-def _full_disk_told(folder: Path, removable: bool) -> Iterator[None]:
+def _failure_told(folder: Path, removable: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        if _WRITE_FAILED.search(str(error)) is None:
+        if _WRITE_FAILED.search(str(error)):
+            told = (
+                f"The disk of `{folder}` is full, so that this checkpoint could not be written; earlier ones are as "
+                "they were. Free some space, and start the same command again."
+            )
+        elif _RANK_GONE.search(str(error)):
+            told = (
+                f"Another rank ended, or hung, while `{folder}` was being written, so that this checkpoint is not "
+                "whole; earlier ones are as they were. See that rank's own error, and start the same command again."
+            )
+        else:
             raise
         if removable:
             shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(
-            f"The disk of `{folder}` is full, so that this checkpoint could not be written; earlier ones are as they "
-            "were. Free some space, and start the same command again."
-        ) from error
+        raise OSError(told) from error
+
+
+def _run_epoch_with_steps(trainer: Trainer, run_epoch: Any, **arguments: Any) -> None:
+    """Trainer asks after a step whether it was the last, and so takes one too many from the end of a training."""
+    if trainer.state.global_step >= trainer.state.max_steps:
+        trainer.control.should_training_stop = True
+    else:
+        run_epoch(**arguments)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import distributed
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import strtobool
@@ -108,13 +109,13 @@ def _check_deepspeed_processes(processes: int) -> None:
         )
 
 
-def check_distributed_config(config: DistributedConfig, model_config: PreTrainedConfig, processes: int) -> None:
+def check_distributed_config(config: DistributedConfig, num_experts: int, processes: int) -> None:
     """
     Raise unless a model can be shared out so, before its weights are read.
 
     Args:
         config (`DistributedConfig`): The sizes.
-        model_config (`PreTrainedConfig`): The mixture's config.
+        num_experts (`int`): Routed experts of a layer.
         processes (`int`): How many there are.
 
     Raises:
@@ -129,11 +130,10 @@ def check_distributed_config(config: DistributedConfig, model_config: PreTrained
             f"`distributed_config` is for {size} processes (pp_size x dp_replicate_size x fsdp_size x tp_size), but "
             f"{processes} run. Change the sizes or the number of processes; `ep_size` divides fsdp_size x tp_size."
         )
-    experts = getattr(model_config, "num_experts", 0)
-    if experts % expert:
+    if num_experts % expert:
         raise ValueError(
-            f"`num_experts={experts}` cannot be shared out over `ep_size={expert}`: each rank holds as many "
-            f"experts as the others. Choose one of {[n for n in range(1, experts + 1) if experts % n == 0]}."
+            f"`num_experts={num_experts}` cannot be shared out over `ep_size={expert}`: each rank holds as many "
+            f"experts as the others. Choose one of {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
         )
 
 
@@ -192,6 +192,19 @@ def check_tied_weights(trainer: Trainer) -> None:
             f"Accelerate's FSDP2 cannot shard `{type(model).__name__}`, in which {' and '.join(shared[0])} share a "
             "parameter. Use `--distributed_config '{\"fsdp_size\": 2}'` (the number of processes), DeepSpeed, or DDP."
         )
+
+
+def apply_timeout(args: TrainingArguments) -> None:
+    """
+    Have `--ddp_timeout` hold on CPUs too, for all groups of processes that there are: a rank that waits longer than
+    that for the others raises an error. Trainer itself passes it on for GPUs only, and leaves gloo's own 30 minutes.
+
+    Args:
+        args (`TrainingArguments`): Those of the run.
+    """
+    if args.device.type == "cpu" and distributed.is_available() and distributed.is_initialized():
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(args.ddp_timeout_delta, group)
 
 
 def join_deepspeed(args: TrainingArguments) -> None:

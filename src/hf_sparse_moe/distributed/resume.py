@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.distributed.checkpoint import (
     _load_model_checkpoint_distributed,
     load_optimizer_distributed,
@@ -25,8 +26,9 @@ class ResumableTrainer(Trainer):
     A `Trainer` whose checkpoints hold shards of weights and optimizer, one file a rank, for expert, tensor and data
     parallelism of transformers (`DistributedConfig`), which the stock `Trainer` trains and refuses to save.
 
-    A checkpoint goes on under another layout too, such as from expert parallelism to FSDP alone. Use it for these
-    models only: the stock `Trainer` does the other engines.
+    A checkpoint goes on under another layout too, such as from expert parallelism to FSDP alone. Adapters are whole on
+    every rank, and their checkpoints those of `Trainer`. Use it for such models only: the stock `Trainer` does the
+    other engines.
 
     Args:
         model (`PreTrainedModel`): From `from_pretrained(..., distributed_config=DistributedConfig(...))`.
@@ -51,26 +53,44 @@ class ResumableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Inside of a checkpoint, a file of shards a rank; at the end of a training, normal weights."""
-        if not _internal_call or output_dir is None:
-            return super().save_model(output_dir)
+        if not _internal_call or output_dir is None or self._trains_adapters:
+            return super().save_model(output_dir, _internal_call)
         model: Any = self.model
         model.save_pretrained(output_dir, distributed_checkpoint=True, is_main_process=self.args.should_save)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         return None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._trains_adapters and state_dict is None:  # else PEFT gathers the whole base on each rank
+            model: Any = self.model
+            state_dict = {
+                name: value
+                for name, value in model.state_dict(keep_vars=True).items()
+                if value.requires_grad or not isinstance(value, DTensor)
+            }
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._trains_adapters:
+            return super()._save_optimizer_and_scheduler(output_dir)
         optimizer, scheduler = self._prepared()
         save_optimizer_distributed(self.model, optimizer, os.path.join(output_dir, _OPTIMIZER_FOLDER))
         if self.args.should_save:
             torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._trains_adapters:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         _load_model_checkpoint_distributed(model or self.model, resume_from_checkpoint)
+        return None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._trains_adapters:
+            return super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not os.path.isdir(os.path.join(checkpoint, _OPTIMIZER_FOLDER)):
-            return
+            return None
         optimizer, scheduler = self._prepared()
         load_optimizer_distributed(self.model, optimizer, os.path.join(checkpoint, _OPTIMIZER_FOLDER))
         states = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
@@ -79,6 +99,11 @@ class ResumableTrainer(Trainer):
         scheduler.load_state_dict(
             {name: value[:1] * groups if isinstance(value, list) else value for name, value in states.items()}
         )
+        return None
+
+    @property
+    def _trains_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     def _prepared(self) -> tuple[Any, Any]:
         """Optimizer and scheduler, without what accelerate puts around the former."""
@@ -87,3 +112,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class ResumableSeq2SeqTrainer(ResumableTrainer, Seq2SeqTrainer):
+    """A [`ResumableTrainer`] that can generate in evaluation, as `Seq2SeqTrainer` does."""

@@ -54,8 +54,11 @@ def checkpoint_in_memory(
             f"`model` is a {type(model).__name__}; a card can be made for the classes of hf_sparse_moe. Load it with "
             "`from_pretrained` after `import hf_sparse_moe` and without `trust_remote_code`."
         )
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Checkpoint(model, dtype, mapping(model.receipt), mapping(record), mapping(routing))
+    dtype, receipt = str(model.dtype).removeprefix("torch."), mapping(model.receipt)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 leaves them without their shapes
+        config: Any = model.config
+        model = model_without_weights(config)
+    return Checkpoint(model, dtype, receipt, mapping(record), mapping(routing))
 
 
 def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpoint:

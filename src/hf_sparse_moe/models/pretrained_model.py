@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -152,6 +153,11 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         config = self.config
         if labels is not None and self.compute_task_loss is None:
             raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
+        if labels is not None and len(labels) == 0:  # attention of transformers cannot do without rows
+            raise ValueError(
+                "The batch holds no rows. Where a rank may have none, give it a row of pads: `attention_mask` 0, "
+                "`labels` -100; it then adds nothing to loss and gradient."
+            )
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balances = self.training and has_balance_loss(config)
         outer = outer_record()
@@ -379,7 +385,8 @@ class SparseMoePreTrainedModel(PreTrainedModel):
                 file.write("\n")
         hub_arguments = ("commit_message", "create_pr", "private")
         hub = {name: kwargs.pop(name) for name in hub_arguments if push_to_hub and name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with _called_as_written(type(self)):
+            super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub and kwargs.get("is_main_process", True):
             kept = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(repo_id or os.path.basename(os.path.abspath(save_directory)), **hub, **kept)
@@ -463,6 +470,21 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             return None
         children = "|".join(sorted({re.escape(key.partition(".")[0]) for key in body}))
         return WeightRenaming(rf"^{re.escape(there)}(?=(?:{children})\.)", here)
+
+
+@contextmanager
+def _called_as_written(cls: type) -> Iterator[None]:
+    """
+    For what FSDP2 wrapped: torch makes a class of its own of it, in a module of its own, whose name would stand in
+    `auto_map`, and whose code would be copied beside the weights.
+    """
+    name, module = cls.__name__, cls.__module__
+    ours = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+    cls.__name__, cls.__module__ = ours.__name__, ours.__module__
+    try:
+        yield
+    finally:
+        cls.__name__, cls.__module__ = name, module
 
 
 def _checkpoint_keys(state_dict: dict | None, checkpoint_files: list[str] | None) -> set[str]:

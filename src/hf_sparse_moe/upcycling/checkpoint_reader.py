@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -106,6 +107,11 @@ class TensorFiles:
                 start += len(piece)
         return tensor.reshape(entry.shape)
 
+    def take(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of one tensor, given a slice for each dimension; the exception to the rule above: it is mapped."""
+        with safe_open(self._entries[name].path, framework="pt") as file:
+            return file.get_slice(name)[index]
+
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
         dtype = self.dtype(name)
@@ -151,14 +157,15 @@ class DenseTensors:
                 )
         self._memory: tuple[list[torch.Tensor], ...] = ([], [])
 
-    def reader(self) -> Callable[..., torch.Tensor]:
+    def reader(self, reuse: bool = True) -> Callable[..., torch.Tensor]:
         """
-        A function that reads a tensor by its key, or by several keys those tensors one below the other. The next
-        reader but one takes the memory of what this one read: memory that is new to a process costs it more time than
-        the reading.
+        A function that reads a tensor by its key, or by several keys those tensors one below the other. With `reuse`
+        the next reader but one takes the memory of what this one read: memory that is new to a process costs it more
+        time than the reading.
         """
-        memory = self._memory[0]
-        self._memory = self._memory[::-1]
+        memory: list[torch.Tensor] = self._memory[0] if reuse else []
+        if reuse:
+            self._memory = self._memory[::-1]
         position = itertools.count()
 
         def read(*keys: str) -> torch.Tensor:
@@ -179,6 +186,10 @@ class DenseTensors:
 
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
         return self._files.pieces(self._names[key], self._dtypes[key])
+
+    def take(self, key: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor, given a slice for each dimension. Mapped, where it is stored in its dtype."""
+        return self._files.take(self._names[key], index).to(self._dtypes[key])
 
     def _tie(self, dense: PreTrainedModel) -> None:
         """Tied weights may be stored under any of their names; stored twice and different, they are not tied."""

@@ -92,14 +92,12 @@ def stream_upcycle(
         "revision": revision,
         "allow_pickle": allow_pickle,
     }
-    given = options_and_fields.keys() & set(_NEEDS_A_MODEL)
     try:
-        if given or method == "branches":
-            raise NotStreamableError(f"`{min(given, default='sources')}` needs the model itself")
+        needs_a_model(method, options_and_fields)
         found = find_source(str(source), revision, allow_pickle)
         watched = WatchedSource(found)
         fields = {"num_experts": 8 if num_experts is None else num_experts, "num_experts_per_tok": num_experts_per_tok}
-        plan = _plan(found, method, seed, layers, dtype, fields | options_and_fields)
+        plan = plan_stream(found, method, seed, layers, dtype, fields | options_and_fields)
     except NotStreamableError as reason:
         logger.warning(f"`{source}` is upcycled in memory, not streamed: {reason}.")
         model = upcycle(str(source), num_experts, num_experts_per_tok, method, seed, **arguments, **options_and_fields)
@@ -113,6 +111,13 @@ def stream_upcycle(
         pieces = _write_tensors(plan, writer)
         digests = write_weights(writer, pieces, Path(target), watched, made_from, known, show_progress)
         return _describe(plan, folder, digests)
+
+
+def needs_a_model(method: str, options_and_fields: dict[str, Any]) -> None:
+    """Raise a `NotStreamableError` where what was asked for takes more than a checkpoint's tensors."""
+    given = options_and_fields.keys() & set(_NEEDS_A_MODEL)
+    if given or method == "branches":
+        raise NotStreamableError(f"`{min(given, default='sources')}` needs the model itself")
 
 
 @dataclass
@@ -129,6 +134,11 @@ class StreamPlan:
     outputs: dict[str, torch.Tensor]
     config: SparseMoeConfig
 
+    def layer_of(self, key: str) -> int | None:
+        """The position of the sparse layer that makes a tensor of `outputs`; None for one of the dense model's own."""
+        paths = (f"dense.{layer.feed_forward.block_path}." for layer in self.layers)
+        return next((position for position, path in enumerate(paths) if key.startswith(path)), None)
+
     @property
     def asked_for(self) -> dict[str, Any]:
         """What decides the bits of the result, beside the source's."""
@@ -143,7 +153,7 @@ class StreamPlan:
         }
 
 
-def _plan(
+def plan_stream(
     source: Source,
     method: str,
     seed: int,
@@ -151,6 +161,13 @@ def _plan(
     dtype: str | torch.dtype,
     options_and_fields: dict[str, Any],
 ) -> StreamPlan:
+    """
+    All of a streaming upcycling but the weights, of which no byte is read, except to tell whether tied ones are equal.
+
+    Raises:
+        ValueError: as [`upcycle`].
+        NotStreamableError: the checkpoint must be loaded as a model.
+    """
     recipe, fields = make_recipe(method, seed, options_and_fields)
     if not weight_files(source):
         raise NotStreamableError("its weights are no safetensors")
@@ -229,17 +246,16 @@ def _without_bars() -> Iterator[None]:
 
 def _write_tensors(plan: StreamPlan, writer: ShardWriter) -> Iterator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
-    layers = {f"dense.{layer.feed_forward.block_path}.": layer for layer in plan.layers}
-    begun: set[str] = set()
+    begun: set[int] = set()
     before: list[Future[int]] = []
     with single_threaded_workers() as threads:
         for key, output in plan.outputs.items():
-            prefix = next((prefix for prefix in layers if key.startswith(prefix)), None)
-            if prefix in begun:
+            position = plan.layer_of(key)
+            if position in begun:
                 continue
-            if prefix is not None:
-                begun.add(prefix)
-                layer = _write_layer(plan, layers[prefix], writer, threads)
+            if position is not None:
+                begun.add(position)
+                layer = _write_layer(plan, plan.layers[position], writer, threads)
                 for block in before:  # the next layer is read where this one was
                     yield block.result()
                 before = layer
