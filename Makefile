@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-hf minilm architectures quality format types bench docs cards build floor clean
+.PHONY: help setup demo test test-fast test-deepspeed test-hf minilm architectures quality format types bench docs cards build floor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,11 @@ test: $(READY)  ## every test (ARGS="-k router" for some of them)
 
 test-fast: $(READY)  ## the tests that are not marked slow
 	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+# DeepSpeed is no dependency: where it is installed, Accelerate imports it in every training, of any engine.
+test-deepspeed: $(READY)  ## the tests that need DeepSpeed, which it installs first
+	$(BIN)/python -m pip install --quiet -c constraints/pinned.txt deepspeed
+	$(PYTEST) tests/distributed tests/training/test_launches.py -k "deepspeed or zero" $(ARGS)
 
 test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites docs/model_tester.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py --jobs $(JOBS) $(ARGS)
