@@ -39,7 +39,7 @@ RUNS = [
     (Run("decoder", "fsdp2", 2, fields=BIAS, arguments=FULL), (0, 1)),
     (Run("decoder", "fsdp2", 2, lora=True, fields=RANDOM), (1,)),
 ]
-WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSparseMoe"}
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}
 
 
 def assert_same(whole, again, run):
