@@ -12,10 +12,15 @@ HF_HOME = tempfile.mkdtemp(prefix="hf_home_")
 os.environ["HF_HOME"] = HF_HOME
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import hypothesis
 import pytest
 import torch
 from transformers import set_seed
 
+
+# How long a machine that others use takes to draw an example says nothing of the code.
+hypothesis.settings.register_profile("any machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SPARSE_MOE_DATA") or REPOSITORY.parent / "shared" / "data")
