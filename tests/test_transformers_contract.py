@@ -304,6 +304,18 @@ def test_peft_knows_its_wrapper_of_parameters_by_name_and_lets_it_be_replaced():
     assert parameters(LoraConfig._register_custom_module) == ["self", "mapping"]
 
 
+def test_peft_chooses_and_names_the_tensors_of_a_file_by_two_methods():
+    """Else adapters on experts are written in our own form, and what PEFT packed is not read."""
+    lora = pytest.importorskip("peft.tuners.lora")
+    file = pytest.importorskip("peft.utils.save_and_load")
+    for function, method in (
+        (file.get_peft_model_state_dict, "_get_adapter_state_dict"),
+        (file.set_peft_model_state_dict, "_remap_adapter_state_dict_for_load"),
+    ):
+        assert inspect.ismethod(getattr(lora.LoraModel, method))
+        assert f".{method}(" in inspect.getsource(function)
+
+
 def test_transformers_has_no_backend_of_our_names_and_one_plain_gate():
     """Else ours hides theirs, or `segment_mm` takes the long way through every gate."""
     source = inspect.getsource(moe.ExpertsInterface)
