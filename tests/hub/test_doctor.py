@@ -181,6 +181,11 @@ def test_a_checkpoint_that_fails_ends_with_exit_code_1_and_none_with_2(folder, t
     assert run_cli("doctor", tmp_path).code == 2
 
 
+def test_a_wrong_path_is_told():
+    with pytest.raises(ValueError, match=r"`no/such/folder` is no Hub id .* the path where a folder was meant"):
+        doctor("no/such/folder")
+
+
 def test_a_dense_model_has_no_mixture_to_check(tmp_path):
     tiny_dense("llama").save_pretrained(tmp_path)
     found = verdicts(tmp_path)

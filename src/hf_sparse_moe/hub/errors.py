@@ -30,6 +30,7 @@ NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limi
 PERHAPS_DONE = {500, 502, 503, 504}
 LONGEST_REASON = 200
 
+_NO_ID = "`{}` is no Hub id (`user/name`). Check its spelling, or the path where a folder was meant."
 _BUSY = {
     409: "it is busy with another commit",
     412: "somebody else kept pushing to it in between",
@@ -61,7 +62,7 @@ def told_by_the_hub(repo_id: str, revision: str | None = None, writes: bool = Fa
     try:
         yield
     except HFValidationError:
-        raise ValueError(f"`{repo_id}` is no Hub id. Pass `user/name`.") from None
+        raise ValueError(_NO_ID.format(repo_id)) from None
     except OfflineModeIsEnabled:
         raise HubUnavailableError(
             f"`{repo_id}` is on the Hub, but this machine is told to stay offline (`HF_HUB_OFFLINE`). Unset that, or "
@@ -111,7 +112,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(f"`{repo_id}` is no Hub id. Pass `user/name`.") from None
+        raise ValueError(_NO_ID.format(repo_id)) from None
 
 
 def redact(text: str) -> str:
