@@ -8,7 +8,7 @@ backends stand "ideal", the bare matrix products on rows that are already sorted
 that is already there; and "dense", a gated feed-forward of linears with as many active parameters and so as many
 multiplications. "routing" is what comes before the experts: the router's product, its softmax, the choice and the
 sort. The table shows medians over the median of "ideal". With `--write`, or without any choice of shapes, writes the
-section `experts` of `benchmarks/results/<device>.json`; on two cores the whole grid takes about ten minutes.
+section `experts` of `benchmarks/results/<device>.json`; on two cores the whole grid takes about half an hour.
 
 Not among the contenders: mixture-of-experts 0.2.3 and st-moe-pytorch 0.1.8 (both MIT), the peers that a package index
 has for the CPU. They drop what goes beyond a capacity and hand tokens out with one-hot tensors of (tokens, E,
@@ -31,7 +31,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import hf_sparse_moe.backends  # noqa: F401  registers ours
 from hf_sparse_moe.backends.segments import find_segments
-from measuring import device_name, interleave, peak_bytes, save, saved_bytes
+from measuring import SETTLE, TURN, device_name, interleave, peak_bytes, save, saved_bytes
 
 
 class Shape(NamedTuple):
@@ -55,7 +55,7 @@ FULL = [
         (512, 128, 256, 8),
         (2048, 1024, 16, 2),
     )
-    for tokens in (1, 8, 128, 2048, 8192)
+    for tokens in (1, 8, 128, 2048, 8192, 16384)
     if tokens * hidden <= 2048 * 2048
 ]
 MODES = ("float32", "bfloat16", "bf16 autocast")
@@ -63,8 +63,9 @@ MODES = ("float32", "bfloat16", "bf16 autocast")
 BATCHED_MM_LIMIT = 2**27
 # The backward pass of `eager` fills a gradient of all experts for each of them: beyond this many numbers it is a wait.
 EAGER_LIMIT = 2**30
-SLOW = 8  # times as long as the bare products: timed once, with the call that finds this out
-SETTLE, TURN = 1, 3  # untimed and timed calls of a contender in a row
+# Where one of these takes so many times as long as the bare products, it is timed once, with the call that finds out.
+SLOW, OFTEN_SLOW = 8, ("eager", "batched_mm")
+FEWEST, MOST = 3, 12  # rounds
 BARE = ("ideal", "dense", "routing")  # they draw no routing
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", help="of transformers' registry, and `eager`")
     parser.add_argument("--rounds", type=int, help=f"turns of each contender, of {TURN} timed calls")
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="at most about so long a row, if `--rounds` is not given"
+        "--seconds", type=float, default=8.0, help=f"rounds for about so long a row, but not fewer than {FEWEST}"
     )
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: one thread, by its own CPU time")
     parser.add_argument("--device", default="cpu")
@@ -171,10 +172,10 @@ class Setting:
         clock = time.process_time if options.cpu_time else time.perf_counter
         settings = {"device": options.device, "warmup": 0, "clock": clock}
         once = interleave(apart, rounds=1, settle=1, **settings)
-        slow = {name: value for name, value in once.items() if value > SLOW * once["ideal"] and name not in BARE}
+        slow = {name: value for name, value in once.items() if name in OFTEN_SLOW and value > SLOW * once["ideal"]}
         timed = {name: call for name, call in apart.items() if name not in slow}
         turns = options.seconds / 2 / ((SETTLE + TURN) * sum(once[name] for name in timed))
-        rounds = options.rounds or max(1, min(5, round(turns)))
+        rounds = options.rounds or max(FEWEST, min(MOST, round(turns)))
         found = interleave(timed | {"drawing": self.routing}, rounds=rounds, settle=SETTLE, turn=TURN, **settings)
         drawing = found.pop("drawing")
         found |= slow

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from experts import Setting, Shape
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from measuring import device_name, interleave, save
+from measuring import SETTLE, TURN, device_name, interleave, save
 
 
 TOP_K, ROWS, LENGTH, VOCAB = 2, 32, 256, 1000
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=256, help="of one expert")
-    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each")
+    parser.add_argument("--rounds", type=int, default=4, help=f"turns of each, of {TURN} timed calls")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: one thread, by its own CPU time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="put the section into the results file")
@@ -69,7 +69,7 @@ def main() -> None:
 def measure(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> dict[int, dict[str, float]]:
     """The median seconds by E and contender; the keys of `steps` are both."""
     clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds = interleave(steps, options.device, options.rounds, clock=clock)
+    seconds = interleave(steps, options.device, options.rounds, 0, clock, TURN, SETTLE)
     return {
         experts: {key[1]: value for key, value in seconds.items() if key[0] == experts} for experts in options.experts
     }

@@ -4,10 +4,10 @@ What does LoRA on experts cost, over PEFT's own `target_parameters`, and over Lo
     python benchmarks/lora.py --quick
 
 Two tables: the experts block alone, forward and backward, and a whole training step of a 4-layer Mixtral. Every
-contender is a process of its own, so that none fills the others' caches of compiled products, and they take turns, a
-call each, so that what slows the machine slows all. Every call draws tokens and routing anew: a backend that has seen
-a row count before may be faster with it. The tables show PEFT's median time, and its peak memory in one call, over
-ours. `--write` puts them into `benchmarks/results/<device>.json`, as `lora`.
+contender is a process of its own, so that none fills the others' caches of compiled products, and they take turns of
+an untimed call and two timed ones, so that what slows the machine slows all. Every call draws tokens and routing anew:
+a backend that has seen a row count before may be faster with it. The tables show PEFT's median time, and its peak
+memory in one call, over ours. `--write` puts them into `benchmarks/results/<device>.json`, as `lora`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RANK = 16
 TOP_K = {8: 2, 16: 4, 64: 8, 128: 8}  # experts a token, by experts
 TOKENS = (128, 512, 2048, 8192)
 BLOCK, STEP = ("PEFT", "ours"), ("PEFT", "ours", "attention only")
+SETTLE, TURN = 1, 2  # untimed and timed calls of a contender in a row
 
 
 class Case(NamedTuple):
@@ -51,13 +52,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=512, help="of one expert")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, nargs=2, default=[3, 15], help="fewest and most turns of each contender")
+    parser.add_argument("--seconds", type=float, default=10.0, help="between the two, rounds for about so long a case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", action="store_true", help="put the section into the results file")
     options = parser.parse_args()
     if options.quick:
         options.experts = options.step_experts = [16]
-        options.tokens, options.step_tokens, options.rounds = [128], [128], 3
+        options.tokens, options.step_tokens, options.rounds = [128], [128], [2, 2]
     sizes = options.hidden, options.intermediate
     rows: dict[str, list[dict[str, Any]]] = {}
     for what, chosen, tokens, contenders in (
@@ -73,7 +75,7 @@ def main() -> None:
             for experts in chosen
             for count in tokens
         ):
-            row = measure(case, contenders, options.rounds, options.device)
+            row = measure(case, contenders, options)
             rows.setdefault(what, []).append(row)
             times = row["seconds"]
             cells = [case.dtype, case.E, case.K, case.T, *(f"{1e3 * times[name]:.1f}" for name in contenders)]
@@ -83,21 +85,27 @@ def main() -> None:
         print("Wrote", save("lora", options.device, {"rank": RANK, **rows}))
 
 
-def measure(case: Case, contenders: tuple[str, ...], rounds: int, device: str, warmup: int = 2) -> dict[str, Any]:
+def measure(case: Case, contenders: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
     """The median seconds and the peak bytes of each contender."""
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
     for name in contenders:
         pipes[name], theirs = context.Pipe()
-        workers.append(context.Process(target=work, args=(theirs, case, name, device, torch.get_num_threads())))
+        workers.append(
+            context.Process(target=work, args=(theirs, case, name, options.device, torch.get_num_threads()))
+        )
         workers[-1].start()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(warmup + rounds):
+    fewest, most = options.rounds
+    number, start = 0, time.perf_counter()
+    while number <= fewest or (number <= most and time.perf_counter() - start < options.seconds):
         for name, pipe in pipes.items():
-            pipe.send(number)
-            elapsed = pipe.recv()
-            if number >= warmup:
-                seconds[name].append(elapsed)
+            for part in range(SETTLE + TURN):
+                pipe.send(number * (SETTLE + TURN) + part)
+                elapsed = pipe.recv()
+                if number > 0 and part >= SETTLE:  # the first turns load what there is to load
+                    seconds[name].append(elapsed)
+        number += 1
     peak = {}
     for name, pipe in pipes.items():
         pipe.send(None)

@@ -21,6 +21,8 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+# Untimed and timed calls of a contender in a row, where a call asks for much fresh memory: see `interleave`.
+SETTLE, TURN = 1, 2
 # They change the times: how torch asks for memory (in huge pages, where 1), and how many threads there are.
 ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
 
@@ -50,16 +52,19 @@ def interleave(
     A round gives each a turn of `turn` timed calls, so that what slows the machine for a while slows all of them. The
     `settle` calls before them are not timed: they meet the caches, those of compiled products among them, and the free
     memory as others left them, and a hypervisor may have taken back what was free for some seconds, all of which a
-    training loop does not meet. With one thread, `time.process_time` as `clock` counts nobody else's work.
+    training loop does not meet. Where a call asks for hundreds of megabytes, a whole turn after others that asked for
+    little may take several times as long: each round begins with another contender, so that it is not always the same
+    one's. With one thread, `time.process_time` as `clock` counts nobody else's work.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in contenders}
-    calls = settle + turn
+    names, calls = list(contenders), settle + turn
     for number in range(warmup + rounds):
-        for name, call in contenders.items():
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             for part in range(calls):
                 synchronize(device)
                 start = clock()
-                call(number * calls + part)
+                contenders[name](number * calls + part)
                 synchronize(device)
                 if number >= warmup and part >= settle:
                     seconds[name].append(clock() - start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from training_step import NOW
 from training_step import OURS as ADDED
 
 
@@ -114,7 +115,7 @@ def growth(name: str) -> Callable[[Row], list[float]]:
 
 
 def added_share(section: Row) -> list[float]:
-    return [sum(row["parts"][part] for part in ADDED) for row in section["rows"]]
+    return [sum(row["parts"][NOW][part] for part in ADDED) for row in section["rows"]]
 
 
 BARE = "experts, forward and backward, over the bare products"
@@ -233,8 +234,7 @@ OBSTACLES = {
         "**More experts.** The multiplications stay the same; the weights, and in backward their gradients, grow with "
         "E. Each expert's weights are read, and its gradient written into fresh memory, for ever fewer rows, until "
         "that traffic is the step. The column of the bare products, which write into memory that is already there, "
-        "shows how much of the loss lies in the products themselves. With 128 experts and more ours loses more than "
-        "`grouped_mm`, for a reason not found yet: asking for huge pages or not makes no clear difference."
+        "shows how much of the loss lies in the products themselves."
     ),
     "training step": (
         "**Trainer's step.** Router, record, statistics and balance loss are a few dozen small operations a layer, "

@@ -3,13 +3,14 @@ Where does the time of a Trainer's step go, and how long is the step beside the 
 
     python benchmarks/training_step.py --quick
 
-For each family two tables. The first profiles steps with torch.profiler and sums what each part takes, forward and
-backward: an operation belongs to the innermost part that ran it, in backward to the part whose forward it
-differentiates. "matrix products" are those of all parts, attention's included. What a mixture does beyond them is
-"router" (its logits, scores, choice and weights), "record", "statistics" (counting the load) and "balance loss".
-"experts, around the products" sorts, gathers, activates and adds up. The profiler makes small operations look longer.
-The second table has the whole step's time over that of a dense model with as many active parameters, for our backend
-and transformers', in turns. `--write` puts both into `benchmarks/results/<device>.json`, as `training_step`.
+Two tables. The first profiles steps of each family with torch.profiler, before, with transformers' `grouped_mm` for
+the experts, and now, with ours, and sums what each part takes, forward and backward: an operation belongs to the
+innermost part that ran it, in backward to the part whose forward it differentiates. "matrix products" are those of all
+parts, attention's included. What a mixture does beyond them is "router" (its logits, scores, choice and weights),
+"record", "statistics" (counting the load) and "balance loss". "experts, around the products" sorts, gathers, activates
+and adds up. The profiler makes small operations look longer. The second table has the whole step's time over that of a
+dense model with as many active parameters, for our backend and transformers', in turns. `--write` puts both into
+`benchmarks/results/<device>.json`, as `training_step`.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ from hf_sparse_moe import (
     SparseMoeEncoderDecoderForConditionalGeneration,
     SparseMoeEncoderForMaskedLM,
 )
-from hf_sparse_moe.models import balancing, moe_block, pretrained_model, routers
+from hf_sparse_moe.models import balancing, moe_block, pretrained_model, router_losses, routers
 from measuring import device_name, interleave, save
 
 
 FAMILIES = ("encoder", "decoder", "encoder-decoder")
 BACKENDS = ("auto", "grouped_mm", "eager")
+BEFORE, NOW = "grouped_mm", "auto"  # the backends that are profiled
 VOCAB, LENGTH, TOP_K = 8192, 256, 2
 PRODUCTS, OURS = "matrix products", ("router", "record", "statistics", "balance loss")
 PARTS = (PRODUCTS, *OURS, "experts, around the products", "optimizer", "dense model and Trainer")
@@ -84,11 +86,8 @@ def main() -> None:
     print(f"{device_name(options.device)}, {clock}, hidden {options.hidden}, {options.layers} layers a side,", end=" ")
     print(f"k {TOP_K} of {options.experts}, {options.tokens} tokens\n")
     rows = [measure(family, options) for family in options.families]
-    print("\n| part of the step | " + " | ".join(options.families) + " |\n" + "| --- " * (1 + len(rows)) + "|")
-    for part in PARTS:
-        print(f"| {part} | " + " | ".join(f"{row['parts'].get(part, 0):.1%}" for row in rows) + " |")
-    added = (sum(row["parts"].get(part, 0) for part in OURS) for row in rows)
-    print("| " + " + ".join(OURS) + " | " + " | ".join(f"{share:.1%}" for share in added) + " |")
+    for cells in profile_lines(rows):
+        print("| " + " | ".join(cells) + " |")
     print("\n| step, over the dense model's | " + " | ".join(BACKENDS) + " | dense ms |\n" + "| --- " * 5 + "|")
     for row in rows:
         seconds = row["seconds"]
@@ -100,7 +99,7 @@ def main() -> None:
 
 
 def measure(family: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The median seconds of a step of each contender, and the share of each part of ours."""
+    """The median seconds of a step of each contender, and the share of each part before and now."""
     torch.manual_seed(0)
     mixture = Stepper(make_mixture(family, options), family, options)
     dense = Stepper(make_dense(family, options, TOP_K * options.intermediate), family, options)
@@ -114,14 +113,26 @@ def measure(family: str, options: argparse.Namespace) -> dict[str, Any]:
 
     contenders = {"dense": dense.step} | {name: with_backend(name) for name in BACKENDS}
     clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds = interleave(contenders, options.device, options.rounds, warmup=1, clock=clock)
-    mixture.model.set_experts_implementation("auto")
-    with named_parts(mixture.model), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for number in range(options.rounds):
-            mixture.step(number)
-    parts = shares(profiler.events())
+    seconds = interleave(contenders, options.device, options.rounds, 0, clock, turn=1, settle=1)
+    parts = {}
+    for name in (BEFORE, NOW):
+        contenders[name](0)
+        with named_parts(mixture.model), profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for number in range(options.rounds):
+                mixture.step(number)
+        parts[name] = shares(profiler.events())
     print(f"{family}: measured", flush=True)
     return {"family": family, "seconds": seconds, "parts": parts}
+
+
+def profile_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the first table: a line a part, and of each family its share before and now."""
+    profiles = [(f"{row['family']}, {when}", row["parts"][name]) for row in rows for when, name in
+                (("before", BEFORE), ("now", NOW))]  # fmt: skip
+    lines = [["part of the step", *(title for title, _ in profiles)], ["---"] * (1 + len(profiles))]
+    for title, parts in (*((part, (part,)) for part in PARTS), (" + ".join(OURS), OURS)):
+        lines.append([title, *(f"{sum(share[part] for part in parts):.1%}" for _, share in profiles)])
+    return lines
 
 
 class Stepper:
@@ -200,10 +211,11 @@ def named_parts(model: PreTrainedModel) -> Iterator[None]:
         (pretrained_model, "open_record", "record"),
         (pretrained_model, "close_record", "record"),
         (pretrained_model.SparseMoePreTrainedModel, "_new_record", "record"),
-        (pretrained_model.SparseMoePreTrainedModel, "_router_losses", "balance loss"),
+        (pretrained_model, "router_losses", "balance loss"),
         (pretrained_model, "refuse_loss_without", "balance loss"),
         (pretrained_model, "router_trains", "balance loss"),
         (balancing, "expert_counts", "statistics"),
+        (router_losses, "expert_counts", "statistics"),
     ]
     for block in model.sparse_blocks:
         places += [(block.gate, "forward", "router"), (block.experts, "forward", "experts, around the products")]

@@ -1,8 +1,8 @@
 """
 Trainings with `RoutingMonitor` and `SelectionBiasCallback`, in this process or, as a script, on all ranks of torchrun.
 
-As a script, `monitored_training.py OUT SPEC` (SPEC is JSON: family, fields, bias, arguments) writes what the first
-rank logged, the biases of every rank, and the number of ranks.
+As a script, `monitored_training.py OUT SPEC` (SPEC is JSON: family, fields, bias, arguments) writes, into the folder
+OUT and by its number, what each rank logged, its biases, and the number of ranks.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def main() -> None:
     model = make_model(spec["family"], **spec["fields"])
     callbacks = [SelectionBiasCallback(0.01)] if spec["bias"] else []
     monitor = RoutingMonitor(log_layers=True)
-    trainer = make_trainer(model, out.parent, make_rows(model), callbacks, monitor, **spec["arguments"])
+    trainer = make_trainer(model, out, make_rows(model), callbacks, monitor, **spec["arguments"])
     trainer.train()
-    found = [None] * trainer.args.world_size
-    distributed.all_gather_object(found, [bias.tolist() for bias in biases(model)] if spec["bias"] else [])
-    if trainer.is_world_process_zero():
-        facts = {"world_size": trainer.args.world_size, "log_history": trainer.state.log_history, "biases": found}
-        out.write_text(json.dumps(facts))
+    facts = {"world_size": trainer.args.world_size, "log_history": trainer.state.log_history}
+    facts["biases"] = [bias.tolist() for bias in biases(model)] if spec["bias"] else []
+    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
+    # Gloo's threads take the interpreter's lock to let go of the last tensors, which must not come in its very end.
+    distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ def test_page_shows_what_the_benchmarks_save(writer, tmp_path, monkeypatch, caps
         assert f"| {ratio:.2f} |" in printed
         assert f"| {ratio:.2f} |" in page
     for row in saved["training_step"]["rows"]:
-        assert abs(sum(row["parts"].values()) - 1) < 1e-6
-        assert all(row["parts"][part] > 0 for part in ("matrix products", "router", "balance loss", "optimizer"))
-        assert f"{row['parts']['router']:.1%}" in printed
-        assert f"{row['parts']['router']:.1%}" in page
+        for parts in (row["parts"]["grouped_mm"], row["parts"]["auto"]):
+            assert abs(sum(parts.values()) - 1) < 1e-6
+            assert all(parts[part] > 0 for part in ("matrix products", "router", "balance loss", "optimizer"))
+            assert f"{parts['router']:.1%}" in printed
+            assert f"{parts['router']:.1%}" in page
 
 
 @pytest.mark.parametrize(("ours", "met"), [(0.5, "yes"), (2.0, "no")])

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,14 +21,11 @@ from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.distributed.checkpoint import keep_checkpoints_whole
 from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 from models.balance_worker import collate
+from processes import kill_at_file
 from tiny_models import tiny_inputs, tiny_sparse
 
 
 ROWS, STEPS, SAVE_STEPS = 28, 7, 2  # 7 micro-batches of 4 an epoch: step 4 ends one, with one micro-batch
-PATIENCE = 100.0  # seconds
-# Forks of a process that has imported these packages and started no thread: a fork of pytest's own may hang in OpenMP.
-PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["peft", "transformers.trainer", "hf_sparse_moe.adapters", "hf_sparse_moe.train"])
 
 
 @dataclass(frozen=True)
@@ -124,8 +117,15 @@ def _fsdp_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def train(run: Run, folder: Path, resume: str | None = None, kill: Kill | None = None) -> None:
-    """Train as one of the ranks; rank 0 leaves the final weights, the log and the wrapper's class in `folder`."""
+def train(
+    run: Run, folder: Path, resume: str | None = None, kill: Kill | None = None, kill_at: int | None = None
+) -> None:
+    """
+    Train as one of the ranks; rank 0 leaves the final weights, the log and the wrapper's class in `folder`. `kill_at`
+    is the number of a file, see [`kill_at_file`].
+    """
+    if kill_at is not None:
+        kill_at_file(folder, kill_at)
     trainer = make_trainer(run, folder, [kill] if kill else [])
     trainer.train(resume_from_checkpoint=resume)
     finish(trainer, folder)
@@ -142,38 +142,6 @@ def finish(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor] | No
         }
         (folder / "facts.json").write_text(json.dumps(facts))
         torch.save({name: value.clone() for name, value in weights.items()}, folder / "final.pt")
-
-
-def in_processes(ranks: int, function: Callable, *arguments, **named) -> list[int]:
-    """Run a function as so many ranks, each in a process of its own; returns their exit codes (-9 is a SIGKILL)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        PROCESSES.Process(target=_rank, args=(rank, ranks, port, function, arguments, named)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-        process.join()
-    assert not stuck, f"{len(stuck)} of {ranks} ranks hung for {PATIENCE} s"
-    return [process.exitcode for process in processes]
-
-
-def _rank(rank: int, ranks: int, port: int, function: Callable, arguments: tuple, named: dict) -> None:
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    if ranks > 1:
-        os.environ["LOCAL_RANK"] = str(rank)  # its presence is what makes a training a distributed one
-    torch.set_num_threads(1)
-    function(*arguments, **named)
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from adapted_models import logits_of
-from distributed.recovery_runs import _fsdp_on_cpu, collate, in_processes, make_rows
+from distributed.recovery_runs import _fsdp_on_cpu, collate, make_rows
 from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.distributed.checkpoint import keep_checkpoints_whole
 from hf_sparse_moe.distributed.launch import join_deepspeed
 from hf_sparse_moe.distributed.resume import ResumableTrainer
+from processes import in_processes
 from tiny_models import tiny_inputs, tiny_sparse
 
 

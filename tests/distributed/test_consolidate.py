@@ -12,9 +12,10 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import hf_sparse_moe
 from cli_client import run_cli
-from distributed.recovery_runs import Run, final_weights, in_processes, train
+from distributed.recovery_runs import Run, final_weights, train
 from hf_sparse_moe.distributed.checkpoint import INCOMPLETE_NAME
 from hf_sparse_moe.distributed.consolidate import consolidate
+from processes import in_processes
 from tiny_models import FAMILIES, tiny_sparse
 
 

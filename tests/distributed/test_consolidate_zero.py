@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from distributed.recovery_runs import collate, final_weights, finish, in_processes, make_rows
+from distributed.recovery_runs import collate, final_weights, finish, make_rows
 from distributed.test_consolidate import Hostile, assert_same, loaded
 from hf_sparse_moe.distributed.checkpoint import checkpoint_damage
 from hf_sparse_moe.distributed.consolidate import consolidate
+from processes import in_processes
 from tiny_models import tiny_sparse
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from distributed.recovery_runs import in_processes
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
+from processes import in_processes
 from tiny_models import tiny_dense, tiny_inputs, tiny_sparse
 
 

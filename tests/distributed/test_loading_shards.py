@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from distributed.recovery_runs import in_processes
 from hf_sparse_moe import SparseMoeDecoderForCausalLM, upcycle
 from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
+from processes import in_processes
 from tiny_models import tiny_dense
 
 

@@ -2,22 +2,13 @@
 
 import random
 import signal
-import time
 
 import pytest
 import torch
 
-from distributed.recovery_runs import (
-    PROCESSES,
-    STEPS,
-    Kill,
-    Run,
-    facts,
-    final_weights,
-    in_processes,
-    train,
-)
-from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
+from distributed.recovery_runs import STEPS, Kill, Run, facts, final_weights, train
+from hf_sparse_moe.distributed.checkpoint import INCOMPLETE_NAME, find_last_checkpoint
+from processes import in_processes
 
 
 # Each engine with what it may lose: the selection bias, the load of the global batch, the random state of dropout.
@@ -82,26 +73,24 @@ def test_a_killed_training_ends_as_an_undisturbed_one(run, ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_random_moments(tmp_path):
+def test_killed_again_and_again_at_any_file(tmp_path):
     """In the middle of checkpoints too, which are written after each step here."""
     run = Run("decoder", fields=BIAS, arguments={"save_steps": 1, "save_total_limit": 1})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert in_processes(1, train, run, whole) == [0]
-    chance, incomplete = random.Random(0), 0
-    for _ in range(20):
-        last = find_last_checkpoint(killed) if killed.exists() else None
-        process = PROCESSES.Process(target=train, args=(run, killed), kwargs={"resume": last})
-        process.start()
-        begun = len(list(killed.glob("checkpoint-*/model.safetensors")))
-        while process.is_alive() and len(list(killed.glob("checkpoint-*/model.safetensors"))) == begun:
-            time.sleep(0.0005)
-        time.sleep(chance.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        incomplete += len(list(killed.glob("checkpoint-*/checkpoint-is-incomplete.txt")))
-        assert last is None or find_last_checkpoint(killed) is not None  # no kill costs the last whole one
-        if (killed / "final.pt").exists():
+    chance, incomplete, last = random.Random(0), 0, None
+    for _ in range(12):
+        codes = in_processes(1, train, run, killed, resume=last, kill_at=chance.randrange(80))
+        incomplete += len(list(killed.glob(f"checkpoint-*/{INCOMPLETE_NAME}")))
+        earlier, last = last, find_last_checkpoint(killed)
+        assert step_of(last) >= step_of(earlier)  # no kill costs the last whole one
+        if codes == [0]:
             break
+        assert codes == [-signal.SIGKILL]
     assert incomplete > 0
-    assert in_processes(1, train, run, killed, resume=find_last_checkpoint(killed)) == [0]
+    assert in_processes(1, train, run, killed, resume=last) == [0]
     assert_same(whole, killed, run)
+
+
+def step_of(checkpoint):
+    return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])

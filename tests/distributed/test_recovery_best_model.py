@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from distributed.recovery_runs import Run, finish, in_processes, make_trainer
+from distributed.recovery_runs import Run, finish, make_trainer
+from processes import in_processes
 from tiny_models import FAMILIES
 
 

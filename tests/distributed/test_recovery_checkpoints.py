@@ -11,13 +11,14 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from distributed.recovery_runs import Kill, Run, final_weights, in_processes, make_trainer, train
+from distributed.recovery_runs import Kill, Run, final_weights, make_trainer, train
 from hf_sparse_moe.distributed.checkpoint import (
     INCOMPLETE_NAME,
     checkpoint_damage,
     find_last_checkpoint,
     keep_checkpoints_whole,
 )
+from processes import in_processes
 
 
 RUN = Run("decoder", arguments={"max_steps": 4})

@@ -10,12 +10,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import hf_sparse_moe
-from distributed.recovery_runs import Kill, collate, facts, finish, in_processes, make_rows
+from distributed.recovery_runs import Kill, collate, facts, finish, make_rows
 from distributed.test_consolidate import assert_same, loaded
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.consolidate import consolidate
 from hf_sparse_moe.distributed.resume import ResumableTrainer
 from hf_sparse_moe.train import SelectionBiasCallback
+from processes import in_processes
 from tiny_models import tiny_sparse
 
 

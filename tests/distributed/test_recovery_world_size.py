@@ -5,8 +5,9 @@ import signal
 import pytest
 import torch
 
-from distributed.recovery_runs import Kill, Run, facts, final_weights, in_processes, train
+from distributed.recovery_runs import Kill, Run, facts, final_weights, train
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
+from processes import in_processes
 
 
 # The load of the global batch, so that one process and two have the same loss; no random numbers, which are a rank's.

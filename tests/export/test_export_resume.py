@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse_moe.export import export
 from hf_sparse_moe.upcycling.shard_writer import ShardWriter
+from processes import in_processes
 
 
 SHARD = 1e-5  # GiB: about 10 KB, so that there are many
@@ -29,29 +30,30 @@ def saved(mixture, tmp_path):
     return save
 
 
+def export_and_die(writes, source, target):
+    """To run in a process of its own, killed when it has written so many tensors, and a list of what is finished."""
+    write, calls = ShardWriter.write, []
+
+    def write_or_die(self, *args):
+        calls.append(args)
+        if len(calls) > writes:
+            while not (work_of(target) / ".journal.json").exists():
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, *args)
+
+    ShardWriter.write = write_or_die
+    export(source, target, max_shard_gib=SHARD, resume=True)
+
+
 def killed_after(writes, source, target):
-    """Export in another process that is killed when it has written so many tensors; returns the finished shards."""
-    work = target.with_name(f".{target.name}.partial")
-    child = os.fork()
-    if child == 0:
-        write, calls = ShardWriter.write, []
+    """The finished shards of an export that was killed when it had written so many tensors."""
+    assert in_processes(1, export_and_die, writes, source, target) == [-signal.SIGKILL]
+    return {path.name: path.stat().st_mtime_ns for path in work_of(target).glob("*.safetensors")}
 
-        def write_or_die(self, *args):
-            calls.append(args)
-            if len(calls) > writes:
-                while not (work / ".journal.json").exists():
-                    time.sleep(0.001)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(self, *args)
 
-        ShardWriter.write = write_or_die
-        try:
-            export(source, target, max_shard_gib=SHARD, resume=True)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    return {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+def work_of(target):
+    return target.with_name(f".{target.name}.partial")
 
 
 @pytest.mark.parametrize("dense", ["llama", "qwen2"])

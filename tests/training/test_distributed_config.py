@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from distributed.recovery_runs import in_processes
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
+from processes import in_processes
 from training_runs import TRAINING, command_line
 
 

@@ -1,12 +1,10 @@
 """Streaming gives the bits of the in-memory path, and survives being killed."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from hf_sparse_moe.upcycling.checkpoint_reader import TensorFiles
 from hf_sparse_moe.upcycling.output import write_checkpoint
 from hf_sparse_moe.upcycling.shard_writer import DTYPE_NAMES, ShardWriter
 from hf_sparse_moe.upcycling.streaming import stream_upcycle
+from processes import in_processes, kill_at_file
 from tiny_models import tiny_dense
 
 
@@ -196,40 +195,27 @@ def test_mixture_loads_and_computes_what_the_dense_model_computes(dense, tmp_pat
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def in_another_process(source, target, **arguments):
-    child = os.fork()
-    if child == 0:
-        try:
-            stream_upcycle(source, target, 8, method="drop", max_shard_size="4KB", **arguments)
-        finally:
-            os._exit(0)
-    return child
+def stream(source, target, kill_at=None, **arguments):
+    """To run in a process of its own, killed at the `kill_at`-th file in the folder where it works."""
+    if kill_at is not None:
+        kill_at_file(target.with_name(f".{target.name}.partial"), kill_at)
+    stream_upcycle(source, target, 8, method="drop", max_shard_size="4KB", **arguments)
 
 
-def test_killed_at_any_moment(tmp_path):
+def test_killed_at_any_file(tmp_path):
     folder, target, work = tmp_path / "dense", tmp_path / "out", tmp_path / ".out.partial"
     tiny_dense("llama", num_hidden_layers=16).save_pretrained(folder)
-    os.waitpid(in_another_process(folder, tmp_path / "whole"), 0)
-    shards = len(list((tmp_path / "whole").glob("*.safetensors")))
+    stream(folder, tmp_path / "whole")
     chance, kept, resumed = random.Random(0), {}, 0
     for _ in range(8):
-        child = in_another_process(folder, target, resume=True)
-        goal = chance.randint(len(kept), min(len(kept) + shards // 5, shards))
-        while os.waitpid(child, os.WNOHANG) == (0, 0) and len(list(work.glob("*.safetensors"))) < goal:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
-        with contextlib.suppress(ProcessLookupError):  # it may have come to its end
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        if target.exists():
-            break
+        assert in_processes(1, stream, folder, target, chance.randrange(200), resume=True) == [-signal.SIGKILL]
+        assert not target.exists()
         finished = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
         assert kept.items() <= finished.items()  # a finished shard is not written again
         resumed += bool(kept)
         kept = finished if (work / ".journal.json").exists() else {}
     assert resumed
-    if not target.exists():
-        stream_upcycle(folder, target, 8, method="drop", max_shard_size="4KB", resume=True)
+    stream(folder, target, resume=True)
     assert not work.exists()
     for path in (tmp_path / "whole").iterdir():
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name

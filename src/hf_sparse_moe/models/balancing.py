@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
 
 
 def expert_counts(
@@ -120,6 +121,44 @@ class GlobalLoad:
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
         self.version = 0  # of the router's parameters, which an optimizer step raises
         self.step_items: torch.Tensor | None = None  # the `num_items_in_batch` of the last micro-batch
+
+    def losses(
+        self,
+        counts: list[torch.Tensor],
+        mean_probs: list[torch.Tensor],
+        tokens: list[torch.Tensor | int],
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        new_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """
+        [`balance`] of each layer for one micro-batch of this rank, and the weight of these losses in the step's.
+
+        Args:
+            counts (`list[torch.Tensor]` of shape `(E,)`): Of each layer, its assignments; E may differ.
+            mean_probs (`list[torch.Tensor]` of shape `(E,)`): Of each layer, the mean over its tokens.
+            tokens (`list[torch.Tensor]` or `list[int]`): Of each layer, how many those are, pads excluded.
+            labels (`torch.Tensor`, *optional*): Those that count.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole step.
+            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
+
+        Returns:
+            `tuple`: `torch.Tensor` of shape `(L,)`, and a weight that sums to 1 over the micro-batches and ranks.
+        """
+        device = counts[-1].device
+        tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32).to(device) for count in tokens])
+        counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
+        counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
+        counts_LE, all_tokens_L, all_labels = self.add(counts_LE, tokens_L, counted, new_step)
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        shares_L = ranks * tokens_L / all_tokens_L.clamp(min=1)
+        losses = [
+            balance(counts_E[: len(mean_E)], mean_E.to(device) * share)
+            for counts_E, mean_E, share in zip(counts_LE, mean_probs, shares_L, strict=True)
+        ]
+        if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
+            return torch.stack(losses), 1.0
+        return torch.stack(losses), all_labels / (ranks * num_items_in_batch)
 
     def is_new_step(
         self, router_parameters: Sequence[torch.nn.Parameter], num_items_in_batch: torch.Tensor | int | None = None

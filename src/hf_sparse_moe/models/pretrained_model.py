@@ -15,33 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from torch import distributed, nn
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import ModelOutput, cached_file, logging
 
-from .balancing import (
-    GlobalLoad,
-    balance,
-    expert_counts,
-    load_balancing_loss,
-    masked_mean,
-    router_z_loss,
-    sequence_balancing_loss,
-)
+from .balancing import GlobalLoad
 from .configuration_sparse_moe import SparseMoeConfig
 from .moe_block import SparseMoeBlock, install_sparse_blocks
-from .routers import router_probabilities
-from .routing_record import (
-    RoutingEntry,
-    RoutingRecord,
-    checkpoint_with_routing,
-    close_record,
-    open_record,
-    outer_record,
-)
+from .router_losses import router_losses
+from .routing_record import RoutingRecord, checkpoint_with_routing, close_record, open_record, outer_record
 from .task_losses import batch_weight, language_model_loss
 from .unbalanced_losses import has_balance_loss, refuse_body_alone, refuse_loss_without, router_trains
 
@@ -180,7 +165,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if record.entries and (wants_logits or balances):
             counted = labels if labels is None or shifted else self.counted_labels(labels)
             weight = batch_weight(counted, num_items_in_batch)
-            aux_loss, z_loss, aux_weight = self._router_losses(record, counted, num_items_in_batch, weight)
+            aux_loss, z_loss, aux_weight = router_losses(self, record, counted, num_items_in_batch, weight)
             fields["aux_loss"], fields["z_loss"] = aux_loss, z_loss
             if balances and labels is not None:
                 extra = config.router_aux_loss_coef * aux_weight * aux_loss
@@ -213,64 +198,6 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             shape = ids.shape[:-1] if ids is not None else embeds.shape[:-2] if embeds is not None else (1,)
             record.num_sequences[side] = math.prod(shape)
         return record
-
-    def _router_losses(
-        self, record: RoutingRecord, labels: torch.Tensor | None, num_items_in_batch: Any, weight: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
-        """
-        Load-balancing loss and z-loss, each computed layer by layer and then averaged; pads do not count. With them
-        the weight of the former: over a step's micro-batches and ranks it sums to 1.
-        """
-        config, device = self.config, record.entries[-1].router_logits.device
-        masks, probs = [], []
-        for entry in record.entries:
-            mask_T = record.context(entry.side, len(entry.router_logits)).mask
-            masks.append(None if mask_T is None else mask_T.to(entry.router_logits.device))
-            probs.append(router_probabilities(entry.router_logits, config.scoring_func))
-        z_loss = None
-        if config.router_z_loss_coef > 0:
-            pairs = zip(record.entries, masks, strict=True)
-            z_loss = torch.stack([router_z_loss(entry.router_logits, mask).to(device) for entry, mask in pairs]).mean()
-        layers = list(zip(record.entries, masks, probs, strict=True))
-        if config.balance_scope == "global_batch":
-            aux_loss, weight = self._global_balance(layers, labels, num_items_in_batch, weight, device)
-            return aux_loss, z_loss, weight
-        aux = []
-        for entry, mask, probs_TE in layers:
-            if entry.token_index is not None:
-                aux.append(balance(_assignments(entry, mask, config.num_experts), masked_mean(probs_TE, mask)))
-            elif config.balance_scope == "sequence":
-                sequences = record.context(entry.side, len(probs_TE)).num_sequences
-                aux.append(sequence_balancing_loss(probs_TE, entry.top_k_index, sequences, mask))
-            else:
-                aux.append(load_balancing_loss(probs_TE, entry.top_k_index, mask))
-        return torch.stack([loss.to(device) for loss in aux]).mean(), z_loss, weight
-
-    def _global_balance(
-        self,
-        layers: list[tuple[RoutingEntry, torch.Tensor | None, torch.Tensor]],
-        labels: torch.Tensor | None,
-        num_items_in_batch: Any,
-        weight: torch.Tensor | float,
-        device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        experts = self.config.num_experts
-        counts_LE = torch.stack([_assignments(entry, mask, experts).to(device) for entry, mask, _ in layers])
-        tokens = [len(probs_TE) if mask is None else mask.sum() for _, mask, probs_TE in layers]
-        tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in tokens])
-        probs_LE = torch.stack([(masked_mean(probs_TE, mask)).to(device) for _, mask, probs_TE in layers])
-        if not (self.training and torch.is_grad_enabled()):  # a rank may evaluate alone
-            return balance(counts_LE, probs_LE).mean(), weight
-        counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
-        parameters = [parameter for block in self.sparse_blocks for parameter in block.gate.parameters()]
-        new_step = self._global_load.is_new_step(parameters, num_items_in_batch)
-        counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
-        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        share_L1 = (ranks * tokens_L / all_tokens_L.clamp(min=1))[:, None]
-        loss = balance(counts_LE, probs_LE * share_L1).mean()
-        if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
-            return loss, 1.0
-        return loss, all_labels / (ranks * num_items_in_batch)
 
     # ---- delegation to the dense model ------------------------------------------------------------------------
 
@@ -501,8 +428,3 @@ def _checkpoint_keys(state_dict: dict | None, checkpoint_files: list[str] | None
 def _wildcard(name: str) -> str:
     """As transformers looks a rule up: of two numbers in a row, the second stays."""
     return re.sub(r"\.\d+(\.|$)", r".*\1", name)
-
-
-def _assignments(entry: RoutingEntry, mask_T: torch.Tensor | None, num_experts: int) -> torch.Tensor:
-    """`(E,)`: how many tokens each expert was chosen for, or, where the experts choose, took."""
-    return expert_counts(entry.top_k_index, num_experts, entry.counting_mask(mask_T))

@@ -12,8 +12,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -239,19 +238,10 @@ class BalanceFix:
         means = [masked_mean(call.probabilities, call.mask_T) for call in calls]
         if self.balance_scope == "global_batch" and trains:
             tokens = [len(call.routing.top_k_index) if call.mask_T is None else call.mask_T.sum() for call in calls]
-            tokens_L = _stack([torch.as_tensor(number, dtype=torch.float32) for number in tokens], device)
-            counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
-            counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
             # Of all that trains, not of the routers: those may be frozen.
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            new_step = self._global_load.is_new_step(trained)
-            counts_LE, all_tokens_L, all_labels = self._global_load.add(counts_LE, tokens_L, counted, new_step)
-            ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-            shares = ranks * tokens_L / all_tokens_L.clamp(min=1)
-            counts = [row_E[: len(mean_E)] for row_E, mean_E in zip(counts_LE, means, strict=True)]
-            means = [mean_E.to(device) * share for mean_E, share in zip(means, shares, strict=True)]
-            count = given.get("num_items_in_batch")
-            weight = 1.0 if labels is None or count is None else all_labels / (ranks * count)
+            new_step, items = self._global_load.is_new_step(trained), given.get("num_items_in_batch")
+            return self._global_load.losses(counts, means, tokens, labels, items, new_step)
         return _stack([balance(*pair) for pair in zip(counts, means, strict=True)], device), weight
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
