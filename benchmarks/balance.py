@@ -39,12 +39,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from transformers.utils import logging
 
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from hf_sparse_moe.analysis import routing_statistics
 from hf_sparse_moe.models.balancing import expert_counts
 from hf_sparse_moe.quickstart.corpus import load_corpus
 from hf_sparse_moe.quickstart.examples import Example, make_examples
 from hf_sparse_moe.quickstart.small_dense_model import VOCAB_SIZE, train_tokenizer
-from hf_sparse_moe.train import SelectionBiasCallback
+from hf_sparse_moe.routing import SelectionBiasCallback, routing_statistics
 
 
 HERE = Path(__file__).parent

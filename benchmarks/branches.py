@@ -25,10 +25,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoePreTrainedModel, upcycle
-from hf_sparse_moe.analysis import routing_statistics
 from hf_sparse_moe.quickstart.corpus import load_corpus
 from hf_sparse_moe.quickstart.examples import Example, interleave, make_examples
 from hf_sparse_moe.quickstart.training import held_out_losses, train
+from hf_sparse_moe.routing import routing_statistics
 from hf_sparse_moe.upcycling.branches import make_trunk
 
 

@@ -38,7 +38,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 import hf_sparse_moe
-from hf_sparse_moe.distributed.launch import check_engine, join_deepspeed
+from recipe.launch import check_engine, join_deepspeed
 
 
 STEPS, SEQUENCES, VOCABULARY = 20, 8, 96
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 1800.0  # seconds for the trainings of one engine
 # Ranks are forked from a process that has imported these and started no thread, so that it alone pays for the imports.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["transformers.trainer", "hf_sparse_moe.distributed.launch"])
+PROCESSES.set_forkserver_preload(["transformers.trainer", "recipe.launch"])
 
 
 # Tensor parallelism needs an architecture that has a plan for it, Accelerate's FSDP2 one whose weights are not tied:

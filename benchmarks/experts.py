@@ -29,8 +29,8 @@ from transformers import MixtralConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-import hf_sparse_moe.backends  # noqa: F401  registers ours
-from hf_sparse_moe.backends.segments import find_segments
+import hf_sparse_moe.experts  # noqa: F401  registers ours
+from hf_sparse_moe.experts.segments import find_segments
 from measuring import SETTLE, TURN, device_name, interleave, peak_bytes, save, saved_bytes
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import Qwen3Config, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
+from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 
 
 def main() -> None:

@@ -29,11 +29,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_sparse_moe import SparseMoePreTrainedModel
-from hf_sparse_moe.analysis.routing import routing_statistics
 from hf_sparse_moe.hub import record_results, render_model_card, save_routing_statistics, write_model_card
 from hf_sparse_moe.hub.checkpoint import PICTURE_NAME, read_checkpoint
 from hf_sparse_moe.hub.model_card import write_readme
 from hf_sparse_moe.quickstart.examples import make_examples
+from hf_sparse_moe.routing.statistics import routing_statistics
 from hf_sparse_moe.upcycling.receipt import source_files
 
 

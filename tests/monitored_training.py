@@ -16,8 +16,7 @@ import transformers as hf
 from torch import distributed
 from transformers import Trainer, TrainingArguments
 
-from hf_sparse_moe.routing import find_mixture_layers
-from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
+from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback, find_mixture_layers
 from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_sparse, without_dropout
 
 

@@ -19,7 +19,7 @@ PATIENCE = 100.0  # seconds
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree"}  # of Python's audit events
 # Forks of a process that has imported these packages and started no thread: a fork of pytest's own may hang in OpenMP.
 _PROCESSES = get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["peft", "transformers.trainer", "hf_sparse_moe.adapters", "hf_sparse_moe.train"])
+_PROCESSES.set_forkserver_preload(["peft", "transformers.trainer", "hf_sparse_moe.adapters", "hf_sparse_moe.routing"])
 
 
 def in_processes(ranks: int, function: Callable, *arguments, **named) -> list[int]:

@@ -16,9 +16,10 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 # neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
 STOREYS = (
     {"models"},
-    {"registration", "backends", "analysis", "metrics", "routing"},
-    {"upcycling", "adapters", "train"},
-    {"export", "planning"},
+    {"registration", "experts", "checkpoints"},
+    {"routing"},
+    {"insight", "upcycling", "adapters"},
+    {"stock"},
     {"hub"},
     {"quickstart", "distributed"},
     {"cli"},

@@ -23,7 +23,7 @@ from transformers import (
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableTrainer
-from hf_sparse_moe.metrics import load_metric
+from recipe.metrics import load_metric
 
 
 TASKS = ("texts", "tokens")

@@ -20,7 +20,7 @@ from transformers import (
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableSeq2SeqTrainer
-from hf_sparse_moe.metrics import load_metric
+from recipe.metrics import load_metric
 
 
 METRICS = ("sacrebleu", "rouge")

@@ -7,7 +7,7 @@ Importing the package registers its classes, so that `AutoModelForCausalLM.from_
 from importlib import import_module
 from typing import Any
 
-from . import backends  # noqa: F401  registers the experts implementations
+from . import experts  # noqa: F401  registers the experts implementations
 from .models.configuration_sparse_moe import (
     SparseMoeConfig,
     SparseMoeDecoderConfig,
@@ -44,19 +44,19 @@ register_auto_classes(AUTO_CLASSES)
 # Found on first use, so that importing the package needs torch and transformers only.
 _LAZY = {
     "ModelCardCallback": ".hub",
-    "RoutingMonitor": ".train",
-    "SelectionBiasCallback": ".train",
-    "add_leading_callback": ".train",
+    "RoutingMonitor": ".routing",
+    "SelectionBiasCallback": ".routing",
+    "add_leading_callback": ".routing",
     "add_model_card": ".hub",
     "dequantize_experts": ".adapters",
     "disable_experts": ".routing",
     "doctor": ".hub",
     "expand": ".upcycling",
     "expert_lora_config": ".adapters",
-    "explain_export": ".export",
+    "explain_export": ".stock",
     "find_mixture_layers": ".routing",
     "fix_balance": ".routing",
-    "import_native": ".export",
+    "import_native": ".stock",
     "load_adapter": ".hub",
     "load_expert_lora": ".adapters",
     "observe_routing": ".routing",

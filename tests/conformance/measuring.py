@@ -11,8 +11,8 @@ from transformers.models.auto import modeling_auto
 from conformance.overrides import LENGTHS, NOT_BUILT, NOTES, REFUSED
 from conformance.tiny_configs import VOCAB_SIZE, tiny_config
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
+from hf_sparse_moe.checkpoints.families import sparse_config_class
 from hf_sparse_moe.models.feed_forward import explain
-from hf_sparse_moe.upcycling.families import sparse_config_class
 from tiny_models import FIRST_ORDINARY_TOKEN, enlarge_weights
 
 

@@ -18,7 +18,7 @@ from transformers.distributed.tensor_parallel import replace_layer_number_by_wil
 from conformance.measuring import EXACT, HEADS
 from conformance.table import documented
 from conformance.tiny_configs import tiny_config
-from hf_sparse_moe.upcycling.families import sparse_class
+from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.upcycling.upcycle import make_recipe, mixture_config
 from tiny_models import tiny_sparse
 

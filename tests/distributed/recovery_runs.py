@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.distributed.checkpoint import keep_checkpoints_whole
-from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
+from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 from models.balance_worker import collate
 from processes import kill_at_file
 from tiny_models import tiny_inputs, tiny_sparse

@@ -18,9 +18,9 @@ from distributed.recovery_runs import _fsdp_on_cpu, collate, make_rows
 from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.distributed.checkpoint import keep_checkpoints_whole
-from hf_sparse_moe.distributed.launch import join_deepspeed
 from hf_sparse_moe.distributed.resume import ResumableTrainer
 from processes import in_processes
+from recipe.launch import join_deepspeed
 from tiny_models import tiny_inputs, tiny_sparse
 
 

@@ -15,7 +15,7 @@ from distributed.test_consolidate import assert_same, loaded
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.consolidate import consolidate
 from hf_sparse_moe.distributed.resume import ResumableTrainer
-from hf_sparse_moe.train import SelectionBiasCallback
+from hf_sparse_moe.routing import SelectionBiasCallback
 from processes import in_processes
 from tiny_models import tiny_sparse
 

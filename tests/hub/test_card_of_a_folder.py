@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cli_client import assert_one_sentence, run_cli
-from hf_sparse_moe.analysis.routing import routing_statistics
 from hf_sparse_moe.hub import render_model_card, write_model_card
 from hf_sparse_moe.hub.card_sections import TEMPLATE
+from hf_sparse_moe.routing.statistics import routing_statistics
 from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_sparse_moe.hub import ModelCardCallback, write_model_card
 from hf_sparse_moe.hub.evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
 from hf_sparse_moe.hub.training_record import read_evaluation
-from hf_sparse_moe.train import RoutingMonitor, add_leading_callback
+from hf_sparse_moe.routing import RoutingMonitor, add_leading_callback
 from tiny_models import tiny_sparse
 
 

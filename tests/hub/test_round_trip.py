@@ -92,7 +92,7 @@ def test_doctor_takes_a_repository_and_its_revision(client, hub_server, repo_id,
 
 def test_a_merged_adapter_in_a_stock_architecture_comes_back(client, stranger, hub_server, repo_id, tmp_path):
     adapters = pytest.importorskip("adapted_models", reason="needs peft")
-    from hf_sparse_moe.export import export
+    from hf_sparse_moe.stock import export
     from tiny_models import tiny_sparse
 
     base = tiny_sparse("llama")

@@ -12,10 +12,9 @@ from torch.testing import assert_close
 import hf_sparse_moe
 from hf_sparse_moe import expand, explain_export, stream_upcycle, upcycle
 from hf_sparse_moe.adapters import expert_lora_config
-from hf_sparse_moe.analysis import routing_statistics
+from hf_sparse_moe.checkpoints.folder import write_checkpoint
 from hf_sparse_moe.models.routing_record import RoutingRecord, close_record, open_record
-from hf_sparse_moe.routing import find_mixture_layers, observe_routing
-from hf_sparse_moe.upcycling.output import write_checkpoint
+from hf_sparse_moe.routing import find_mixture_layers, observe_routing, routing_statistics
 from models.oracle import block_oracle
 from models.router_kinds import ROUTERS, one_each, pairs_with, routed_model, routers_of, settle
 from models.test_compile import SMALL

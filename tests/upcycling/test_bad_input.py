@@ -13,8 +13,8 @@ import transformers as hf
 
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe import upcycle
+from hf_sparse_moe.checkpoints.folder import new_folder, write_checkpoint
 from hf_sparse_moe.cli.app import leave_on_signal
-from hf_sparse_moe.upcycling.output import new_folder, write_checkpoint
 from tiny_models import tiny_dense
 
 

@@ -13,9 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_moe import upcycle
-from hf_sparse_moe.upcycling.checkpoint_reader import TensorFiles
-from hf_sparse_moe.upcycling.output import write_checkpoint
-from hf_sparse_moe.upcycling.shard_writer import DTYPE_NAMES, ShardWriter
+from hf_sparse_moe.checkpoints.folder import write_checkpoint
+from hf_sparse_moe.checkpoints.reader import TensorFiles
+from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
 from hf_sparse_moe.upcycling.streaming import stream_upcycle
 from processes import in_processes, kill_at_file
 from tiny_models import tiny_dense
@@ -269,7 +269,7 @@ def test_without_resume_it_starts_afresh(interrupted, tmp_path):
 
 def test_two_writers_of_one_target(dense, tmp_path):
     folder, target = dense("llama"), tmp_path / "out"
-    from hf_sparse_moe.upcycling.output import resumable_folder
+    from hf_sparse_moe.checkpoints.folder import resumable_folder
 
     with resumable_folder(target) as work:
         (work / "here").write_text("first")

@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 
 import hf_sparse_moe
+from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
-from hf_sparse_moe.upcycling.families import sparse_class
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs
 
 

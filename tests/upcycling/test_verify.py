@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_moe import upcycle
-from hf_sparse_moe.upcycling.output import write_checkpoint
+from hf_sparse_moe.checkpoints.folder import write_checkpoint
 from hf_sparse_moe.upcycling.streaming import stream_upcycle
 from hf_sparse_moe.upcycling.verify import verify
 from tiny_models import tiny_dense

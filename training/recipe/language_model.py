@@ -8,7 +8,7 @@ import torch
 from datasets import DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_sparse_moe.metrics import load_metric
+from recipe.metrics import load_metric
 
 from .data import DataArguments, column, require_columns
 

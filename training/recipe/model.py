@@ -21,12 +21,11 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse_moe import SparseMoeConfig, upcycle
-from hf_sparse_moe.distributed.launch import check_distributed_config
-from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
+from hf_sparse_moe.checkpoints.families import sparse_class, sparse_config_class
+from hf_sparse_moe.checkpoints.source import find_source
+from hf_sparse_moe.distributed.upcycling import check_distributed_config, upcycle_into_shards
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.size import count_parameters
-from hf_sparse_moe.upcycling.families import sparse_class, sparse_config_class
-from hf_sparse_moe.upcycling.source import find_source
 
 
 logger = logging.getLogger("recipe")

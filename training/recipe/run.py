@@ -15,15 +15,15 @@ from yaml import YAMLError
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.checkpoint_model import check_same_model
-from hf_sparse_moe.distributed.launch import (
+from hf_sparse_moe.hub import ModelCardCallback, add_model_card
+from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
+from recipe.launch import (
     apply_timeout,
     check_engine,
     check_processes,
     check_same_everywhere,
     join_deepspeed,
 )
-from hf_sparse_moe.hub import ModelCardCallback, add_model_card
-from hf_sparse_moe.train import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 
 from .data import DataArguments, data_names
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_sparse_moe.backends.segments import Segment
+from hf_sparse_moe.experts.segments import Segment
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
-from hf_sparse_moe.backends.activation import Activation
-from hf_sparse_moe.backends.projection import Projection
-from hf_sparse_moe.backends.segment_mm import BATCH_BYTES
-from hf_sparse_moe.backends.segments import Segment, find_segments
+from hf_sparse_moe.experts.activation import Activation
+from hf_sparse_moe.experts.projection import Projection
+from hf_sparse_moe.experts.segment_mm import BATCH_BYTES
+from hf_sparse_moe.experts.segments import Segment, find_segments
 
 from .low_rank import LowRank, LowRankProducts
 

@@ -21,7 +21,7 @@ def export(
     resume: ResumeOption = False,
 ) -> None:
     """Write a mixture as a stock architecture (Mixtral, Qwen3-MoE, ...), which servers load without this package."""
-    from hf_sparse_moe.export import export as write_stock
+    from hf_sparse_moe.stock import export as write_stock
 
     shown = sys.stderr.isatty()
     typer.echo(write_stock(src, dst, target, revision=revision, resume=resume, show_progress=shown))
@@ -34,9 +34,9 @@ def import_native(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ) -> None:
     """Read a stock mixture (Mixtral, Qwen3-MoE, ...) into this package's classes."""
-    from hf_sparse_moe.export import import_native as read_stock
-    from hf_sparse_moe.upcycling.output import check_target, write_checkpoint
-    from hf_sparse_moe.upcycling.source import find_source
+    from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
+    from hf_sparse_moe.checkpoints.source import find_source
+    from hf_sparse_moe.stock import import_native as read_stock
 
     check_target(dst)
     write_checkpoint(read_stock(src, revision=revision), dst, find_source(src, revision).folder)

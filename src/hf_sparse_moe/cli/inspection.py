@@ -20,7 +20,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a mixture is made of. Reads its config and receipt, not its weights."""
-    from hf_sparse_moe.analysis.anatomy import describe_checkpoint
+    from hf_sparse_moe.insight.anatomy import describe_checkpoint
 
     description = describe_checkpoint(checkpoint, revision)
     if as_json:

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from hf_sparse_moe.analysis.anatomy import model_without_weights, read_config
+from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, new_folder
+from hf_sparse_moe.checkpoints.reader import loaded_dtypes
+from hf_sparse_moe.checkpoints.source import Source, weight_files
+from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
 from hf_sparse_moe.hub import write_model_card
+from hf_sparse_moe.insight.anatomy import model_without_weights, read_config
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
-from hf_sparse_moe.upcycling.checkpoint_reader import loaded_dtypes
-from hf_sparse_moe.upcycling.output import check_target, copy_companions, new_folder
-from hf_sparse_moe.upcycling.shard_writer import DTYPE_NAMES, ShardWriter
-from hf_sparse_moe.upcycling.source import Source, weight_files
 
 from .checkpoint import INCOMPLETE_NAME
 from .consolidate_expert_parallel import PATTERN, expert_parallel_tensors, plain_tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from hf_sparse_moe.upcycling.checkpoint_reader import TensorFiles
+from hf_sparse_moe.checkpoints.reader import TensorFiles
 
 from .consolidate_parts import Chunk, StoredTensor, incomplete
 

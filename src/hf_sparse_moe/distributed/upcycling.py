@@ -11,17 +11,15 @@ import torch
 from torch import distributed
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from hf_sparse_moe.checkpoints.reader import NotStreamableError
+from hf_sparse_moe.checkpoints.source import find_source
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.upcycling.checkpoint_reader import NotStreamableError
 from hf_sparse_moe.upcycling.receipt import make_receipt
 from hf_sparse_moe.upcycling.rows import single_threaded_workers
-from hf_sparse_moe.upcycling.source import find_source
 from hf_sparse_moe.upcycling.streaming import needs_a_model, plan_stream
 from hf_sparse_moe.upcycling.streaming_slices import mixture_slices
 from hf_sparse_moe.upcycling.transfer import WatchedSource
 from hf_sparse_moe.upcycling.upcycle import Layers
-
-from .launch import check_distributed_config
 
 
 def upcycle_into_shards(
@@ -105,3 +103,31 @@ def _place() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_distributed_config(config: DistributedConfig, num_experts: int, processes: int) -> None:
+    """
+    Raise unless a model can be shared out so, before its weights are read.
+
+    Args:
+        config (`DistributedConfig`): The sizes.
+        num_experts (`int`): Routed experts of a layer.
+        processes (`int`): How many there are.
+
+    Raises:
+        ValueError: the sizes do not make up the processes, or do not divide the experts.
+    """
+    pipeline, replicas, fsdp, tensor, expert = (
+        getattr(config, name) or 1 for name in ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
+    )
+    size = pipeline * replicas * fsdp * tensor
+    if size != processes:
+        raise ValueError(
+            f"`distributed_config` is for {size} processes (pp_size x dp_replicate_size x fsdp_size x tp_size), but "
+            f"{processes} run. Change the sizes or the number of processes; `ep_size` divides fsdp_size x tp_size."
+        )
+    if num_experts % expert:
+        raise ValueError(
+            f"`num_experts={num_experts}` cannot be shared out over `ep_size={expert}`: each rank holds as many "
+            f"experts as the others. Choose one of {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
+        )

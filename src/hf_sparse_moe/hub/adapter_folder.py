@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparse_moe.adapters.expert_config import FILE as SETTINGS_NAME
-from hf_sparse_moe.upcycling.source import tensor_names
+from hf_sparse_moe.checkpoints.source import tensor_names
 
 from .base_identity import base_experts, read_base
 from .checkpoint import RECORD_NAME, mapping, read_json

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.adapters import load_expert_lora
-from hf_sparse_moe.upcycling.source import Source
+from hf_sparse_moe.checkpoints.source import Source
 
 from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from .base_identity import base_difference, read_base

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.source import Source
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, without_wrapper
 from hf_sparse_moe.upcycling.receipt import source_files
-from hf_sparse_moe.upcycling.source import Source
 
 from .checkpoint import mapping, read_json
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Number
 from typing import Any
 
-from hf_sparse_moe.export import explain_export
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
+from hf_sparse_moe.stock import explain_export
 
 from .card_metadata import variant_of
 from .checkpoint import Checkpoint, mapping

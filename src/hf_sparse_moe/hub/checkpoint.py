@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_sparse_moe.analysis.anatomy import model_without_weights, read_config
-from hf_sparse_moe.analysis.pictures import plot_expert_load
-from hf_sparse_moe.analysis.routing import RoutingStatistics
+from hf_sparse_moe.insight.anatomy import model_without_weights, read_config
+from hf_sparse_moe.insight.pictures import plot_expert_load
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+from hf_sparse_moe.routing.statistics import RoutingStatistics
 
 
 RECORD_NAME = "training_record.json"

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 import hf_sparse_moe
 from hf_sparse_moe import models
+from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
+from hf_sparse_moe.checkpoints.source import Source, weight_files
 from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, observe_routing
-from hf_sparse_moe.upcycling.checkpoint_reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.upcycling.receipt import probe_inputs
-from hf_sparse_moe.upcycling.source import Source, weight_files
 
 from .adapter_examination import examine_adapter
 from .findings import FAILED, NOT_CHECKED, PASSED, WARNING, Finding, some

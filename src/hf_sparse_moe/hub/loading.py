@@ -9,9 +9,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture, sensible_config, weight_files
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
-from hf_sparse_moe.upcycling.source import Source, find_source, named_architecture, sensible_config, weight_files
 
 
 def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
+from hf_sparse_moe.checkpoints.source import Source, read_config
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.upcycling.source import Source, read_config
 
 from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import stage_adapter

@@ -7,8 +7,8 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hf_sparse_moe.upcycling.output import COMPANIONS
-from hf_sparse_moe.upcycling.source import Source, tensor_names, weight_files
+from hf_sparse_moe.checkpoints.folder import COMPANIONS
+from hf_sparse_moe.checkpoints.source import Source, tensor_names, weight_files
 
 from .adapter_folder import ADAPTER_WEIGHTS, is_adapter
 

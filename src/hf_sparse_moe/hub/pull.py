@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hf_sparse_moe.upcycling.output import check_free_space, check_target
-from hf_sparse_moe.upcycling.source import Source, weight_files
+from hf_sparse_moe.checkpoints.folder import check_free_space, check_target
+from hf_sparse_moe.checkpoints.source import Source, weight_files
 
 from .adapter_folder import ADAPTER_WEIGHTS
 from .errors import HubUnavailableError, check_repo_id, told_by_the_hub, with_retries

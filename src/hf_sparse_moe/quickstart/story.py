@@ -28,18 +28,19 @@ from transformers import (
     set_seed,
 )
 
-from hf_sparse_moe.analysis import RoutingStatistics, expert_load_table, plot_expert_load, routing_statistics
+from hf_sparse_moe.checkpoints.families import sparse_config_class
+from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, new_folder
+from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
 from hf_sparse_moe.hub import push_to_hub, render_model_card
+from hf_sparse_moe.insight import expert_load_table, plot_expert_load
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.quickstart.corpus import Corpus, load_corpus
 from hf_sparse_moe.quickstart.examples import Example, interleave, make_examples
 from hf_sparse_moe.quickstart.small_dense_model import new_dense_model, train_tokenizer
 from hf_sparse_moe.quickstart.training import held_out_losses, train
+from hf_sparse_moe.routing import RoutingStatistics, routing_statistics
 from hf_sparse_moe.upcycling import upcycle
-from hf_sparse_moe.upcycling.families import sparse_config_class
-from hf_sparse_moe.upcycling.output import check_target, copy_companions, new_folder
-from hf_sparse_moe.upcycling.source import Source, find_source, load_dense
 
 
 CHAPTERS = 8

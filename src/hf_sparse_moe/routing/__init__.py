@@ -1,19 +1,29 @@
-"""The routing of any mixture, ours or stock: find it, watch it, balance it."""
+"""The routing of any mixture, ours or stock: find it, watch it, balance it, and its health while training."""
 
 from .fix_balance import BalanceFix, fix_balance
+from .leading_callback import add_leading_callback
 from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
+from .routing_monitor import RoutingMonitor
+from .selection_bias import SelectionBiasCallback
+from .statistics import LayerRouting, RoutingStatistics, routing_statistics
 from .switches import disable_experts, record_routing, replay_routing, use_top_k
 
 
 __all__ = [
     "BalanceFix",
+    "LayerRouting",
     "MixtureLayer",
+    "RoutingMonitor",
     "RoutingObservation",
+    "RoutingStatistics",
+    "SelectionBiasCallback",
+    "add_leading_callback",
     "disable_experts",
     "find_mixture_layers",
     "fix_balance",
     "observe_routing",
     "record_routing",
     "replay_routing",
+    "routing_statistics",
     "use_top_k",
 ]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from hf_sparse_moe.checkpoints.families import sparse_class
+from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
-from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
-from .source import named_architecture
 from .upcycle import Layers, make_recipe, mixture_config
 
 

@@ -10,12 +10,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.source import Source
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
 from .conversion import Recipe
-from .source import Source
 
 
 PROBE_LENGTH = 32

@@ -16,17 +16,24 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 import hf_sparse_moe
+from hf_sparse_moe.checkpoints.families import sparse_class
+from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, resumable_folder, write_checkpoint
+from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
+from hf_sparse_moe.checkpoints.source import (
+    Source,
+    find_source,
+    named_architecture,
+    read_config,
+    sensible_config,
+    weight_files,
+)
+from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .checkpoint_reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from .conversion import Recipe, SparseLayer, sparse_layers
-from .families import sparse_class
-from .output import check_target, copy_companions, resumable_folder, write_checkpoint
 from .receipt import make_receipt
 from .rows import Matrix, blocks, single_threaded_workers
-from .shard_writer import ShardWriter
-from .source import Source, find_source, named_architecture, read_config, sensible_config, weight_files
 from .transfer import WatchedSource, write_weights
 from .upcycle import Layers, make_recipe, mixture_config, upcycle
 

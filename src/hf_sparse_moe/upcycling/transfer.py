@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from .output import check_free_space, write_journal
+from hf_sparse_moe.checkpoints.folder import check_free_space, write_journal
+from hf_sparse_moe.checkpoints.source import Source
+from hf_sparse_moe.checkpoints.writer import ShardWriter
+
 from .receipt import source_files
-from .shard_writer import ShardWriter
-from .source import Source
 
 
 class WatchedSource:

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.families import sparse_class
+from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.feed_forward import feed_forward_side, find_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .branches import check_branches, make_trunk, router_centroids
 from .conversion import Recipe, SparseLayer, reader, sparse_layers, sparse_state_dict
-from .families import sparse_class
 from .initialization import INITIALIZATION_METHODS
 from .layers import layer_types
 from .measuring import task_losses, unit_activations
 from .receipt import describe_source, make_receipt, name_of
-from .source import Source, find_source, load_dense
 
 
 Layers = str | Sequence[int] | dict[str, str | Sequence[int]]

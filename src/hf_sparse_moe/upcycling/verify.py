@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig
 
+from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense, named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -16,7 +17,6 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from .initialization import INITIALIZATION_METHODS
 from .measuring import task_losses
 from .receipt import output_difference, source_files
-from .source import Source, find_source, load_dense, named_architecture
 
 
 # Relative to the largest output. float32 rounds some hundred times on its way through a model.

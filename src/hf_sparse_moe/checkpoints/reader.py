@@ -1,0 +1,250 @@
+"""The tensors of a dense checkpoint, by the dense model's keys, read piece by piece."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .source import Source, missing_weight, tensor_names, weight_files
+from .writer import DTYPE_NAMES
+
+
+PIECE_BYTES = 2**20  # small enough for a processor's cache
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class NotStreamableError(Exception):
+    """The checkpoint must be loaded as a model; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int  # in the file
+
+
+class TensorFiles:
+    """
+    The tensors of some safetensors files. Nothing is mapped into memory: what was read is gone with its tensor, and a
+    file that is cut short ends in an error and not in a signal.
+
+    Args:
+        paths (`list[Path]`): The files.
+
+    Raises:
+        ValueError: a file that is no safetensors file.
+        NotStreamableError: a dtype that torch has no tensors of.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self._entries: dict[str, _Entry] = {}
+        for path in paths:
+            tensor_names(path)  # holds the header against the file's size and itself
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                if entry["dtype"] not in _DTYPES:
+                    raise NotStreamableError(f"`{name}` is stored as {entry['dtype']}")
+                begin = 8 + length + entry["data_offsets"][0]
+                self._entries[name] = _Entry(path, _DTYPES[entry["dtype"]], entry["shape"], begin)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> list[int]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The elements of one tensor in their order, flat, about `PIECE_BYTES` at a time."""
+        entry = self._entries[name]
+        left, size = prod(entry.shape), PIECE_BYTES // entry.dtype.itemsize
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            while left:
+                piece = torch.empty(min(left, size), dtype=entry.dtype)
+                _fill(piece, file)
+                left -= len(piece)
+                yield piece.to(dtype)
+
+    def read(self, name: str, dtype: torch.dtype, memory: torch.Tensor) -> torch.Tensor:
+        """One tensor, in `memory` that holds at least its bytes."""
+        entry, start = self._entries[name], 0
+        tensor = memory[: prod(entry.shape) * dtype.itemsize].view(dtype)
+        if dtype == entry.dtype:
+            with entry.path.open("rb", buffering=0) as file:
+                file.seek(entry.begin)
+                for piece in tensor.split(PIECE_BYTES // dtype.itemsize):
+                    _fill(piece, file)
+        else:
+            for piece in self.pieces(name, dtype):
+                tensor[start : start + len(piece)] = piece
+                start += len(piece)
+        return tensor.reshape(entry.shape)
+
+    def take(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of one tensor, given a slice for each dimension; the exception to the rule above: it is mapped."""
+        with safe_open(self._entries[name].path, framework="pt") as file:
+            return file.get_slice(name)[index]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
+        dtype = self.dtype(name)
+        if dtype != self.dtype(other) or self.shape(name) != self.shape(other):
+            return False
+        return all(
+            torch.equal(*pair) for pair in zip(self.pieces(name, dtype), self.pieces(other, dtype), strict=True)
+        )
+
+
+class DenseTensors:
+    """
+    The tensors that `dense.state_dict()` would hold were the checkpoint loaded, tied ones once.
+
+    Args:
+        source ([`Source`]): The checkpoint.
+        dense (`PreTrainedModel`): Its model, without storage.
+        dtype (`torch.dtype`): What it would be loaded in.
+
+    Raises:
+        ValueError: a missing weight, one of another shape, or a corrupt file.
+        NotStreamableError: loading does more than renaming.
+    """
+
+    def __init__(self, source: Source, dense: PreTrainedModel, dtype: torch.dtype):
+        self._files = TensorFiles(weight_files(source))
+        self._dtypes = loaded_dtypes(dense, dtype)
+        state = dense.state_dict()
+        self._names = _renamed(self._files.names, dense)
+        self._tie(dense)
+        missing = sorted(state.keys() - self._names.keys() - dense.all_tied_weights_keys.keys())
+        computed = dense._keys_to_ignore_on_load_missing or []
+        for key in missing:
+            if not any(re.search(pattern, key) for pattern in computed):
+                raise missing_weight(source, dense, key)
+        if missing:
+            raise NotStreamableError(f"`{missing[0]}` is not stored but computed")
+        for key, name in self._names.items():
+            if self._files.shape(name) != list(state[key].shape):
+                raise ValueError(
+                    f"`{name}` has the shape {self._files.shape(name)} in `{source.name}`, but its config.json asks "
+                    f"for {list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
+                )
+        self._memory: tuple[list[torch.Tensor], ...] = ([], [])
+
+    def reader(self, reuse: bool = True) -> Callable[..., torch.Tensor]:
+        """
+        A function that reads a tensor by its key, or by several keys those tensors one below the other. With `reuse`
+        the next reader but one takes the memory of what this one read: memory that is new to a process costs it more
+        time than the reading.
+        """
+        memory: list[torch.Tensor] = self._memory[0] if reuse else []
+        if reuse:
+            self._memory = self._memory[::-1]
+        position = itertools.count()
+
+        def read(*keys: str) -> torch.Tensor:
+            names, dtype, place = [self._names[key] for key in keys], self._dtypes[keys[0]], next(position)
+            shapes = [self._files.shape(name) for name in names]
+            sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+            if place == len(memory):
+                memory.append(torch.empty(0, dtype=torch.uint8))
+            if len(memory[place]) < sum(sizes):
+                memory[place] = torch.empty(sum(sizes), dtype=torch.uint8)
+            parts = memory[place][: sum(sizes)].split(sizes)
+            tensors = [self._files.read(name, dtype, part) for name, part in zip(names, parts, strict=True)]
+            if len(tensors) == 1:
+                return tensors[0]
+            return memory[place][: sum(sizes)].view(dtype).reshape(-1, *shapes[0][1:])
+
+        return read
+
+    def pieces(self, key: str) -> Iterator[torch.Tensor]:
+        return self._files.pieces(self._names[key], self._dtypes[key])
+
+    def take(self, key: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor, given a slice for each dimension. Mapped, where it is stored in its dtype."""
+        return self._files.take(self._names[key], index).to(self._dtypes[key])
+
+    def _tie(self, dense: PreTrainedModel) -> None:
+        """Tied weights may be stored under any of their names; stored twice and different, they are not tied."""
+        groups: dict[str, list[str]] = {}
+        for target, first in dense.all_tied_weights_keys.items():
+            groups.setdefault(first, [first]).append(target)
+        for first, keys in groups.items():
+            stored = [key for key in keys if key in self._names]
+            if any(not self._files.equal(self._names[stored[0]], self._names[key]) for key in stored[1:]):
+                raise NotStreamableError(f"`{stored[0]}` and `{stored[1]}` should be one weight, but differ")
+            if stored:
+                self._names[first] = self._names[stored[0]]
+
+
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What `from_pretrained(dtype=dtype)` gives each tensor of a model that was built in `dtype`."""
+    dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        kept, by_group, _ = build_glob_alternation(list(plan))
+        for key in dtypes:
+            match = kept.search(key)
+            if match is not None and match.lastgroup is not None:
+                dtypes[key] = plan[by_group[match.lastgroup]]
+    return dtypes
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The first floating-point dtype in a checkpoint, which is the model's where the config names none."""
+    files = TensorFiles(weight_files(source)[:1])
+    return next((dtype for name in files.names if (dtype := files.dtype(name)).is_floating_point), torch.float32)
+
+
+def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
+    """The checkpoint's name of each of the model's keys, by transformers' own rules."""
+    state, prefix = dense.state_dict(), dense.base_model_prefix
+    transforms = get_model_conversion_mapping(dense)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    found: dict[str, str] = {}
+    for name in sorted(names, key=dot_natural_key):
+        key, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, converted = rename_source_key(name, [], [], prefix, state)
+        if key not in state:
+            continue
+        if converted is not None:
+            raise NotStreamableError(f"`{name}` is stored in another form than the model has it")
+        if key in found:
+            raise NotStreamableError(f"`{name}` and `{found[key]}` are the same weight of the model")
+        found[key] = name
+    return found
+
+
+def _fill(piece: torch.Tensor, file: FileIO) -> None:
+    data = memoryview(piece.view(torch.uint8).numpy().data)
+    if file.readinto(data) != len(data):
+        raise ValueError(f"`{file.name}` was cut short while it was read. Fetch it again.")

@@ -1,0 +1,285 @@
+"""The routers' health, in the logs of a training. L sparse layers, T tokens, E experts, K experts a token."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import ModelOutput, logging
+
+from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
+from hf_sparse_moe.routing.statistics import ALL, LayerRouting
+
+from .routing_alarms import LayerHealth, RoutingAlarms
+from .training_losses import LOSSES, weighted_losses
+from .training_routing import RouterCall, TrainingRouting, call_counts, chosen_tokens, side_of, wide_dtype
+
+
+logger = logging.get_logger(__name__)
+
+# What is summed for each layer, before E counts and E squared logits.
+TOKENS, Z_LOSS, CONFIDENCE, DROPPED, OFFERED = range(5)
+
+
+class RoutingMonitor(TrainerCallback):
+    """
+    Logs the health of a mixture's routers beside Trainer's `loss`, and warns when it is poor. Takes our models and
+    any stock mixture of transformers.
+
+    Over the micro-batches and ranks since the last log, without pads, each log gets
+
+    - `router/load_max` and `router/load_min`: the highest and lowest share of a layer's assignments that one expert
+      got (1 / E is even), over all layers;
+    - `router/max_violation` (MaxVio, arXiv 2408.15664: highest load over mean load, minus 1) and `router/entropy` (of
+      the load, over log E: 1 is even), means over the layers;
+    - `router/dead_experts`: those that no token chose, in all layers together;
+    - `router/confidence` (mean of a token's largest probability), `router/dropped` (share of the assignments for which
+      an expert had no room or, where experts choose, of the tokens that none chose) and `router/z_loss` (mean of
+      logsumexp(logits)^2), means over the layers;
+    - `task_loss`, `aux_loss` and `z_loss`, the parts of `loss` as the model gives them: means over the optimizer
+      steps, each micro-batch with its share of the step's labels;
+    - the eight values of `router/` for every layer, as `router/layer_3/entropy` (`router/encoder_layer_3/entropy`).
+
+    Everything is summed on the device; once a log it is added up over the ranks in one all-reduce, and read. Add it
+    with [`add_leading_callback`], so that the integrations of `report_to` get the numbers too. Evaluations are not
+    watched.
+
+    Args:
+        log_layers (`bool`, *optional*):
+            Whether to log every layer apart. By default where `report_to` names an integration to draw it.
+        min_evenness (`float`, defaults to 0.5):
+            Warn of collapse when a layer's entropy, rescaled so that all tokens on the same K experts is 0 and an even
+            load 1, is below this.
+        max_dominance (`float`, defaults to 0.8):
+            Warn of collapse when a layer's MaxVio is above this share of its highest possible value, E / K - 1, at
+            which one expert serves every token.
+        starvation (`float`, defaults to 0.1): Warn when an expert got less than this share of an even load ...
+        starvation_logs (`int`, defaults to 3): ... for this many logs in a row.
+        max_z_loss (`float`, defaults to 1000.0):
+            Warn when a layer's mean of logsumexp(logits)^2 is above this, or not finite. bfloat16 rounds a logit of
+            that size (32) to an eighth.
+
+    Example:
+        ```python
+        trainer = Trainer(model=model, args=args, train_dataset=dataset)
+        add_leading_callback(trainer, RoutingMonitor())
+        trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        log_layers: bool | None = None,
+        min_evenness: float = 0.5,
+        max_dominance: float = 0.8,
+        starvation: float = 0.1,
+        starvation_logs: int = 3,
+        max_z_loss: float = 1000.0,
+    ):
+        for name, value, least, most in (
+            ("min_evenness", min_evenness, 0, 1),
+            ("max_dominance", max_dominance, 0, 1),
+            ("starvation", starvation, 0, 1),
+            ("starvation_logs", starvation_logs, 1, math.inf),
+            ("max_z_loss", max_z_loss, 0, math.inf),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"`{name}={value}` is not allowed: it must be between {least} and {most}.")
+        self.log_layers = log_layers
+        self.thresholds: dict[str, Any] = {
+            "min_evenness": min_evenness,
+            "max_dominance": max_dominance,
+            "starvation": starvation,
+            "starvation_logs": starvation_logs,
+            "max_z_loss": max_z_loss,
+        }
+        self._routing: TrainingRouting | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._detach()  # from a training that an error ended
+        self._layers = find_mixture_layers(model)
+        self._labels = layer_labels(self._layers)
+        self._experts = max(layer.num_experts for layer in self._layers)
+        width = OFFERED + 1 + 2 * self._experts
+        # One tensor, so that one all-reduce and one read do; `_sums` and `_losses` are views of it.
+        size = len(self._layers) * width + 2 * len(LOSSES)
+        self._totals = torch.zeros(size, dtype=wide_dtype(args.device), device=args.device)
+        self._sums = self._totals[: len(self._layers) * width].view(len(self._layers), width)
+        self._losses = self._totals[len(self._layers) * width :].view(len(LOSSES), 2)
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+        self._routing = TrainingRouting(model, self._layers, self._add_calls, self._add_losses)
+        self._config: Any = getattr(self._routing.model, "config", None)
+        self._alarms = RoutingAlarms(**self.thresholds, balance_remedy=_balance_remedy(self._layers, self._config))
+        self._steps = 0
+        self._biases_at_start = self._biases() if getattr(self._config, "router_bias_update_speed", 0) > 0 else None
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._steps += not getattr(optimizer, "step_was_skipped", False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._routing is None or logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        totals = self._totals.clone()
+        self._totals.zero_()
+        if distributed.is_initialized():
+            distributed.all_reduce(totals)
+        totals = totals.cpu().double()
+        layers = self._health(totals[: self._sums.numel()].view_as(self._sums))
+        losses = totals[self._sums.numel() :].view_as(self._losses)
+        values = {
+            name: (total / weight).item() for name, (total, weight) in zip(LOSSES, losses, strict=True) if weight > 0
+        }
+        if layers:
+            values |= {f"router/{name}": value for name, value in _over_layers(layers).items()}
+        if bool(args.report_to) if self.log_layers is None else self.log_layers:
+            values |= {f"router/{layer.label}/{name}": v for layer in layers for name, v in layer.values().items()}
+        logs.update(values)
+        state.log_history[-1].update(values)  # Trainer wrote its copy of `logs` before it called
+        self._warn_of_still_bias(layers)
+        if state.is_world_process_zero:
+            self._alarms.check(layers)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._routing is not None:
+            self._routing.remove()
+            self._routing = None
+
+    def _add_calls(self, calls: list[RouterCall]) -> None:
+        key = tuple(call.row for call in calls)
+        if key not in self._rows:
+            self._rows[key] = torch.tensor(key, device=self._totals.device)
+        sums = routing_sums(calls, self._experts)
+        self._sums.index_add_(0, self._rows[key], sums.to(self._sums.device, self._sums.dtype))
+
+    def _add_losses(self, inputs: dict[str, Any], outputs: Any) -> None:
+        if self._routing is not None and isinstance(outputs, ModelOutput):
+            losses = weighted_losses(self._routing.model, inputs, outputs)
+            self._losses += losses.to(self._losses.device, self._losses.dtype)
+
+    def _health(self, sums: torch.Tensor) -> list[LayerHealth]:
+        """Of the layers that saw a token."""
+        found = []
+        for layer, label, row in zip(self._layers, self._labels, sums, strict=True):
+            tokens = row[TOKENS]
+            if tokens == 0:
+                continue
+            counts, squares = row[OFFERED + 1 :].view(2, -1)[:, : layer.num_experts]
+            found.append(
+                LayerHealth(
+                    label,
+                    layer.name,
+                    layer.top_k,
+                    LayerRouting(side_of(layer), 0, (ALL,), counts[None]),
+                    confidence=(row[CONFIDENCE] / tokens).item(),
+                    dropped=(row[DROPPED] / row[OFFERED].clamp(min=1)).item(),
+                    z_loss=(row[Z_LOSS] / tokens).item(),
+                    logit_size=(squares / tokens).sqrt(),
+                )
+            )
+        return found
+
+    def _biases(self) -> list[torch.Tensor]:
+        found = [layer.selection_bias for layer in self._layers]
+        return [bias.detach().clone() for bias in found if bias is not None]
+
+    def _warn_of_still_bias(self, layers: list[LayerHealth]) -> None:
+        uneven = any(layer.routing.max_violation > 0 for layer in layers)
+        if self._biases_at_start is None or self._steps == 0 or not uneven:
+            return
+        if all(torch.equal(then, now) for then, now in zip(self._biases_at_start, self._biases(), strict=True)):
+            logger.warning(
+                f"`router_bias_update_speed={self._config.router_bias_update_speed}`, but nothing moves the selection "
+                "bias. Give the trainer `callbacks=[SelectionBiasCallback()]`."
+            )
+        self._biases_at_start = None
+
+
+@torch.no_grad()
+def routing_sums(calls: list[RouterCall], num_experts: int) -> torch.Tensor:
+    """
+    What is summed of calls whose tensors have the same shapes, on their device and without reading it.
+
+    Returns:
+        `torch.FloatTensor` of shape `(calls, 5 + 2 * num_experts)`: tokens, logsumexp^2, confidence, dropped and
+        offered assignments, and for each expert assignments and squared logits. Non-finite logits stay visible.
+    """
+    first, layer, mask = calls[0].routing, calls[0].layer, calls[0].token_mask
+    logits = torch.stack([call.routing.router_logits for call in calls]).float()  # (calls, T, E)
+    if mask is not None:
+        pads = mask.to(logits.device) == 0
+        logits = logits.masked_fill(pads[:, None], 0.0)  # whatever a pad's are, even NaN
+    z_loss = logits.logsumexp(dim=-1).square()
+    confidence = layer.probabilities(logits).amax(dim=-1)
+    by_token = torch.stack([torch.ones_like(z_loss), z_loss, confidence])  # (3, calls, T)
+    if mask is not None:
+        by_token = by_token.masked_fill(pads, 0.0)
+    tokens, z_loss, confidence = by_token.sum(dim=-1)
+    counts = call_counts(calls)
+    offered, dropped = counts.sum(dim=-1), torch.zeros_like(tokens)
+    if first.token_index is not None:
+        index = torch.stack([call.routing.token_index for call in calls])
+        reached = torch.zeros(logits.shape[:2], device=logits.device)
+        reached.scatter_reduce_(1, index, chosen_tokens(calls).float(), reduce="amax")
+        offered, dropped = tokens, tokens - reached.sum(dim=-1)
+    elif first.kept is not None:
+        lost = ~torch.stack([call.routing.kept for call in calls])
+        lost = lost if mask is None else lost & ~pads[:, None]
+        dropped = lost.float().sum(dim=(1, 2))
+    squares = logits.square().sum(dim=1)
+    missing = num_experts - logits.shape[-1]
+    by_expert = nn.functional.pad(torch.stack([counts, squares], dim=1), (0, missing)).flatten(1)
+    return torch.cat([torch.stack([tokens, z_loss, confidence, dropped, offered], dim=1), by_expert], dim=1)
+
+
+def layer_labels(layers: list[MixtureLayer]) -> list[str]:
+    """`layer_3` or, in an encoder-decoder, `decoder_layer_3`: as the model numbers them, dense layers counted."""
+    sides = [side_of(layer) for layer in layers]
+    prefixes = [f"{side}_" if len(set(sides)) > 1 else "" for side in sides]
+    numbers = [re.search(r"(?<=\.)\d+(?=\.|$)", f".{layer.name}") for layer in layers]
+    labels = [f"{prefix}layer_{number and number[0]}" for prefix, number in zip(prefixes, numbers, strict=True)]
+    if None in numbers or len(set(labels)) < len(labels):
+        return [f"layer_{place}" for place in range(len(layers))]
+    return labels
+
+
+def _over_layers(layers: list[LayerHealth]) -> dict[str, float]:
+    values = [layer.values() for layer in layers]
+    together = {name: math.fsum(value[name] for value in values) / len(values) for name in values[0]}
+    together["load_max"] = max(value["load_max"] for value in values)
+    together["load_min"] = min(value["load_min"] for value in values)
+    together["dead_experts"] = sum(value["dead_experts"] for value in values)
+    return together
+
+
+def _balance_remedy(layers: list[MixtureLayer], config: Any) -> str:
+    if any(layer.selection_bias is not None for layer in layers):
+        return "Add `SelectionBiasCallback`, or raise its `update_speed`."
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if coefficient is None:
+        return "Add a load-balancing loss, or a router with a selection bias."
+    return f"Raise `router_aux_loss_coef` ({coefficient} now; stock models ignore it without `fix_balance(model)`)."

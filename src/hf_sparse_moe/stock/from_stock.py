@@ -1,0 +1,241 @@
+"""`import_native`: a stock mixture becomes one of ours, by the rows of `targets` read backwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from hf_sparse_moe.checkpoints.source import Source, find_source
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.modeling_sparse_moe import (
+    SparseMoeDecoderForCausalLM,
+    SparseMoeEncoderDecoderForConditionalGeneration,
+)
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
+from hf_sparse_moe.upcycling.receipt import output_difference, source_files
+
+from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
+from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
+from .tensors import SCORE_BIAS, Tensors, from_target, our_name
+from .without_sibling import WITHOUT_SIBLING
+
+
+logger = logging.get_logger(__name__)
+
+# Fields of a stock config that change nothing that the tensors' shapes do not say.
+_NO_MATTER = {*TRAINING_FIELDS, "add_router_probs", "router_ignore_padding_tokens", "prefix_dense_intermediate_size"}
+_NO_MATTER |= {"expert_capacity"}  # said by a warning
+
+
+def import_native(
+    model_or_path: PreTrainedModel | str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    **config_fields,
+) -> SparseMoePreTrainedModel:
+    """
+    Read a stock mixture (Mixtral, Qwen3-MoE, OLMoE, Switch Transformers, ...) into this package's classes, so that its
+    tools serve it. Outputs are the stock model's; the receipt, `model.receipt`, holds the measured difference.
+
+    The stock model is loaded by transformers and stays in memory until the receipt is measured. Does not take over how
+    the stock model computes its balance loss, nor the capacity above which Switch Transformers drops tokens.
+
+    Args:
+        model_or_path (`PreTrainedModel` or `str`): A stock mixture, which is left as it is, or the folder or Hub id of
+            one.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the stock one.
+        **config_fields: Fields of the family's config that concern training, such as `router_aux_loss_coef=0.01`.
+
+    Returns:
+        [`SparseMoePreTrainedModel`]: in evaluation mode.
+
+    Raises:
+        ValueError: an architecture without a row, or a feature that our blocks have not; names it.
+
+    Example:
+        ```python
+        model = import_native("allenai/OLMoE-1B-7B-0924")
+        ```
+    """
+    source = None
+    if isinstance(model_or_path, PreTrainedModel):
+        stock = model_or_path
+    else:
+        source = find_source(str(model_or_path), revision)
+        stock_config = AutoConfig.from_pretrained(source.folder)
+        _row_of(stock_config)  # refuses before anything large is read
+        auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
+        stock = auto_class.from_pretrained(source.folder, dtype=dtype)
+    row = _row_of(stock.config)
+    if (capacity := getattr(stock.config, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
+        logger.warning(
+            f"`{row.model_type}` drops the tokens of a sequence above the first {capacity} (`expert_capacity`) of an "
+            "expert; here none is dropped, so that longer sequences may give other outputs."
+        )
+    language_model = type(empty_model(stock.config)).__name__
+    if type(stock).__name__ != language_model:
+        raise ValueError(f"`{type(stock).__name__}` cannot be read. Pass a `{language_model}`.")
+    state = stored_tensors(stock)
+    layers = [name.removesuffix(f".{row.router_name}") for name in state if name.endswith(f".{row.router_name}")]
+    config = _sparse_config(row, stock.config, state, layers, config_fields)
+    converted = _convert(row, config, state, layers)
+    if source is None:  # the caller keeps the stock model, and must not share memory with ours
+        converted = {name: tensor.clone() for name, tensor in converted.items()}
+    sparse = _class_of(stock.config).from_pretrained(
+        None, config=config, state_dict=converted, dtype=stock.dtype if dtype == "auto" else dtype
+    )
+    sparse = sparse.to(stock.device)
+    sparse.generation_config = stock.generation_config
+    sparse.receipt = _receipt(stock, sparse, source, config_fields)
+    return sparse
+
+
+def _class_of(stock: PreTrainedConfig) -> type[SparseMoePreTrainedModel]:
+    return SparseMoeEncoderDecoderForConditionalGeneration if stock.is_encoder_decoder else SparseMoeDecoderForCausalLM
+
+
+def _row_of(config: PreTrainedConfig) -> ExportTarget:
+    rows = {row.model_type: row for row in EXPORT_TARGETS}
+    if config.model_type in rows:
+        return rows[config.model_type]
+    name = config.model_type.replace("-", "_").removesuffix("_text")
+    reason = WITHOUT_SIBLING.get(name, "it is no mixture that this package knows")
+    raise ValueError(f"`{config.model_type}` cannot be read: {reason}. Pass one of {sorted(rows)}.")
+
+
+def _sparse_config(
+    row: ExportTarget, stock: Any, state: Tensors, layers: list[str], config_fields: dict[str, Any]
+) -> SparseMoeConfig:
+    dense = _dense_config(row, stock)
+    num_experts, top_k, size = (row.top_k if name is None else getattr(stock, name) for name in row.fields)
+    scoring = getattr(stock, row.scoring_field) if row.scoring_field else next(iter(row.router))
+    normalised = row.router[scoring]
+    fields = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": size,
+        "num_shared_experts": _num_shared_experts(row, state, layers, size),
+        "scoring_func": scoring,
+        "norm_topk_prob": stock.norm_topk_prob if normalised is None else normalised,
+        "routed_scaling_factor": getattr(stock, row.scaling_field) if row.scaling_field else 1.0,
+        **_layer_types(stock, layers),
+        **config_fields,
+    }
+    config = _class_of(stock).config_class.from_dense(dense, **fields)
+    # What holds on the way there holds on the way back: the same fields and the same tensors.
+    report = check_target(row, config)
+    if report.config is None:
+        raise ValueError(f"This `{row.model_type}` cannot be read: {'; '.join(report.obstacles)}.")
+    shared = (
+        {row.shared.count_field, row.shared.size_field} if row.shared else set()
+    )  # `_num_shared_experts` saw to them
+    for field in own_fields(type(stock)).keys() - _NO_MATTER - shared:
+        _require(row, stock, field, getattr(report.config, field))
+    return config
+
+
+def _dense_config(row: ExportTarget, stock: Any) -> PreTrainedConfig:
+    for field, value in row.fixed.items():
+        _require(row, stock, field, value)
+    siblings = [name for name, implied in row.dense.items() if all(getattr(stock, f) == v for f, v in implied.items())]
+    if not siblings:
+        raise ValueError(f"This `{row.model_type}` cannot be read: it is the sibling of none of {list(row.dense)}.")
+    dense_class = CONFIG_MAPPING[siblings[0]]
+    names = {*own_fields(dense_class), *COMMON_FIELDS, "head_dim"} - {"num_experts", "num_experts_per_tok"}
+    fields = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
+    if "head_dim" in dense_class.__dataclass_fields__:
+        fields.setdefault("head_dim", stock.hidden_size // stock.num_attention_heads)
+    return dense_class(**fields | (row.dense_fields(stock) if row.dense_fields else {}))
+
+
+def _require(row: ExportTarget, stock: Any, field: str, value: Any) -> None:
+    if getattr(stock, field, value) != value:
+        raise ValueError(
+            f"`{field}={getattr(stock, field)!r}` of this `{row.model_type}` cannot be read: only {value!r} has a "
+            "place here."
+        )
+
+
+def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], size: Any) -> int:
+    """How many routed experts the shared ones are as large as; 0 where they are zeros."""
+    if row.shared is None:
+        return 0
+    downs = [state[name] for layer in layers if (name := f"{layer}.{row.shared.weights[-1]}") in state]
+    if not any(down.any() for down in downs):
+        return 0
+    units = downs[0].shape[1]
+    if units % size:
+        raise ValueError(
+            f"The shared experts have {units} units, which is no multiple of a routed expert's {size}: only that "
+            "can be read."
+        )
+    return units // size
+
+
+def _layer_types(stock: Any, layers: list[str]) -> dict[str, list[str]]:
+    def kinds(names: list[str], count: int) -> list[str]:
+        sparse = {next(int(part) for part in name.split(".") if part.isdigit()) for name in names}
+        return ["sparse" if number in sparse else "dense" for number in range(count)]
+
+    if not stock.is_encoder_decoder:
+        return {"mlp_layer_types": kinds(layers, stock.num_hidden_layers)}
+    counts = {"encoder": stock.num_layers, "decoder": stock.num_decoder_layers}
+    return {
+        f"{side}_mlp_layer_types": kinds([name for name in layers if name.startswith(side)], count)
+        for side, count in counts.items()
+    }
+
+
+def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers: list[str]) -> Tensors:
+    """The stock model's tensors in our names; tensors other than shared experts and experts in modules are its own."""
+    result: Tensors = {}
+    for layer in layers:
+        block, left = from_target(row, in_layer(state, layer), config.num_shared_experts)
+        if config.scoring_func == "sigmoid":
+            block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
+        else:
+            block.pop(SCORE_BIAS, None)
+        result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
+        result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}
+    inside = tuple(f"{layer}." for layer in layers)
+    return result | {our_name(row, name): tensor for name, tensor in state.items() if not name.startswith(inside)}
+
+
+def _receipt(
+    stock: PreTrainedModel, sparse: SparseMoePreTrainedModel, source: Source | None, fields: dict[str, Any]
+) -> dict[str, Any]:
+    from hf_sparse_moe import __version__
+
+    return {
+        "source": {
+            "name_or_path": source.name if source else Path(str(stock.config.name_or_path)).name or None,
+            "revision": source.revision if source else None,
+            "architecture": type(stock).__name__,
+            "model_type": stock.config.model_type,
+            "sha256": source_files(source.folder) if source else {},
+        },
+        "arguments": {"method": "import_native", **fields},
+        "versions": {
+            "hf_sparse_moe": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__.split("+")[0],
+        },
+        "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
+        "flops_per_token": count_flops_per_token(sparse),
+        "equality": output_difference(stock, sparse),
+    }

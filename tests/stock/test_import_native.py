@@ -1,0 +1,135 @@
+"""Stock mixtures read into this package's classes compute what they computed."""
+
+import pytest
+import torch
+import transformers as hf
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from hf_sparse_moe import SparseMoeDecoderForCausalLM, SparseMoeEncoderDecoderForConditionalGeneration
+from hf_sparse_moe.stock import export, import_native
+from tiny_models import ARCHITECTURES, enlarge_weights, tiny_inputs
+
+
+_SIZES = ARCHITECTURES["llama"].fields
+_T5 = {name: value for name, value in ARCHITECTURES["t5"].fields.items() if name != "num_layers"}
+STOCK = {
+    "mixtral": (hf.MixtralConfig, {**_SIZES, "num_local_experts": 4, "head_dim": 16, "sliding_window": 3}),
+    "qwen3_moe": (
+        hf.Qwen3MoeConfig,
+        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    ),
+    "olmoe": (hf.OlmoeConfig, {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
+    "switch_transformers": (
+        hf.SwitchTransformersConfig,
+        {
+            **_T5,
+            "num_layers": 4,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+        }
+        | {"num_experts": 4},
+    ),
+}
+
+
+def stock_model(name: str, **changes) -> hf.PreTrainedModel:
+    config_class, fields = STOCK[name]
+    auto_class = AutoModelForSeq2SeqLM if name == "switch_transformers" else AutoModelForCausalLM
+    return enlarge_weights(auto_class.from_config(config_class(**{**fields, **changes}))).eval()
+
+
+@torch.no_grad()
+def logits(model: hf.PreTrainedModel) -> torch.Tensor:
+    return model(**tiny_inputs(model, labels=False)).logits
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_logits_are_the_stock_models(tmp_path, name):
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path / "stock")
+    sparse = import_native(tmp_path / "stock")
+    assert logits(stock).std() > 0.05
+    torch.testing.assert_close(logits(sparse), logits(stock), rtol=1e-5, atol=1e-5)
+    assert sparse.receipt["equality"]["max_abs_difference"] < 1e-4
+    assert sparse.receipt["source"]["model_type"] == name
+    assert "config.json" in sparse.receipt["source"]["sha256"]
+    expected = SparseMoeDecoderForCausalLM
+    if name == "switch_transformers":
+        expected = SparseMoeEncoderDecoderForConditionalGeneration
+    assert type(sparse) is expected
+
+    sparse.save_pretrained(tmp_path / "ours")
+    reloaded = type(sparse).from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(reloaded), logits(stock), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["plain", "rich"])
+def test_there_and_back_keeps_every_weight(
+    tmp_path, mixture, variants, variant, pair_target, pair_dense, pair_scoring
+):
+    model = mixture(pair_dense, **variants[variant](pair_target, pair_scoring))
+    export(model, tmp_path / "stock", target=pair_target.model_type)
+    back = import_native(tmp_path / "stock")
+    for field in ("num_experts", "num_experts_per_tok", "num_shared_experts", "scoring_func", "norm_topk_prob"):
+        assert getattr(back.config, field) == getattr(model.config, field)
+    expected, found = model.state_dict(), back.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_stock_model_is_left_as_it_is():
+    stock = stock_model("mixtral")
+    before = logits(stock)
+    sparse = import_native(stock, router_aux_loss_coef=0.5)
+    assert sparse.config.router_aux_loss_coef == 0.5
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(stock), before)
+
+
+def test_it_trains():
+    sparse = import_native(stock_model("olmoe")).train()
+    output = sparse(**tiny_inputs(sparse))
+    output.loss.backward()
+    assert output.aux_loss >= 1 - 1e-4
+    assert all(block.gate.weight.grad.any() for block in sparse.sparse_blocks)
+
+
+def test_clipped_attention_is_read():
+    stock = stock_model("olmoe", clip_qkv=0.5)
+    torch.testing.assert_close(logits(import_native(stock)), logits(stock), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(stock), logits(stock_model("olmoe")), atol=0.1)
+
+
+_ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.PhimoeConfig(**_SIZES, num_local_experts=4), "SparseMixer"),
+        (ARCHITECTURES["llama"].config(), "`llama` cannot be read: it is no mixture that this package knows"),
+        (
+            hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=24),
+            r"gate of the shared experts .* is trained",
+        ),
+        (hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20), "no multiple of a routed"),
+        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, n_group=2), "`n_group=2` of this `glm4_moe`"),
+        # Half of each head rotates; in a Llama all of it does.
+        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, first_k_dense_replace=0), "rope_parameters"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_has_no_place_is_refused_by_name(config, message):
+    stock = enlarge_weights(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match=message):
+        import_native(stock)
+
+
+def test_only_language_models_are_read():
+    config_class, fields = STOCK["qwen3_moe"]
+    stock = hf.AutoModelForTokenClassification.from_config(config_class(**fields))
+    with pytest.raises(ValueError, match="Pass a `Qwen3MoeForCausalLM`"):
+        import_native(stock)
