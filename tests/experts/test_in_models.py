@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 import transformers as hf
-from experts.experts_modules import inputs, make
-from experts.test_segment_mm import Products
 from transformers import Trainer, TrainingArguments
 
+from experts.experts_modules import inputs, make
+from experts.test_segment_mm import Products
 from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_sparse, without_dropout
 
 

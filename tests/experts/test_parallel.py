@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from experts.parallel_worker import BACKENDS, WRAPPERS, batch, gradients, make_model
 
 

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from experts.experts_modules import KINDS, inputs, make
-from experts.experts_oracle import experts_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hf_sparse_moe.experts.segment_mm as segment_mm_module
+from experts.experts_modules import KINDS, inputs, make
+from experts.experts_oracle import experts_oracle
 from hf_sparse_moe.experts.segments import padded_lengths
 
 

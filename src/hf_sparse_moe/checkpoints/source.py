@@ -23,7 +23,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .families import sparse_class
-
 from .folder import COMPANIONS
 
 
