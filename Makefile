@@ -68,8 +68,8 @@ bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS
 	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done
 	@$(BIN)/python benchmarks/write_performance.py
 
-docs: $(READY)  ## run the commands and the Python examples of README.md and docs/
-	$(PYTEST) tests/test_docs.py $(ARGS)
+docs: $(READY)  ## build the documentation site into site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cards: $(READY)  ## the reference cards of model_cards/ from real runs (ARGS=--no-training: only render them again)
 	OMP_NUM_THREADS=1 $(BIN)/python model_cards/make.py $(ARGS)
@@ -86,5 +86,5 @@ floor: pyproject.toml constraints/floor.txt  ## the fast tests on the lowest ver
 	$(MAKE) test-fast VENV=.venv-floor READY=.venv-floor/.ready
 
 clean:  ## everything that a target above made
-	rm -rf .venv .venv-floor .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .cache build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -170,74 +170,32 @@ GOALS = [
 # Shown where a goal is missed. No measured number stands here: those come from the results.
 OBSTACLES = {
     "experts": (
-        "**Experts over the bare products.** What is left is memory traffic: rows are gathered for their experts and "
-        "added up for their tokens, the activation reads and writes them once more, and the gradients of all experts "
-        "are fresh memory in every step. With a narrow intermediate size an expert's products are short, and that "
-        "traffic weighs more beside them."
+        "**Experts over the bare products**: rows are gathered for their experts and added up for their tokens, and "
+        "the gradients of all experts are fresh memory in every step. Narrow experts feel this most."
     ),
-    "few rows": (
-        "**128 tokens.** An expert has a few rows, so that its weights, and in backward its whole weight gradient, "
-        "are read and written for a handful of multiplications: the step waits for memory, the bare products into "
-        "memory that is already there do not."
-    ),
+    "few rows": "**128 tokens**: whole weights are read, and whole gradients written, for a handful of rows.",
     "stock": (
-        "**The best of transformers' backends.** `grouped_mm` loops over the experts outside Python. Where each "
-        "expert has few rows the loop is much of the time, and ours, in Python, is behind; with coarse experts in "
-        "float32 both wait for the same products and differ by no more than the machine's noise."
+        "**The best of transformers' backends**: with few rows an expert, a loop in Python is slower than the one "
+        "inside `grouped_mm`; with coarse experts in float32 both wait for the same products."
     ),
-    "dense": (
-        "**The dense feed-forward.** It reads rows where they lie and multiplies one long matrix. The experts gather "
-        "and add up rows, and each reads weights of its own: E times the weights for the same multiplications, and E "
-        "times the gradients."
-    ),
+    "dense": "**The dense feed-forward** multiplies one long matrix; the experts read E times the weights.",
     "saved": (
-        "**Kept for backward.** One tensor is kept, the first projection of each pair of token and expert: T K rows "
-        "of 2 I numbers. In float32 that is twice the goal; in bfloat16, and under autocast, it is the goal, and "
-        "`segment_mm_recompute` keeps none of it for one more product in backward."
+        "**Kept for backward**: one tensor, the first projection, in the compute dtype. In float32 that is twice the "
+        "goal; `segment_mm_recompute` keeps none of it."
     ),
-    "autocast": (
-        "**Under autocast.** Each step casts the float32 weights of all experts that have a row, forward and "
-        "backward, a dense feed-forward those of one. Where an expert has few rows the cast is most of the time."
-    ),
-    "bfloat16": (
-        "**bfloat16 with fresh routing.** Segments are filled up to few row counts, so that oneDNN finds its products "
-        "compiled; `grouped_mm` compiles them anew. How much that gains depends on how many row counts the run has "
-        "met before: with few large experts there are fewer to meet."
-    ),
-    "lora step": (
-        "**LoRA, whole step.** Attention, the frozen products of the experts and the head are the same for both; only "
-        "what PEFT adds for the delta of all experts can be saved, and it is the less of the step the fewer experts "
-        "there are."
-    ),
-    "lora block": (
-        "**LoRA, the experts alone.** With many tokens the frozen products are nearly all of the time for both, and "
-        "PEFT's delta, one for the call whatever its tokens, is spread over more of them. In bfloat16 the thin "
-        "products of rank 16 are slow on a CPU."
-    ),
-    "lora memory": (
-        "**LoRA, memory.** PEFT's delta has the size of all experts, whatever the tokens; activations grow with the "
-        "tokens and are the same for both. Few experts with many tokens are mostly activations."
-    ),
+    "autocast": "**Under autocast** each step casts the float32 weights of all experts that have a row.",
+    "bfloat16": "**bfloat16 with fresh routing**: with few large experts there are few row counts to compile anew.",
+    "lora step": "**LoRA, whole step**: attention, frozen products and head are the same for both.",
+    "lora block": "**LoRA, the experts alone**: with many tokens the frozen products dominate for both.",
+    "lora memory": "**LoRA, memory**: few experts with many tokens are mostly activations, the same for both.",
     "generate one": (
-        "**Generate, one sequence.** A step of a model this small takes some milliseconds, and each sparse layer adds "
-        "a dozen small operations (scores, choice, weights, sorting, adding up) that take the time of calls, not of "
-        "arithmetic; the column of the bare products, which has none of them but the router's, is the limit. The "
-        "larger the layers, the less they weigh."
+        "**Generate, one sequence**: each sparse layer adds a dozen small operations, which weigh less the larger the "
+        "layers are."
     ),
     "generate eight": (
-        "**Generate, 8 sequences.** The dense model reads its weights once for all 8 tokens of a step. The mixture's "
-        "8 tokens ask up to 16 different experts, and each must be read from memory for one or two rows: as the "
-        "column of the bare products shows, no backend that reads each expert once can reach the goal in this shape. "
-        "Tokens that share experts (longer prompts, larger batches, fewer experts) bring it closer."
+        "**Generate, 8 sequences**: the dense model reads its weights once for 8 tokens; 8 tokens of a mixture ask "
+        "up to 16 experts, each read for one or two rows."
     ),
-    "growth": (
-        "**More experts.** The multiplications stay the same; the weights, and in backward their gradients, grow with "
-        "E. Each expert's weights are read, and its gradient written into fresh memory, for ever fewer rows, until "
-        "that traffic is the step. The column of the bare products, which write into memory that is already there, "
-        "shows how much of the loss lies in the products themselves."
-    ),
-    "training step": (
-        "**Trainer's step.** Router, record, statistics and balance loss are a few dozen small operations a layer, "
-        "whose time hardly depends on the tokens; with larger layers or more tokens their share shrinks."
-    ),
+    "growth": "**More experts**: the weights and their gradients grow with E, the multiplications do not.",
+    "training step": "**Trainer's step**: a few dozen small operations a layer; larger layers make their share small.",
 }

@@ -1,56 +1,75 @@
-"""docs/architectures.md: written from results, and read back."""
+"""docs/architectures.md and the table beside it: written from results, and read back."""
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
 
-from conformance.measuring import EXACT, HEADS, NOT_APPLICABLE, TOLERANCE, UNSUPPORTED, Result
+from conformance.measuring import EXACT, NOT_APPLICABLE, TOLERANCE, UNSUPPORTED, Result
 from conformance.overrides import NOTES
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+TABLE = DOCUMENT.with_suffix(".csv")
+COLUMNS = ("model type", "head", "status", "layouts, or the reason", "largest difference")
 
 _INTRODUCTION = """\
 # Architectures
 
-Every model type of transformers {version} that has a causal-LM, masked-LM or sequence-to-sequence head is built tiny,
-upcycled by copy, and compared with the dense model in float32: **exact** means that no logit moves by more than
-{tolerance:.0e} of the largest one, that the experts matter (without them the logits are others), and that one training
-step gives a finite loss and a gradient to every parameter of every expert that got a token. **Not applicable** is what
-cannot become a sparse text model: mixtures already, architectures without feed-forwards, other modalities.
-**Unsupported** is what could and does not, with the reason: `upcycle` refuses it, and `hf_sparse_moe.explain(model)`
-says why.
+Every model type of transformers {version} with a causal-LM, masked-LM or sequence-to-sequence head, upcycled by `copy`
+on a tiny random model and compared with the dense model in float32.
 
-This page is written by `python tests/conformance/write_table.py`; `pytest tests/conformance` fails when it is stale.
+- **Exact**: no logit moves by more than {tolerance:.0e} of the largest one, the experts matter (without them the
+  logits differ), and one training step gives a finite loss and a gradient to every parameter of each expert that got a
+  token.
+- **Not applicable**: mixtures already, architectures without feed-forwards, other modalities.
+- **Unsupported**: could become a mixture and does not, for the reason below; `upcycle` refuses it.
+
+`explain_layouts(model)` says which layout matched where, for a model of your own. The whole table, with the largest
+difference of each pair, is [architectures.csv](architectures.csv). `make architectures` measures it again and writes
+this page.
 """
 
 
-def markdown(results: Iterable[Result]) -> str:
-    """The page of `results`."""
-    results = sorted(results, key=lambda result: (result.head, result.model_type))
-    counts = Counter((result.head, result.status) for result in results)
+def write(results: Iterable[Result]) -> None:
+    """Write the page and the table beside it."""
+    rows = sorted(_row(result) for result in results)
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    DOCUMENT.write_text(markdown(rows), encoding="utf-8")
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    digits = "" if result.difference is None else f"{result.difference:.0e}"
+    note = f"; {NOTES[result.model_type]}" if result.status == EXACT and result.model_type in NOTES else ""
+    return result.model_type, result.head, result.status, f"{result.detail}{note}", digits
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """The page of the table's rows."""
+    counts = Counter((head, status) for _, head, status, *_ in rows)
     statuses = (EXACT, NOT_APPLICABLE, UNSUPPORTED)
     text = [_INTRODUCTION.format(version=transformers.__version__, tolerance=TOLERANCE)]
     text += ["| head | exact | not applicable | unsupported | all |", "| --- | --- | --- | --- | --- |"]
-    for head in sorted({result.head for result in results}):
-        row = [counts[head, status] for status in statuses]
-        text.append(f"| {head} | {' | '.join(map(str, row))} | {sum(row)} |")
+    for head in sorted({row[1] for row in rows}):
+        numbers = [counts[head, status] for status in statuses]
+        text.append(f"| {head} | {' | '.join(map(str, numbers))} | {sum(numbers)} |")
     totals = [sum(counts[key] for key in counts if key[1] == status) for status in statuses]
     text.append(f"| **all** | {' | '.join(f'**{total}**' for total in totals)} | **{sum(totals)}** |")
-    text += ["", "| model type | head | status | layouts (with their number), or the reason | largest difference |"]
-    text.append("| --- | --- | --- | --- | --- |")
-    for result in results:
-        digits = "" if result.difference is None else f"{result.difference:.0e}"
-        note = f"; {NOTES[result.model_type]}" if result.status == EXACT and result.model_type in NOTES else ""
-        text.append(f"| {result.model_type} | {result.head} | {result.status} | {result.detail}{note} | {digits} |")
+    text += ["", "## Exact", "", "| head | model types |", "| --- | --- |"]
+    for head in sorted({row[1] for row in rows}):
+        names = [f"`{name}`" for name, of, status, *_ in rows if (of, status) == (head, EXACT)]
+        text.append(f"| {head} | {', '.join(names)} |")
+    text += ["", "## Unsupported", "", "| model type | head | reason |", "| --- | --- | --- |"]
+    text += [f"| `{name}` | {head} | {reason} |" for name, head, status, reason, _ in rows if status == UNSUPPORTED]
     return "\n".join(text) + "\n"
 
 
 def documented() -> dict[tuple[str, str], str]:
-    """(model type, head) to status, as the page has it."""
-    rows = [line.strip("| ").split(" | ") for line in DOCUMENT.read_text(encoding="utf-8").splitlines()]
-    return {(row[0], row[1]): row[2] for row in rows if len(row) > 2 and row[1] in HEADS}
+    """(model type, head) to status, as the table beside the page has it."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {(row[0], row[1]): row[2] for row in list(csv.reader(file))[1:]}

@@ -1,10 +1,12 @@
 """Every text architecture of the installed transformers becomes a mixture that computes the same, or is refused."""
 
+import csv
+
 import pytest
 
 from conformance.measuring import EXACT, HEADS, PAIRS, UNSUPPORTED, measure
 from conformance.overrides import NOT_BUILT, NOTES, OVERRIDES, REFUSED
-from conformance.table import documented
+from conformance.table import DOCUMENT, TABLE, documented, markdown
 from conformance.tiny_configs import tiny_config
 from hf_sparse_moe.models.feed_forward import explain
 
@@ -21,6 +23,12 @@ def test_architecture(model_type, head, record_property):
 
 def test_the_page_lists_exactly_what_transformers_has():
     assert set(documented()) == set(PAIRS), "stale: run `python tests/conformance/write_table.py`"
+
+
+def test_the_page_is_that_of_the_table():
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = [tuple(row) for row in list(csv.reader(file))[1:]]
+    assert DOCUMENT.read_text(encoding="utf-8") == markdown(rows), "stale: run `make architectures`"
 
 
 def test_enough_is_exact():

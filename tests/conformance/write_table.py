@@ -1,4 +1,4 @@
-"""Measure every architecture and write docs/architectures.md: `python tests/conformance/write_table.py`."""
+"""Measure every architecture and write docs/architectures.md and .csv: `python tests/conformance/write_table.py`."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from conformance.measuring import PAIRS, measure
-from conformance.table import DOCUMENT, markdown
+from conformance.table import write
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         torch.manual_seed(0)
         results.append(measure(model_type, head))
         print(*vars(results[-1]).values(), flush=True)
-    DOCUMENT.write_text(markdown(results), encoding="utf-8")
+    write(results)
 
 
 if __name__ == "__main__":
