@@ -1,0 +1,209 @@
+"""Losses that keep the load of the experts even. T tokens, E experts, K experts a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
+
+
+def expert_counts(
+    top_k_index_TK: torch.Tensor, num_experts: int, token_mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    How many (token, expert) assignments went to each expert.
+
+    Args:
+        top_k_index_TK (`torch.LongTensor` of shape `(T, K)`): The experts chosen for each token.
+        num_experts (`int`): E.
+        token_mask_T (`torch.Tensor` of shape `(T,)`, *optional*): 1 for a token that counts, 0 for a pad.
+
+    Returns:
+        `torch.FloatTensor` of shape `(E,)`, without gradient.
+    """
+    with torch.no_grad():
+        index = top_k_index_TK.reshape(-1)
+        if token_mask_T is None:
+            weight = torch.ones_like(index, dtype=torch.float32)
+        else:
+            weight = token_mask_T.float().repeat_interleave(top_k_index_TK.shape[-1])
+        return torch.zeros(num_experts, dtype=torch.float32, device=index.device).scatter_add_(0, index, weight)
+
+
+def sequence_counts(
+    top_k_index_TK: torch.Tensor, num_experts: int, num_sequences: int, token_mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    [`expert_counts`] of each sequence by itself; T = `num_sequences` * S.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_sequences, E)`, without gradient.
+    """
+    sequence_T = torch.arange(num_sequences, device=top_k_index_TK.device)
+    sequence_T = sequence_T.repeat_interleave(len(top_k_index_TK) // max(num_sequences, 1))
+    index_TK = top_k_index_TK + sequence_T[:, None] * num_experts
+    return expert_counts(index_TK, num_sequences * num_experts, token_mask_T).reshape(num_sequences, num_experts)
+
+
+def masked_mean(values: torch.Tensor, token_mask_T: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens (dimension 0) that count; zero where none does."""
+    if token_mask_T is None:
+        return values.sum(dim=0) / max(len(values), 1)
+    mask = token_mask_T.to(values.dtype)
+    weighted = values * mask.reshape(-1, *[1] * (values.dim() - 1))
+    return weighted.sum(dim=0) / mask.sum().clamp(min=1)
+
+
+def balance(counts_E: torch.Tensor, mean_probs_E: torch.Tensor) -> torch.Tensor:
+    """
+    E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4): f_e is expert e's share of `counts_E`, P_e
+    its mean probability. An even load gives 1, all tokens on one expert E. Leading dimensions are kept.
+    """
+    share_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
+    return counts_E.shape[-1] * (share_E * mean_probs_E).sum(dim=-1)
+
+
+def load_balancing_loss(
+    router_probs_TE: torch.Tensor, top_k_index_TK: torch.Tensor, token_mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    [`balance`] of one layer, over all tokens given.
+
+    transformers' `load_balancing_loss_func` sums f over the K slots and so reads K where this reads 1; it also pools
+    all layers first, so that layers which collapse onto different experts look even.
+
+    Args:
+        router_probs_TE (`torch.FloatTensor` of shape `(T, E)`): Probabilities, each row summing to 1.
+        top_k_index_TK (`torch.LongTensor` of shape `(T, K)`): The experts chosen for each token.
+        token_mask_T (`torch.Tensor` of shape `(T,)`, *optional*): 1 for a token that counts, 0 for a pad.
+
+    Returns:
+        `torch.FloatTensor`: a scalar; 0 when no token counts.
+    """
+    counts_E = expert_counts(top_k_index_TK, router_probs_TE.shape[-1], token_mask_T)
+    return balance(counts_E, masked_mean(router_probs_TE, token_mask_T))
+
+
+def sequence_balancing_loss(
+    router_probs_TE: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    num_sequences: int,
+    token_mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`balance`] of each sequence by itself, then the mean over the sequences that have a token (DeepSeek-V3, arXiv
+    2412.19437, equations 17 to 20). Takes what [`load_balancing_loss`] takes; T = `num_sequences` * S.
+
+    Returns:
+        `torch.FloatTensor`: a scalar; 0 when no token counts.
+    """
+    num_experts = router_probs_TE.shape[-1]
+    counts_BE = sequence_counts(top_k_index_TK, num_experts, num_sequences, token_mask_T)
+    probs_BSE = router_probs_TE.reshape(num_sequences, -1, num_experts)
+    mask_BS = torch.ones_like(probs_BSE[..., 0])
+    if token_mask_T is not None:
+        mask_BS = token_mask_T.to(mask_BS).reshape(num_sequences, -1)
+    tokens_B = mask_BS.sum(dim=1)
+    mean_BE = (probs_BSE * mask_BS[..., None]).sum(dim=1) / tokens_B.clamp(min=1)[:, None]
+    return balance(counts_BE, mean_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
+
+
+class GlobalLoad:
+    """
+    The load that `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the
+    micro-batches of the optimizer step so far. Probabilities stay those of the rank's micro-batch, weighted by its
+    share of the tokens, so that the mean of the ranks' losses is the one of their joint batch.
+    """
+
+    def __init__(self) -> None:
+        self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
+        self.version = 0  # of the router's parameters, which an optimizer step raises
+        self.step_items: torch.Tensor | None = None  # the `num_items_in_batch` of the last micro-batch
+
+    def losses(
+        self,
+        counts: list[torch.Tensor],
+        mean_probs: list[torch.Tensor],
+        tokens: list[torch.Tensor | int],
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        new_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """
+        [`balance`] of each layer for one micro-batch of this rank, and the weight of these losses in the step's.
+
+        Args:
+            counts (`list[torch.Tensor]` of shape `(E,)`): Of each layer, its assignments; E may differ.
+            mean_probs (`list[torch.Tensor]` of shape `(E,)`): Of each layer, the mean over its tokens.
+            tokens (`list[torch.Tensor]` or `list[int]`): Of each layer, how many those are, pads excluded.
+            labels (`torch.Tensor`, *optional*): Those that count.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole step.
+            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
+
+        Returns:
+            `tuple`: `torch.Tensor` of shape `(L,)`, and a weight that sums to 1 over the micro-batches and ranks.
+        """
+        device = counts[-1].device
+        tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32).to(device) for count in tokens])
+        counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
+        counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
+        counts_LE, all_tokens_L, all_labels = self.add(counts_LE, tokens_L, counted, new_step)
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        shares_L = ranks * tokens_L / all_tokens_L.clamp(min=1)
+        losses = [
+            balance(counts_E[: len(mean_E)], mean_E.to(device) * share)
+            for counts_E, mean_E, share in zip(counts_LE, mean_probs, shares_L, strict=True)
+        ]
+        if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
+            return torch.stack(losses), 1.0
+        return torch.stack(losses), all_labels / (ranks * num_items_in_batch)
+
+    def is_new_step(
+        self, router_parameters: Sequence[torch.nn.Parameter], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> bool:
+        """
+        Whether an optimizer step, or a `zero_grad` that leaves None, came after the last micro-batch. Under
+        torch.compile only the latter is seen. FSDP2 and DeepSpeed keep gradients where neither shows: there it is the
+        tensor `num_items_in_batch` that tells, of which Trainer makes one a step.
+        """
+        if torch.compiler.is_compiling():
+            return all(parameter.grad is None for parameter in router_parameters)
+        version = sum(parameter._version for parameter in router_parameters)
+        stepped, self.version = version != self.version, version
+        items, known = num_items_in_batch, self.step_items
+        self.step_items = items if isinstance(items, torch.Tensor) else None
+        if self.step_items is not None and known is not None:
+            return stepped or items is not known
+        return stepped or all(parameter.grad is None for parameter in router_parameters)
+
+    def add(
+        self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor, new_step: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Sum one micro-batch over the ranks, in one all-reduce.
+
+        Args:
+            counts_LE (`torch.Tensor` of shape `(L, E)`): This rank's assignments, a row a layer.
+            tokens_L (`torch.Tensor` of shape `(L,)`): Its tokens, pads excluded.
+            labels (`torch.Tensor`): Its labels, a scalar.
+            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
+
+        Returns:
+            `tuple`: counts of all ranks and of the step so far (L, E), tokens (L,) and labels of all ranks.
+        """
+        sums = torch.cat([counts_LE.flatten(), tokens_L, labels.reshape(1).to(tokens_L)])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        size = counts_LE.numel()
+        summed_LE = sums[:size].reshape(counts_LE.shape)
+        if not new_step and self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
+            summed_LE = summed_LE + self.earlier_LE
+        self.earlier_LE = summed_LE
+        return summed_LE, sums[size:-1], sums[-1]
+
+
+def router_z_loss(router_logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the tokens of logsumexp(logits)^2, which keeps router logits small (ST-MoE, arXiv 2202.08906)."""
+    return masked_mean(torch.logsumexp(router_logits_TE, dim=-1).square(), token_mask_T)

@@ -1,0 +1,369 @@
+"""Configurations of the three families: a dense config of transformers plus the fields of the mixture."""
+
+# No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a type.
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+ROUTER_TYPES = ("top_k", "expert_choice", "hash")
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "cosine")
+BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
+LAYER_TYPES = ("dense", "sparse")
+
+# What the dense model is when nobody says: the sizes of ModernBERT-base, Qwen3-0.6B and T5-v1.1-base.
+_DEFAULT_ENCODER = {"model_type": "modernbert"}
+_DEFAULT_DECODER = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+_DEFAULT_ENCODER_DECODER = {
+    "model_type": "t5",
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+
+
+@strict
+class SparseMoeConfig(PreTrainedConfig):
+    """
+    The fields that the three families share. Use one of the subclasses.
+
+    The config holds the mixture's own fields and a whole dense config. What it lacks (`hidden_size`, `vocab_size`,
+    `pad_token_id`, ...) it reads from, and writes to, the dense one; what [`PreTrainedConfig`] itself defines
+    (`id2label`, `dtype`, ...) always is its own.
+
+    Args:
+        dense_config (`PreTrainedConfig` or `dict`, *optional*):
+            The dense model inside, of any text architecture of transformers whose feed-forward layout is known
+            (see `list_feed_forward_layouts`). Defaults to the sizes of ModernBERT-base, Qwen3-0.6B or T5-v1.1-base.
+        num_experts (`int`, defaults to 8): Routed experts of a sparse layer.
+        num_experts_per_tok (`int`, defaults to 2): Routed experts that serve one token (top-k).
+        moe_intermediate_size (`int`, *optional*): Intermediate size of one expert. Defaults to the dense one's.
+        num_shared_experts (`int`, defaults to 0):
+            Experts that serve every token, beside the routed ones; together they are one feed-forward of
+            `num_shared_experts * moe_intermediate_size` units.
+        router_type (`str`, defaults to `"top_k"`):
+            `"top_k"`: each token takes its best experts. `"expert_choice"`: each expert takes its best tokens of a
+            sequence; for encoders and the encoder's side alone, because it sees the tokens that follow. `"hash"`: the
+            token's id decides.
+        scoring_func (`str`, defaults to `"softmax"`):
+            `"softmax"` or `"sigmoid"` of the router's logits, or `"cosine"`: the softmax of the cosines of the token
+            and learned expert keys, over a learned temperature. A sigmoid router has a selection bias.
+        norm_topk_prob (`bool`, defaults to `True`): Divide the weights of the chosen experts by their sum.
+        routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights of the routed experts.
+        n_group (`int`, defaults to 1): Groups that the experts are in, one after the other.
+        topk_group (`int`, defaults to 1): How many groups a token may take experts from.
+        capacity_factor (`float`, *optional*):
+            With `"top_k"`: in training an expert takes at most ceil(capacity_factor * T * K / E) of the T tokens of a
+            forward pass, those with the highest scores; the rest are dropped. None drops nothing. With
+            `"expert_choice"`: how many experts serve a token on average; None means `num_experts_per_tok`.
+        router_jitter_noise (`float`, defaults to 0.0):
+            In training, multiply the router's input by U(1 - noise, 1 + noise).
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss in training; 0 is off.
+        router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss in training; 0 is off.
+        balance_scope (`str`, defaults to `"micro_batch"`):
+            Over which tokens the load-balancing loss evens the load: those of the `"micro_batch"`, of each
+            `"sequence"` (DeepSeek-V3), or of the `"global_batch"`, all ranks and the micro-batches of the step so far
+            (arXiv 2501.11873).
+        router_bias_update_speed (`float`, defaults to 0.0):
+            How far the selection bias of a sigmoid router moves after each optimizer step (arXiv 2408.15664 takes
+            1e-3); `SelectionBiasCallback` moves it. 0 leaves it as it is.
+        expert_dropout (`float`, *optional*):
+            Dropout on the intermediate activations of the experts. Defaults to that of the dense feed-forward.
+        output_router_logits (`bool`, defaults to `False`): Return `router_logits` and `aux_loss` in evaluation too.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+
+    attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+    sub_configs: ClassVar[dict[str, type]] = {"dense_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "router_logits",
+        "aux_loss",
+        "task_loss",
+        "z_loss",
+    ]
+    _default_dense_config: ClassVar[dict[str, Any]] = {}
+    _layer_type_fields: ClassVar[dict[str, str]] = {}
+
+    dense_config: Any = None  # a `PreTrainedConfig` once the config is made
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    router_type: str = "top_k"
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    capacity_factor: float | int | None = None
+    router_jitter_noise: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.0
+    balance_scope: str = "micro_batch"
+    router_bias_update_speed: float | int = 0.0
+    expert_dropout: float | int | None = None
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs):
+        dense = self.dense_config
+        if not isinstance(dense, PreTrainedConfig):
+            if not isinstance(dense, dict | None):
+                raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
+            fields = dict(self._default_dense_config if dense is None else dense)
+            model_type = fields.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"`dense_config` has `model_type={model_type!r}`, which the installed transformers does not know. "
+                    "Pass the config of a dense text model of transformers, or upgrade transformers."
+                )
+            self.dense_config = AutoConfig.for_model(model_type, **fields)
+        super().__post_init__(**kwargs)
+        self._check_fields()
+
+    # The dense config answers for what this one lacks. `PreTrainedConfig` stores its own fields in `__dict__`, so that
+    # `__getattr__`, which Python calls last, never sees them.
+    def __getattr__(self, name: str) -> Any:
+        dense = self.__dict__.get("dense_config")
+        if name.startswith("_") or not isinstance(dense, PreTrainedConfig):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        try:
+            return getattr(dense, name)
+        except RuntimeError as error:  # transformers' way to say that the layers differ in it
+            raise AttributeError(f"'{type(self).__name__}' object has no single '{name}': {error}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        dense = self.__dict__.get("dense_config")
+        own = name.startswith("_") or name in self.__dict__ or name in self.attribute_map or hasattr(type(self), name)
+        if not own and isinstance(dense, PreTrainedConfig) and hasattr(dense, name):
+            setattr(dense, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # Saving and `generate` refuse a config with undeclared generation parameters. The dense config declares those
+        # that are read through (BART's `forced_eos_token_id`).
+        declared = self.dense_config.__dataclass_fields__
+        return {name: value for name, value in super()._get_generation_parameters().items() if name not in declared}
+
+    def to_dict(self) -> dict[str, Any]:
+        """[`PreTrainedConfig.to_dict`] without the folder that the dense config was read from."""
+        output = super().to_dict()
+        if isinstance(dense := output.get("dense_config"), dict):
+            dense.pop("_name_or_path", None)
+        return output
+
+    # The experts read this config; the dense model inside has none, and would refuse the name of a backend.
+    @property
+    def _experts_implementation(self) -> str | None:
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None) -> None:
+        self._experts_implementation_internal = value.get("") if isinstance(value, dict) else value
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """This config; for one side of an encoder-decoder (`decoder=True` or `encoder=True`) the dense one's view."""
+        if self.is_encoder_decoder and decoder != encoder:
+            return self.dense_config.get_text_config(decoder=decoder, encoder=encoder)
+        return self
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedConfig | str, **fields) -> "SparseMoeConfig":
+        """
+        The config of a mixture whose dense part is `dense`.
+
+        Args:
+            dense (`PreTrainedConfig` or `str`): A dense config, or the id or folder of a checkpoint.
+            **fields: Fields of this class, such as `num_experts=8`.
+
+        Raises:
+            ValueError: an architecture without a known feed-forward, one that is sparse already, or a wrong field.
+        """
+        from .size import meta_model
+
+        source = dense if isinstance(dense, PreTrainedConfig) else AutoConfig.from_pretrained(dense)
+        if isinstance(source, SparseMoeConfig):
+            raise ValueError(
+                f"`dense` is a mixture already (`model_type={source.model_type!r}`). Pass a dense config."
+            )
+        known = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels")
+        unknown = sorted(name for name in fields if name not in known and not hasattr(source, name))
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
+        inherited = ("id2label", "label2id", "problem_type", "dtype")
+        fields = {name: getattr(source, name) for name in inherited} | fields
+        config = cls(dense_config=type(source).from_dict(source.to_dict()), **fields)
+        meta_model(config)  # finds the feed-forwards, or says why not
+        return config
+
+    def num_parameters(self, only_active: bool = False) -> int:
+        """
+        Parameters of the family's language model, tied ones counted once.
+
+        Args:
+            only_active (`bool`, defaults to `False`): Count, of the routed experts, only the `num_experts_per_tok`
+                that serve a token.
+        """
+        from .size import count_parameters, meta_model
+
+        return count_parameters(meta_model(self), only_active=only_active)
+
+    def flops_per_token(self) -> int:
+        """
+        Floating-point operations of the matrix products of one forward pass for one token (one source and one target
+        token for an encoder-decoder), 2 for each multiply-add, language-model head included. Attention scores, which
+        grow with the sequence, are not counted.
+        """
+        from .size import count_flops_per_token, meta_model
+
+        return count_flops_per_token(meta_model(self))
+
+    def _check_fields(self) -> None:
+        def require(condition: bool, field: str, allowed: str) -> None:
+            if not condition:
+                raise ValueError(f"`{field}={getattr(self, field)!r}` is not allowed: it must be {allowed}.")
+
+        require(self.num_experts >= 1, "num_experts", "at least 1")
+        require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok",
+            f"between 1 and `num_experts={self.num_experts}`",
+        )
+        size = self.moe_intermediate_size
+        require(size is None or size >= 1, "moe_intermediate_size", "None or at least 1")
+        require(self.num_shared_experts >= 0, "num_shared_experts", "at least 0")
+        self._check_router(require)
+        require(0 < self.routed_scaling_factor < float("inf"), "routed_scaling_factor", "above 0 and finite")
+        require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", "at least 0 and below 1")
+        require(0 <= self.router_aux_loss_coef < float("inf"), "router_aux_loss_coef", "at least 0 and finite")
+        require(0 <= self.router_z_loss_coef < float("inf"), "router_z_loss_coef", "at least 0 and finite")
+        require(self.balance_scope in BALANCE_SCOPES, "balance_scope", f"one of {BALANCE_SCOPES}")
+        dropout = self.expert_dropout
+        require(dropout is None or 0 <= dropout < 1, "expert_dropout", "None, or at least 0 and below 1")
+        for field, side in self._layer_type_fields.items():
+            layers = getattr(self, field)
+            if layers is None:
+                continue
+            require(all(layer in LAYER_TYPES for layer in layers), field, f"a list of {LAYER_TYPES}")
+            count = self._num_layers(side)
+            require(count is None or len(layers) == count, field, f"a list of {count} entries, one a layer")
+
+    def _check_router(self, require: Callable[[bool, str, str], None]) -> None:
+        top_k = self.router_type == "top_k"
+        require(self.router_type in ROUTER_TYPES, "router_type", f"one of {ROUTER_TYPES}")
+        causal = "encoder" not in self._layer_type_fields.values() or getattr(self.dense_config, "is_decoder", False)
+        require(
+            self.router_type != "expert_choice" or not causal or type(self) is SparseMoeConfig,
+            "router_type",
+            "'top_k' or 'hash' in a causal decoder, because an expert that chooses its tokens sees those that follow",
+        )
+        require(self.scoring_func in SCORING_FUNCTIONS, "scoring_func", f"one of {SCORING_FUNCTIONS}")
+        require(top_k or self.scoring_func == "softmax", "scoring_func", "'softmax' unless `router_type='top_k'`")
+        require(self.n_group >= 1 and self.num_experts % self.n_group == 0, "n_group", "a divisor of `num_experts`")
+        require(top_k or self.n_group == 1, "n_group", "1 unless `router_type='top_k'`")
+        require(1 <= self.topk_group <= self.n_group, "topk_group", f"between 1 and `n_group={self.n_group}`")
+        within = self.topk_group * self.num_experts // self.n_group
+        require(
+            self.num_experts_per_tok <= within,
+            "num_experts_per_tok",
+            f"at most {within}, the experts of `topk_group={self.topk_group}` groups",
+        )
+        capacity = self.capacity_factor
+        require(capacity is None or 0 < capacity < float("inf"), "capacity_factor", "None, or above 0 and finite")
+        speed = self.router_bias_update_speed
+        require(0 <= speed < float("inf"), "router_bias_update_speed", "at least 0 and finite")
+        require(
+            speed == 0 or (top_k and self.scoring_func == "sigmoid"),
+            "router_bias_update_speed",
+            "0 unless `scoring_func='sigmoid'`, whose router has a selection bias",
+        )
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """The routed experts that serve a token, on average."""
+        if self.router_type == "expert_choice" and self.capacity_factor is not None:
+            return min(self.capacity_factor, self.num_experts)
+        return self.num_experts_per_tok
+
+    def _num_layers(self, side: str) -> int | None:
+        dense = self.get_text_config(encoder=True) if side == "encoder" and self.is_encoder_decoder else self
+        if side == "decoder" and self.is_encoder_decoder:
+            dense = self.get_text_config(decoder=True)
+        for name in ("num_decoder_layers", "num_hidden_layers") if side == "decoder" else ("num_hidden_layers",):
+            if (count := getattr(dense, name, None)) is not None:
+                return count
+        return None
+
+
+@strict
+class SparseMoeEncoderConfig(SparseMoeConfig):
+    """
+    Config of a sparse encoder (BERT, ModernBERT, ...). See [`SparseMoeConfig`] for the fields.
+
+    Args:
+        mlp_layer_types (`list[str]`, *optional*): `"dense"` or `"sparse"`, one a layer. Defaults to all sparse.
+    """
+
+    model_type = "sparse_moe_encoder"
+    _default_dense_config: ClassVar[dict[str, Any]] = _DEFAULT_ENCODER
+    _layer_type_fields: ClassVar[dict[str, str]] = {"mlp_layer_types": "encoder"}
+    mlp_layer_types: list[str] | None = None
+
+
+@strict
+class SparseMoeDecoderConfig(SparseMoeConfig):
+    """
+    Config of a sparse decoder-only model (Llama, Qwen3, GPT-2, ...). See [`SparseMoeConfig`] for the fields.
+
+    Args:
+        mlp_layer_types (`list[str]`, *optional*): `"dense"` or `"sparse"`, one a layer. Defaults to all sparse.
+    """
+
+    model_type = "sparse_moe_decoder"
+    _default_dense_config: ClassVar[dict[str, Any]] = _DEFAULT_DECODER
+    _layer_type_fields: ClassVar[dict[str, str]] = {"mlp_layer_types": "decoder"}
+    mlp_layer_types: list[str] | None = None
+
+
+@strict
+class SparseMoeEncoderDecoderConfig(SparseMoeConfig):
+    """
+    Config of a sparse encoder-decoder (T5, BART, ...). See [`SparseMoeConfig`] for the fields.
+
+    Args:
+        encoder_mlp_layer_types (`list[str]`, *optional*): As `mlp_layer_types`, for the encoder's layers.
+        decoder_mlp_layer_types (`list[str]`, *optional*): As `mlp_layer_types`, for the decoder's layers.
+    """
+
+    model_type = "sparse_moe_encoder_decoder"
+    _default_dense_config: ClassVar[dict[str, Any]] = _DEFAULT_ENCODER_DECODER
+    _layer_type_fields: ClassVar[dict[str, str]] = {
+        "encoder_mlp_layer_types": "encoder",
+        "decoder_mlp_layer_types": "decoder",
+    }
+    is_encoder_decoder: bool = True
+    encoder_mlp_layer_types: list[str] | None = None
+    decoder_mlp_layer_types: list[str] | None = None
+
+
+__all__ = ["SparseMoeConfig", "SparseMoeDecoderConfig", "SparseMoeEncoderConfig", "SparseMoeEncoderDecoderConfig"]

@@ -1,0 +1,167 @@
+"""The sparse layer that takes a dense feed-forward's place: router, routed experts, shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from .experts import make_experts
+from .feed_forward import FeedForward, feed_forward_side, find_feed_forwards
+from .routers import make_router
+from .routing_record import record_when_alone, report_routing
+
+
+class SparseMoeBlock(nn.Module):
+    """
+    `gate` (the router), `experts` (fused 3-D parameters) and, where the config asks, `shared_experts`.
+
+    Tools key on these names and on the call `experts(hidden_states, top_k_index, top_k_weights)`: transformers'
+    experts backends and expert-parallel plans, PEFT's `target_parameters`, vLLM's Transformers backend, FSDP2.
+
+    Args:
+        config (`SparseMoeConfig`): The mixture's config.
+        feed_forward (`FeedForward`): The dense feed-forward whose place and shape it takes.
+        side (`str`): `"encoder"` or `"decoder"`, for the routing record.
+    """
+
+    def __init__(self, config: PreTrainedConfig, feed_forward: FeedForward, side: str):
+        super().__init__()
+        self.side = side
+        self.config = config
+        self.is_initialized = False
+        hidden, act_fn = feed_forward.hidden_size, feed_forward.activation
+        gated, biased = feed_forward.layout.gated, feed_forward.biased
+        intermediate = config.moe_intermediate_size or feed_forward.intermediate_size
+        dropout = feed_forward.inner_dropout if config.expert_dropout is None else config.expert_dropout
+        self.gate = make_router(config, hidden, side)
+        self.experts = make_experts(config, hidden, intermediate, act_fn, dropout, gated=gated, biased=biased)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            shared = intermediate * config.num_shared_experts
+            self.shared_experts = SharedExperts(hidden, shared, act_fn, dropout, gated=gated, biased=biased)
+        self.dropout = nn.Dropout(feed_forward.outer_dropout)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise what no checkpoint has filled, with the deviation of the dense architecture's own linears."""
+        self.gate.reset_parameters()
+        std_up = _initial_std(self.config, self.experts.hidden_dim)
+        std_down = _initial_std(self.config, self.experts.intermediate_dim)
+        self.experts.reset_parameters(std_up, std_down)
+        if self.shared_experts is not None:
+            self.shared_experts.reset_parameters(std_up, std_down)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., H)`): The tokens, pads included.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.gate(tokens_TH)
+        report_routing(routing, self.side)
+        if routing.token_index is None:
+            output_TH = self.experts(tokens_TH, routing.top_k_index, routing.top_k_weights)
+        else:  # the experts chose: each assignment is a row of its own
+            rows = self.experts(tokens_TH[routing.token_index], routing.top_k_index, routing.top_k_weights)
+            output_TH = torch.zeros_like(tokens_TH).index_add(0, routing.token_index, rows.to(tokens_TH.dtype))
+        if self.shared_experts is not None:
+            output_TH = output_TH + self.shared_experts(tokens_TH)
+        return self.dropout(output_TH).reshape(hidden_states.shape)
+
+
+class SharedExperts(nn.Module):
+    """One dense feed-forward that serves every token, in the layout of the routed experts."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, act_fn: Callable, dropout: float, *, gated: bool, biased: bool
+    ):
+        super().__init__()
+        self.gated = gated
+        rows = 2 * intermediate_size if gated else intermediate_size
+        self.up_proj = nn.Linear(hidden_size, rows, bias=biased)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=biased)
+        self.act_fn = act_fn
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self, std_up: float, std_down: float) -> None:
+        for projection, std in ((self.up_proj, std_up), (self.down_proj, std_down)):
+            init.normal_(projection.weight, mean=0.0, std=std)
+            if projection.bias is not None:
+                init.zeros_(projection.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        if self.gated:
+            gate, up = up.chunk(2, dim=-1)
+            return self.down_proj(self.dropout(self.act_fn(gate) * up))
+        return self.down_proj(self.dropout(self.act_fn(up)))
+
+
+def sparse_feed_forwards(
+    dense: PreTrainedModel, config: PreTrainedConfig, family_side: str
+) -> list[tuple[FeedForward, str]]:
+    """
+    The feed-forwards of a dense model that the config calls sparse, each with its side.
+
+    Args:
+        dense (`PreTrainedModel`): The dense model.
+        config (`SparseMoeConfig`): The mixture's config.
+        family_side (`str`): The side of an encoder-only or decoder-only family.
+
+    Raises:
+        ValueError: no known feed-forward, a mixture already, or a layer list of the wrong length.
+    """
+    sides: dict[str, list[FeedForward]] = {}
+    for feed_forward in find_feed_forwards(dense):
+        sides.setdefault(feed_forward_side(dense, feed_forward, family_side), []).append(feed_forward)
+    chosen = []
+    for field, side in config._layer_type_fields.items():
+        found = sides.get(side, [])
+        layer_types = getattr(config, field) or ["sparse"] * len(found)
+        if len(layer_types) != len(found):
+            raise ValueError(
+                f"`{field}` has {len(layer_types)} entries, but the {side} of `{type(dense).__name__}` has "
+                f"{len(found)} feed-forwards. Give one entry each."
+            )
+        chosen += [(site, side) for site, kind in zip(found, layer_types, strict=True) if kind == "sparse"]
+    return chosen
+
+
+def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, family_side: str) -> None:
+    """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
+    for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
+        _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
+    if config.is_encoder_decoder:
+        record_when_alone(dense.get_encoder())
+
+
+def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoeBlock) -> None:
+    layout, owner = feed_forward.layout, feed_forward.owner
+    if layout.inline:
+        for name in (layout.down, feed_forward.activation_name):
+            _set_part(owner, name, nn.Identity())
+        for name in layout.inner_dropout:  # the experts drop inside; a second time, after them, would be wrong
+            holder, _, attribute = name.rpartition(".")
+            dropout = getattr(owner.get_submodule(holder), attribute, None)
+            if dropout is not None:
+                _set_part(owner, name, nn.Identity() if isinstance(dropout, nn.Module) else 0.0)
+    _set_part(dense, feed_forward.block_path, block)
+
+
+def _set_part(module: nn.Module, path: str, value: nn.Module | float) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+def _initial_std(config: PreTrainedConfig, in_features: int) -> float:
+    for name in ("initializer_range", "init_std"):
+        if (std := getattr(config, name, None)) is not None:
+            return std
+    return (getattr(config, "initializer_factor", None) or 1.0) * in_features**-0.5

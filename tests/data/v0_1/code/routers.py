@@ -1,0 +1,320 @@
+"""Routers: which experts serve a token, and with what weight. T tokens, H hidden, E experts, K experts a token."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from .routing_record import token_context
+
+
+ROUTER_INIT_STD = 0.02  # small rows: every expert starts about equally likely
+COSINE_INIT_TEMPERATURE, COSINE_MIN_TEMPERATURE = 0.07, 0.01
+COSINE_MAX_DIM = 256
+ROUNDING = 1e-3  # so that a capacity of 3 in exact numbers is not 4 in floating-point ones
+
+
+class Routing(NamedTuple):
+    """
+    What a router decided for T tokens.
+
+    Args:
+        router_logits (`torch.FloatTensor` of shape `(T, E)`): In float32; those that are not finite are 0.
+        top_k_weights (`torch.FloatTensor` of shape `(T, K)`): 0 for an assignment that was dropped.
+        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts, the best first.
+        kept (`torch.BoolTensor`, *optional*): Of the same shape; False for an assignment that was dropped.
+        token_index (`torch.LongTensor` of shape `(R,)`, *optional*): Where the experts chose: the token of each of R
+            assignments. Index, weights and `kept` then have the shape `(R, 1)`.
+    """
+
+    router_logits: torch.Tensor
+    top_k_weights: torch.Tensor
+    top_k_index: torch.Tensor
+    kept: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
+
+
+def router_scores(router_logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """The scores that experts are chosen by and weighted with: sigmoid or softmax of the logits, in float32."""
+    if scoring_func == "sigmoid":
+        return router_logits_TE.float().sigmoid()
+    return router_logits_TE.float().softmax(dim=-1)
+
+
+def router_probabilities(router_logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """The scores as probabilities over the experts (rows sum to 1), as the load-balancing loss needs them."""
+    scores_TE = router_scores(router_logits_TE, scoring_func)
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True) if scoring_func == "sigmoid" else scores_TE
+
+
+def mask_lower_groups(scores_TE: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
+    """
+    The scores with -inf for every expert outside a token's `topk_group` best groups. A group is worth the sum of its
+    `best` highest scores (DeepSeek-V2, arXiv 2405.04434: 1; DeepSeek-V3, arXiv 2412.19437: 2).
+    """
+    grouped = scores_TE.unflatten(-1, (n_group, -1))
+    worth = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(topk_group, dim=-1).indices, True)
+    return grouped.masked_fill(~chosen[..., None], -math.inf).flatten(-2)
+
+
+def within_capacity(
+    scores_TK: torch.Tensor,
+    index_TK: torch.Tensor,
+    num_experts: int,
+    capacity_factor: float,
+    token_mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Which assignments an expert has room for: its C = ceil(capacity_factor T K / E) highest scores (Switch
+    Transformer, arXiv 2101.03961). T counts no pads, and pads get no room.
+
+    Returns:
+        `torch.BoolTensor` of shape `(T, K)`.
+    """
+    scores, expert = scores_TK.detach().flatten(), index_TK.flatten()
+    valid = torch.ones_like(index_TK, dtype=torch.bool)
+    if token_mask_T is not None:
+        valid = valid & token_mask_T.bool()[:, None]
+    valid = valid.flatten()
+    capacity = torch.ceil(valid.sum() * (capacity_factor / num_experts) - ROUNDING).clamp(min=1)
+    order = scores.masked_fill(~valid, -math.inf).argsort(descending=True, stable=True)
+    order = order[expert[order].argsort(stable=True)]  # by expert, the best first
+    counts = torch.zeros(num_experts, dtype=torch.long, device=expert.device)
+    counts = counts.scatter_add(0, expert, torch.ones_like(expert))
+    first = counts.cumsum(0) - counts
+    place = torch.arange(len(expert), device=expert.device) - first[expert[order]]
+    rank = torch.empty_like(place).scatter(0, order, place)
+    return (valid & (rank < capacity)).reshape(index_TK.shape)
+
+
+class SparseMoeTopKRouter(nn.Module):
+    """
+    Each token takes its `num_experts_per_tok` best experts.
+
+    Scores are the softmax (Switch, Mixtral) or the sigmoid (DeepSeek-V3, arXiv 2412.19437) of `weight @ x`; the
+    chosen scores are the weights, divided by their sum where `norm_topk_prob`, times `routed_scaling_factor`. With
+    sigmoid scores, `e_score_correction_bias` is added for the choice alone. `n_group` and `topk_group` limit the
+    choice to each token's best groups of experts. With a `capacity_factor` an expert takes no more than its share in
+    training and drops the rest; in evaluation nothing is dropped, so that a cached step routes as the full forward.
+    Everything is computed in float32, whatever the dtype of the model or of autocast.
+
+    Args:
+        config (`SparseMoeConfig`): The mixture's config.
+        hidden_size (`int`): H.
+        side (`str`): `"encoder"` or `"decoder"`, by which the token mask is found.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__()
+        self.side = side
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_experts
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.jitter_noise = config.router_jitter_noise
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.capacity_factor = config.capacity_factor
+        self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.row_size(hidden_size)))
+        self.e_score_correction_bias: torch.Tensor | None
+        bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.scoring_func == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    @staticmethod
+    def row_size(hidden_size: int) -> int:
+        """Columns of `weight`."""
+        return hidden_size
+
+    def reset_parameters(self) -> None:
+        """Small random rows; never zeros, or ties would send every token to expert 0."""
+        init.normal_(self.weight, mean=0.0, std=ROUTER_INIT_STD)
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)
+
+    def logits(self, router_input_TH: torch.Tensor) -> torch.Tensor:
+        """`(T, E)` of `(T, H)`, both float32."""
+        return nn.functional.linear(router_input_TH, self.weight.float())
+
+    def compute_logits(self, hidden_states_TH: torch.Tensor) -> torch.Tensor:
+        """[`logits`] in float32, with jitter in training. What is not finite becomes 0: the choice stays defined."""
+        device = hidden_states_TH.device.type
+        # Each step of `generate` asks every router: what it need not do costs as much as its product.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            router_input = hidden_states_TH.float()
+            if self.training and self.jitter_noise > 0:
+                noise = torch.empty_like(router_input).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+                router_input = router_input * noise
+            return self.logits(router_input).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def enabled_scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
+        """[`router_scores`], those of disabled experts 0."""
+        if self.disabled_experts is not None:
+            router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
+        return router_scores(router_logits_TE, self.scoring_func)
+
+    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
+        """
+        Args:
+            hidden_states_TH (`torch.Tensor` of shape `(T, H)`): The tokens, pads included.
+        """
+        router_logits = self.compute_logits(hidden_states_TH)
+        scores = self.enabled_scores(router_logits)
+        top_k_index = self.choose(scores)
+        kept = None
+        if self.training and self.capacity_factor is not None:
+            mask, chosen = token_context(self.side, len(scores)).mask, scores.gather(-1, top_k_index)
+            kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, mask)
+        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept)
+
+    def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """`(T, K)`: the experts of each token."""
+        choice = scores_TE
+        if self.e_score_correction_bias is not None:
+            choice = choice + self.e_score_correction_bias.float()
+        if self.disabled_experts is not None:
+            choice = choice.masked_fill(self.disabled_experts, -math.inf)
+        if self.topk_group < self.n_group:
+            best = 2 if self.scoring_func == "sigmoid" else 1
+            choice = mask_lower_groups(choice, self.n_group, self.topk_group, best)
+        return torch.topk(choice, self.top_k, dim=-1).indices
+
+    def weigh(self, scores_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> torch.Tensor:
+        """`(T, K)`: the weights of the experts that were chosen."""
+        weights = scores_TE.gather(-1, index_TK)
+        if self.norm_topk_prob:
+            # Sigmoids can all be 0; the smallest float32 keeps such a token's weights 0 rather than NaN.
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        if self.routed_scaling_factor != 1:
+            weights = weights * self.routed_scaling_factor
+        return weights if kept_TK is None else weights.masked_fill(~kept_TK, 0.0)
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        """The experts of `choice` with the weights that these logits give them."""
+        scores_TE = self.enabled_scores(router_logits_TE)
+        weights_TK = self.weigh(scores_TE, choice.top_k_index, choice.kept)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, scoring_func={self.scoring_func!r}"
+
+
+class SparseMoeCosineRouter(SparseMoeTopKRouter):
+    """
+    Top-k by attention over expert keys (X-MoE, arXiv 2204.09179): the logits are the cosines of the projected token
+    `projection @ x` and the keys `weight`, divided by a learned temperature of at least 0.01.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__(config, hidden_size, side)
+        self.projection = nn.Parameter(torch.empty(self.row_size(hidden_size), hidden_size))
+        self.temperature = nn.Parameter(torch.empty(1))
+
+    @staticmethod
+    def row_size(hidden_size: int) -> int:
+        return min(hidden_size, COSINE_MAX_DIM)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.normal_(self.projection, mean=0.0, std=self.projection.shape[1] ** -0.5)
+        init.constant_(self.temperature, COSINE_INIT_TEMPERATURE)
+
+    def logits(self, router_input_TH: torch.Tensor) -> torch.Tensor:
+        normalize = nn.functional.normalize
+        projected = normalize(nn.functional.linear(router_input_TH, self.projection.float()), dim=-1)
+        keys = normalize(self.weight.float(), dim=-1)
+        return nn.functional.linear(projected, keys) / self.temperature.float().clamp(min=COSINE_MIN_TEMPERATURE)
+
+
+class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
+    """
+    Each expert takes its C = ceil(capacity_factor S / E) best tokens of each sequence of S tokens (arXiv 2202.09368);
+    the weight is the softmax over the experts. The capacity factor is how many experts serve a token on average, and
+    defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
+    """
+
+    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
+        router_logits = self.compute_logits(hidden_states_TH)
+        context = token_context(self.side, len(router_logits))
+        sequences, length = context.num_sequences, len(router_logits) // context.num_sequences
+        scores_BSE = self.enabled_scores(router_logits).unflatten(0, (sequences, length))
+        mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)
+        if context.mask is not None:
+            mask_BS = context.mask.bool().reshape(sequences, length)
+        factor = (self.top_k if self.capacity_factor is None else self.capacity_factor) / self.num_experts
+        slots = min(length, max(1, math.ceil(factor * length - ROUNDING)))
+        best = scores_BSE.masked_fill(~mask_BS[..., None], -1.0).topk(slots, dim=1)  # (B, C, E)
+        capacity_B = torch.ceil(mask_BS.sum(dim=1) * factor - ROUNDING).clamp(min=1)
+        kept = torch.arange(slots, device=best.values.device)[:, None] < capacity_B[:, None, None]
+        kept = kept & (best.values >= 0)  # pads have -1
+        if self.disabled_experts is not None:
+            kept = kept & ~self.disabled_experts
+        kept = kept.reshape(-1, 1)
+        first_token = torch.arange(sequences, device=best.indices.device)[:, None, None] * length
+        expert = torch.arange(self.num_experts, device=best.indices.device).expand_as(best.indices)
+        weights = best.values.reshape(-1, 1).masked_fill(~kept, 0.0) * self.routed_scaling_factor
+        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, (best.indices + first_token).reshape(-1))
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        scores_TE = self.enabled_scores(router_logits_TE)
+        weights_R1 = scores_TE[choice.token_index, choice.top_k_index[:, 0]][:, None] * self.routed_scaling_factor
+        if choice.kept is not None:
+            weights_R1 = weights_R1.masked_fill(~choice.kept, 0.0)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_R1)
+
+
+class SparseMoeHashRouter(nn.Module):
+    """
+    The experts of a token follow from its id alone, with equal weights (Hash Layers, arXiv 2106.04426): expert
+    `hash(id) mod E` and the next `num_experts_per_tok - 1` ones. Nothing is learned, so its logits are zeros.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__()
+        self.side = side
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_experts
+        self.routed_scaling_factor = config.routed_scaling_factor
+
+    def reset_parameters(self) -> None:
+        """Nothing to initialise."""
+
+    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
+        num_tokens = len(hidden_states_TH)
+        ids = token_context(self.side, num_tokens).ids
+        if ids is None:
+            raise ValueError(
+                f'`router_type="hash"` routes by the token ids of the {self.side}, and this call has none for its '
+                f"{num_tokens} tokens. Pass `input_ids` (`decoder_input_ids`), not `inputs_embeds`."
+            )
+        mixed = (ids.long() * 2654435761) % 2**32 // 2**8  # Knuth's multiplicative hash; its low bits are poor
+        top_k_index = (mixed[:, None] + torch.arange(self.top_k, device=ids.device)) % self.num_experts
+        logits = torch.zeros(num_tokens, self.num_experts, device=hidden_states_TH.device)
+        weights = torch.full(top_k_index.shape, self.routed_scaling_factor / self.top_k, device=logits.device)
+        return Routing(logits, weights, top_k_index.to(logits.device))
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        """The experts of `choice` with equal weights."""
+        weights_TK = torch.full_like(choice.top_k_weights, self.routed_scaling_factor / choice.top_k_index.shape[-1])
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> SparseMoeTopKRouter | SparseMoeHashRouter:
+    """The router that the config asks for. In an encoder-decoder, expert choice is the encoder's alone."""
+    if config.router_type == "hash":
+        return SparseMoeHashRouter(config, hidden_size, side)
+    if config.router_type == "expert_choice" and side == "encoder":
+        return SparseMoeExpertChoiceRouter(config, hidden_size, side)
+    if config.scoring_func == "cosine":
+        return SparseMoeCosineRouter(config, hidden_size, side)
+    return SparseMoeTopKRouter(config, hidden_size, side)
