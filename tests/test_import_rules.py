@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import hf_sparse_moe
 
 
@@ -58,36 +56,35 @@ def imports(path: Path):
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_folders_import_downwards_only(path):
-    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    if here == "__init__":  # the roof: it names what all the others hold
-        return
-    for module, _, names, _ in imports(path):
-        parts = module.split(".")
-        if parts[0] != PACKAGE.name:
+def test_folders_import_downwards_only():
+    wrong = []
+    for path in SOURCES:
+        here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if here == "__init__":  # the roof: it names what all the others hold
             continue
-        for there in parts[1:2] or names:
-            if there != here and not there.startswith("__"):
-                assert storey_of(there) < storey_of(here), f"{here} imports {there}, which stands on or above it"
+        for module, _, names, _ in imports(path):
+            parts = module.split(".")
+            others = [part for part in parts[1:2] or names if part != here and not part.startswith("__")]
+            if parts[0] == PACKAGE.name:
+                wrong += [f"{path}: {there}" for there in others if storey_of(there) >= storey_of(here)]
+    assert not wrong, "these import what stands on or above them"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda path: path.name)
-def test_models_travel_alone(path):
+def test_models_travel_alone():
     """`custom_object_save` follows the text `from .name import` and nothing else, into one folder."""
-    for module, level, names, _ in imports(path):
-        top = module.split(".")[0]
-        if level:
+    allowed = TRAVELS_WITH | sys.stdlib_module_names
+    for path in (PACKAGE / "models").glob("*.py"):
+        for module, level, names, _ in imports(path):
+            if level == 0:
+                found = module.split(".")[0]
+                assert found in allowed, f"{path}: {found} is neither the standard library's nor in {TRAVELS_WITH}"
+                continue
             name = module.removeprefix(f"{PACKAGE.name}.models").lstrip(".")
-            assert level == 1, f"`from {'.' * level}` leaves the folder"
-            assert name, f"`from . import {', '.join(names)}` is not copied to the Hub: write `from .name import`"
-            assert (path.parent / f"{name}.py").is_file(), f"{name} is not a file of models/"
-        else:
-            allowed = top in sys.stdlib_module_names or top in TRAVELS_WITH
-            assert allowed, f"models/ may import the standard library and {sorted(TRAVELS_WITH)}, not {top}"
+            assert level == 1, f"{path}: `from {'.' * level}` leaves the folder"
+            assert name, f"{path}: `from . import {names}` is not copied to the Hub: write `from .name import`"
+            assert (path.parent / f"{name}.py").is_file(), f"{path}: {name} is not a file of models/"
 
 
 def test_models_is_flat():
@@ -95,13 +92,11 @@ def test_models_is_flat():
     assert not folders, "what travels to the Hub is copied from one folder"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_optional_packages_are_imported_on_use(path):
+def test_optional_packages_are_imported_on_use():
     """At the head of a file an extra would be a core dependency of all who import that file."""
-    if path.relative_to(PACKAGE).parts[0] == "metrics":  # loaded by path, by `evaluate` itself
-        return
-    heavy = {module.split(".")[0] for module, _, _, runs in imports(path) if runs} & OPTIONAL
-    assert not heavy, f"import {sorted(heavy)} inside the function that needs it"
+    for path in SOURCES:
+        heavy = {module.split(".")[0] for module, _, _, runs in imports(path) if runs} & OPTIONAL
+        assert not heavy, f"{path}: import {sorted(heavy)} inside the function that needs it"
 
 
 def test_importing_the_package_loads_no_extra():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import transformers
 
 from conformance.measuring import EXACT, NOT_APPLICABLE, TOLERANCE, UNSUPPORTED, Result
@@ -73,3 +75,23 @@ def documented() -> dict[tuple[str, str], str]:
     """(model type, head) to status, as the table beside the page has it."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         return {(row[0], row[1]): row[2] for row in list(csv.reader(file))[1:]}
+
+
+def each_row(*statuses: str) -> pytest.MarkDecorator:
+    """
+    Parametrise a test with `model_type` and `head` by the rows of these statuses (all by default).
+
+    The first row of each set of layouts, and of each other status and head, always runs; the others are marked
+    `conformance`.
+    """
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        table = list(csv.reader(file))[1:]
+    seen, cases = set(), []
+    for model_type, head, status, detail, _ in table:
+        if statuses and status not in statuses:
+            continue
+        kind = (status, *re.findall(r"\d+ (\w+)", detail)) if status == EXACT else (status, head)
+        marks = [pytest.mark.conformance] if kind in seen else []
+        seen.add(kind)
+        cases.append(pytest.param(model_type, head, marks=marks, id=f"{head}-{model_type}"))
+    return pytest.mark.parametrize(("model_type", "head"), cases)

@@ -6,12 +6,12 @@ import pytest
 
 from conformance.measuring import EXACT, HEADS, PAIRS, UNSUPPORTED, measure
 from conformance.overrides import NOT_BUILT, NOTES, OVERRIDES, REFUSED
-from conformance.table import DOCUMENT, TABLE, documented, markdown
+from conformance.table import DOCUMENT, TABLE, documented, each_row, markdown
 from conformance.tiny_configs import tiny_config
 from hf_sparse_moe.models.feed_forward import explain
 
 
-@pytest.mark.parametrize(("model_type", "head"), PAIRS, ids=[f"{head}-{name}" for name, head in PAIRS])
+@each_row()
 def test_architecture(model_type, head, record_property):
     result = measure(model_type, head)
     digits = "" if result.difference is None else f"{result.difference:.0e}"

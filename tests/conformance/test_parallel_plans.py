@@ -16,21 +16,15 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from conformance.measuring import EXACT, HEADS
-from conformance.table import documented
+from conformance.table import each_row
 from conformance.tiny_configs import tiny_config
 from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.upcycling.upcycle import make_recipe, mixture_config
 from tiny_models import tiny_sparse
 
 
-ROWS = [row for row, status in documented().items() if status == EXACT]
 RANKS = 4
 FIELDS = {"num_experts": 4, "num_experts_per_tok": 2}
-
-pytestmark = pytest.mark.slow
-
-
-each_row = pytest.mark.parametrize(("model_type", "head"), ROWS, ids=[f"{head}-{name}" for name, head in ROWS])
 
 
 def meta_mixture(model_type: str, head: str):
@@ -52,7 +46,7 @@ def distribute(model, **degrees):
     return model.maybe_distribute_model(model, config, meshes)
 
 
-@each_row
+@each_row(EXACT)
 def test_rules_match_and_ranks_hold_their_part(model_type, head, fake_ranks):
     model = meta_mixture(model_type, head)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -80,7 +74,7 @@ def test_rules_match_and_ranks_hold_their_part(model_type, head, fake_ranks):
             assert local[0] == -(-whole[name][0] // RANKS)
 
 
-@each_row
+@each_row(EXACT)
 def test_tensor_parallel_plans_apply(model_type, head, fake_ranks):
     model = meta_mixture(model_type, head)
     if not model.tp_plan:
