@@ -38,8 +38,8 @@ test: $(READY)  ## the tests, in about ten minutes (ARGS="-k router" for some of
 test-fast: $(READY)  ## those that are not marked slow
 	$(PYTEST) $(PARALLEL) -m "not slow and not conformance" $(ARGS)
 
-conformance: $(READY)  ## every architecture of transformers; `make test` takes one of each layout
-	$(PYTEST) $(PARALLEL) tests/conformance -m conformance $(ARGS)
+conformance: $(READY)  ## every architecture of transformers, every router in each family; `make test` takes one of each kind
+	$(PYTEST) $(PARALLEL) -m conformance $(ARGS)
 
 # DeepSpeed is no dependency: where it is installed, Accelerate imports it in every training, of any engine.
 test-deepspeed: $(READY)  ## the tests that need DeepSpeed, which it installs first

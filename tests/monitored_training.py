@@ -1,14 +1,8 @@
-"""
-Trainings with `RoutingMonitor` and `SelectionBiasCallback`, in this process or, as a script, on all ranks of torchrun.
-
-As a script, `monitored_training.py OUT SPEC` (SPEC is JSON: family, fields, bias, arguments) writes, into the folder
-OUT and by its number, what each rank logged, its biases, and the number of ranks.
-"""
+"""Trainings with `RoutingMonitor` and `SelectionBiasCallback`, in this process or on all ranks of several."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -75,19 +69,15 @@ def biases(model: torch.nn.Module) -> list[torch.Tensor]:
     return [layer.selection_bias.clone() for layer in find_mixture_layers(model)]
 
 
-def main() -> None:
-    out, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
-    model = make_model(spec["family"], **spec["fields"])
-    callbacks = [SelectionBiasCallback(0.01)] if spec["bias"] else []
+def train_as_a_rank(out: Path, family: str, fields: dict, bias: bool, **arguments) -> None:
+    """Write, into the folder `out` and by its number, what this rank logged, its biases, and the number of ranks."""
+    model = make_model(family, **fields)
+    callbacks = [SelectionBiasCallback(0.01)] if bias else []
     monitor = RoutingMonitor(log_layers=True)
-    trainer = make_trainer(model, out, make_rows(model), callbacks, monitor, **spec["arguments"])
+    trainer = make_trainer(model, out, make_rows(model), callbacks, monitor, **arguments)
     trainer.train()
     facts = {"world_size": trainer.args.world_size, "log_history": trainer.state.log_history}
-    facts["biases"] = [bias.tolist() for bias in biases(model)] if spec["bias"] else []
+    facts["biases"] = [bias.tolist() for bias in biases(model)] if bias else []
     (out / f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
     # Gloo's threads take the interpreter's lock to let go of the last tensors, which must not come in its very end.
     distributed.barrier()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """
-The gradients of one step with the CPU backends, in one process or, as `parallel_worker.py OUT` under torchrun, in
-several: DDP and FSDP2, each process with its part of the batch. The first process writes them to OUT.
+The gradients of one step with the CPU backends, in one process or as a rank of several: DDP and FSDP2, each process
+with its part of the batch.
 """
 
 import copy
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,8 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-if __name__ == "__main__":
+def gradients_of_a_rank(out: Path) -> None:
+    """The first rank writes to `out` the gradients by wrapper and backend, and the world size."""
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = make_model()
@@ -56,5 +57,5 @@ if __name__ == "__main__":
             (name,) = (base.__name__ for base in WRAPPERS if isinstance(wrapped, base))
             found[name, backend] = gradients(wrapped, part)
     if rank == 0:
-        torch.save(found, sys.argv[1])
+        torch.save(found, out)
     dist.destroy_process_group()

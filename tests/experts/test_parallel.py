@@ -1,28 +1,16 @@
 """Under DDP and FSDP2, two gloo processes have the gradients that one process has on the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from experts.parallel_worker import BACKENDS, WRAPPERS, batch, gradients, make_model
-
-
-pytestmark = pytest.mark.slow
+from experts.parallel_worker import BACKENDS, WRAPPERS, batch, gradients, gradients_of_a_rank, make_model
+from processes import in_processes
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
-    worker = Path(__file__).with_name("parallel_worker.py")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, out]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert in_processes(2, gradients_of_a_rank, out) == [0, 0]
     found = torch.load(out)
     assert found["world_size"] == 2
     return found

@@ -1,11 +1,6 @@
-"""
-One optimizer step of the stock Trainer, and the routers' gradient in it, in one process or in several.
+"""One optimizer step of the stock Trainer, and the routers' gradient in it, in one process or as a rank of several."""
 
-As a script, `balance_worker.py OUT FOLDER` under torchrun is one rank: the first one writes to OUT the gradients of
-`CASES`, the world size, and the wrapper that Trainer put around the model.
-"""
-
-import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -107,8 +102,9 @@ def relative_difference(gradient: torch.Tensor, reference: torch.Tensor) -> floa
     return ((gradient - reference).norm() / reference.norm()).item()
 
 
-if __name__ == "__main__":
-    out, folder = sys.argv[1:]
+def gradients_of_a_rank(out: Path) -> None:
+    """The first rank writes to `out` the gradients of `CASES`, the world size, and the wrapper around the model."""
+    folder = str(out.parent / "run")
     process = TrainingArguments(output_dir=folder, use_cpu=True)
     rows_a_rank = SEQUENCES // process.world_size
     gradients = {

@@ -46,12 +46,12 @@ def pairs_with(*names: str) -> list[tuple[str, str]]:
 
 
 def one_each(pairs: list[tuple[str, str]]) -> list:
-    """The pairs, all but one of each kind marked slow; the architectures take turns."""
+    """The pairs, all but one of each kind marked `conformance`; the architectures take turns."""
     fast = {}
     for number, kind in enumerate(ROUTERS):
         of_kind = [pair for pair in pairs if pair[1] == kind]
         fast[kind] = of_kind[number % len(of_kind)] if of_kind else None
-    return [pair if pair == fast[pair[1]] else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
+    return [pair if pair == fast[pair[1]] else pytest.param(*pair, marks=pytest.mark.conformance) for pair in pairs]
 
 
 def settle(module: nn.Module) -> nn.Module:

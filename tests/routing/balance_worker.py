@@ -1,9 +1,6 @@
-"""
-One rank of data-parallel steps: `balance_worker.py OUT FOLDER` under torchrun. The first rank writes to OUT the
-routers' gradients of a tiny Mixtral in each of `CASES`, and the world size.
-"""
+"""Data-parallel steps of a tiny Mixtral, whose balance loss is fixed or not, and the routers' gradients in them."""
 
-import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,12 +69,14 @@ def fixed_gradient(scope: str, kind: str, batch_size: int, accumulation: int, fo
     return router_gradient(model, examples(kind == "identical"), batch_size, accumulation, folder)
 
 
-if __name__ == "__main__":
-    out, folder = sys.argv[1:]
-    process = TrainingArguments(output_dir=folder, use_cpu=True)
+def gradients_of_a_rank(out: Path) -> None:
+    """The first rank writes to `out` the routers' gradients in each of `CASES`, and the world size."""
+    process = TrainingArguments(output_dir=str(out.parent / "run"), use_cpu=True)
     rank_rows = SEQUENCES // process.world_size
     gradients = {
-        (scope, kind, accumulation): fixed_gradient(scope, kind, rank_rows // accumulation, accumulation, folder)
+        (scope, kind, accumulation): fixed_gradient(
+            scope, kind, rank_rows // accumulation, accumulation, process.output_dir
+        )
         for scope, kind, accumulation in CASES
     }
     if process.process_index == 0:
