@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from hf_sparse_moe.distributed.consolidate import consolidate
+from hf_sparse_moe.distributed.consolidation import consolidate
 
 
 MB = 1e6

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -14,7 +15,7 @@ import hf_sparse_moe
 from cli_client import run_cli
 from distributed.recovery_runs import Run, final_weights, train
 from hf_sparse_moe.distributed.checkpoint import INCOMPLETE_NAME
-from hf_sparse_moe.distributed.consolidate import consolidate
+from hf_sparse_moe.distributed.consolidation import consolidate
 from processes import in_processes
 from tiny_models import FAMILIES, tiny_sparse
 
@@ -209,11 +210,28 @@ def test_no_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no weights of FSDP, DeepSpeed, expert parallelism or safetensors"):
         consolidate(tmp_path / "empty", tmp_path / "model")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         consolidate(tmp_path / "none", tmp_path / "model")
     (tmp_path / "empty" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="holds an adapter"):
         consolidate(tmp_path / "empty", tmp_path / "model")
+
+
+def test_an_output_whose_name_the_hub_would_refuse(tmp_path):
+    """It is the title of the card, made last."""
+    tiny_sparse("decoder").save_pretrained(tmp_path / "saved")
+    consolidate(tmp_path / "saved", tmp_path / "my mixture")
+    assert "my-mixture" in (tmp_path / "my mixture" / "README.md").read_text()
+
+
+def test_metadata_that_names_a_file_elsewhere(checkpoint, tmp_path):
+    path = checkpoint / "pytorch_model_fsdp_0" / ".metadata"
+    metadata = FileSystemReader(path.parent).read_metadata()
+    for place in metadata.storage_data.values():
+        place.relative_path = f"../{place.relative_path}"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="incomplete or corrupt"):
+        consolidate(checkpoint, tmp_path / "model")
 
 
 def test_a_target_that_is_taken(checkpoint, tmp_path):

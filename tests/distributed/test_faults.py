@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from distributed.recovery_runs import STEPS, Run, collate, facts, final_weights, finish, make_trainer, train
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
-from hf_sparse_moe.distributed.checkpoint_model import check_same_model
+from hf_sparse_moe.distributed.stored_weights import check_same_model
 from processes import in_processes
 from recipe.launch import apply_timeout, check_same_everywhere
 from tiny_models import FAMILIES, tiny_sparse, without_dropout

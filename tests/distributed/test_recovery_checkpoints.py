@@ -55,7 +55,7 @@ def test_the_newest_whole_checkpoint_is_found(checkpoints):
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
-@pytest.mark.parametrize("name", [*FILES, "training_args.bin"])
+@pytest.mark.parametrize("name", [*FILES, "training_args.bin", "config.json"])
 def test_a_checkpoint_with_a_file_cut_short_is_skipped(name, checkpoints, warnings_of_ours):
     path = checkpoints / "checkpoint-4" / name
     for size in (path.stat().st_size - 2, path.stat().st_size // 2, 0):
@@ -71,6 +71,12 @@ def test_a_checkpoint_that_lacks_a_file_is_skipped(name, checkpoints, warnings_o
     (checkpoints / "checkpoint-4" / name).unlink()
     assert find_last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-2")
     assert "`" + str(checkpoints / "checkpoint-4") + "` is skipped" in warnings_of_ours()[-1]
+
+
+def test_a_checkpoint_with_a_record_cut_short_is_skipped(checkpoints, warnings_of_ours):
+    (checkpoints / "checkpoint-4" / "training_record.json").write_text('{"dataset": ["a')
+    assert find_last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-2")
+    assert "its training_record.json is cut short" in warnings_of_ours()[-1]
 
 
 def test_a_checkpoint_that_lacks_a_shard_is_skipped(checkpoints, tmp_path, warnings_of_ours):

@@ -13,7 +13,7 @@ import hf_sparse_moe
 from distributed.recovery_runs import Kill, collate, facts, finish, make_rows
 from distributed.test_consolidate import assert_same, loaded
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
-from hf_sparse_moe.distributed.consolidate import consolidate
+from hf_sparse_moe.distributed.consolidation import consolidate
 from hf_sparse_moe.distributed.resume import ResumableTrainer
 from hf_sparse_moe.routing import SelectionBiasCallback
 from processes import in_processes

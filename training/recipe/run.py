@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from yaml import YAMLError
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
-from hf_sparse_moe.distributed.checkpoint_model import check_same_model
+from hf_sparse_moe.distributed.stored_weights import check_same_model
 from hf_sparse_moe.hub import ModelCardCallback, add_model_card
 from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 from recipe.launch import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,12 +26,12 @@ def consolidate(
     """
     Turn the checkpoint of any engine (FSDP, DeepSpeed ZeRO, expert parallelism) into a normal one.
 
-    Memory holds a part of a tensor, not the model; no pickle runs code.
+    Memory holds one tensor at a time; no pickle runs code. Checkpoints of DeepSpeed need DeepSpeed.
     """
-    from hf_sparse_moe.distributed.consolidate import consolidate as write_normal_checkpoint
+    from hf_sparse_moe.distributed.consolidation import consolidate as write_normal_checkpoint
 
     done = write_normal_checkpoint(checkpoint, output, config, dtype, max_shard_size)
     if as_json:
-        print_json({"path": str(output), **asdict(done)})
+        print_json({"path": str(output), **done.to_dict()})
     else:
         typer.echo(f"{output}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}")

@@ -29,6 +29,7 @@ from hf_sparse_moe.checkpoints.source import tensor_names
 logger = logging.get_logger(__name__)
 
 INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"  # as the JIT checkpoints of transformers name it
+ADAPTER_NAME = "adapter_model.safetensors"
 
 # Where the engines keep the weights of a checkpoint; what each of them writes last. `*` is a step, an index or a part.
 _WEIGHTS = (
@@ -38,8 +39,8 @@ _WEIGHTS = (
     "pytorch_model_fsdp*.bin",
     "pytorch_model_fsdp_*/.metadata",
     "latest",  # DeepSpeed
-    "adapter_model.safetensors",
-    "*/adapter_model.safetensors",
+    ADAPTER_NAME,
+    f"*/{ADAPTER_NAME}",
 )
 # What a training needs beside them; a checkpoint with `save_only_model=True` has none of it.
 _STATES = {
@@ -47,7 +48,7 @@ _STATES = {
     "the scheduler's state": ("scheduler.pt", "latest"),
     "the random state": ("rng_state*.pth",),
 }
-_ZIP_FILES = ("*.pt", "*.pth", "*.bin")  # what torch.save writes
+_ZIP_FILES = (".pt", ".pth", ".bin")  # what torch.save writes
 _FULL_DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # torch.save names no number, and a distributed save wraps its error as text.
 _WRITE_FAILED = re.compile(rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({_FULL_DISK})\b")
@@ -84,8 +85,8 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
     """
-    The last checkpoint in `folder` from which a training can go on. Those that were not finished, or are damaged, are
-    skipped with a warning; `transformers.trainer_utils.get_last_checkpoint` takes them.
+    The last checkpoint in `folder` from which a training can resume. Those that are incomplete or damaged are skipped
+    with a warning; `transformers.trainer_utils.get_last_checkpoint` takes them.
 
     Args:
         folder (`str` or `Path`): The `output_dir` of a training; it need not exist.
@@ -93,7 +94,12 @@ def find_last_checkpoint(folder: str | Path) -> str | None:
     Returns:
         `str`: its path, or None where there is none.
     """
-    for path in _newest_first(Path(folder)):
+    steps = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+", path.name)
+    }
+    for _, path in sorted(steps.items(), reverse=True):
         damage = checkpoint_damage(path)
         if damage is None:
             return str(path)
@@ -103,18 +109,14 @@ def find_last_checkpoint(folder: str | Path) -> str | None:
 
 def checkpoint_damage(folder: str | Path) -> str | None:
     """
-    What keeps a training from going on from a checkpoint; None where nothing does. Files are held against their own
-    headers and indices, and not read whole.
+    What keeps a training from resuming from a checkpoint; None where nothing does. JSON files are parsed; weights and
+    states are held against their own headers and indices, and not read.
     """
     folder = Path(folder)
     if (folder / INCOMPLETE_NAME).exists():
         return "its writing was not finished"
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}"
-    except ValueError:
-        return f"its {TRAINER_STATE_NAME} is cut short"
     if not _has(folder, _WEIGHTS):
         return "it has no weights"
     missing = [name for name, patterns in _STATES.items() if not _has(folder, patterns)]
@@ -207,36 +209,28 @@ def _run_epoch_with_steps(trainer: Trainer, run_epoch: Any, **arguments: Any) ->
         run_epoch(**arguments)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    found = {
-        path: int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+", path.name)
-    }
-    return sorted(found, key=lambda path: found[path], reverse=True)
-
-
 def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _cut_short(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            tensor_names(path)
-        except ValueError:
-            yield f"its {path.name} is cut short"
-    for index in sorted(folder.rglob("*.safetensors.index.json")):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f"its {index.name} is cut short"
-            return
-        yield from (f"it lacks {name}" for name in sorted(names) if not (index.parent / name).is_file())
-    for pattern in _ZIP_FILES:
-        for path in sorted(folder.rglob(pattern)):
-            if not zipfile.is_zipfile(path):
-                yield f"its {path.name} is cut short"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        relative = path.relative_to(folder)
+        if path.suffix == ".json":
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if path.name.endswith(".safetensors.index.json"):
+                    shards = sorted(set(content["weight_map"].values()))
+                    yield from (f"it lacks {name}" for name in shards if not (path.parent / name).is_file())
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                yield f"its {relative} is cut short"
+        elif path.suffix == ".safetensors":
+            try:
+                tensor_names(path)
+            except ValueError:
+                yield f"its {relative} is cut short"
+        elif path.suffix in _ZIP_FILES and not zipfile.is_zipfile(path):
+            yield f"its {relative} is cut short"
 
 
 def _flush(folder: Path) -> None:

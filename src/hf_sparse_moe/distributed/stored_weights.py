@@ -1,0 +1,286 @@
+"""The weights in a checkpoint of any engine, read by the tools of torch and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from hf_sparse_moe.checkpoints.reader import TensorFiles
+from hf_sparse_moe.checkpoints.source import Source, weight_files
+
+from .checkpoint import ADAPTER_NAME, INCOMPLETE_NAME
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, whole, and how it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: Any) -> StoredTensor:
+        """Of one that is in memory, mapped from a file, or put together by DeepSpeed when it is asked for."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.contiguous)
+
+
+def stored_tensors(checkpoint: str | Path) -> tuple[str, dict[str, StoredTensor]]:
+    """
+    The engine that wrote a checkpoint, and the model's tensors in it, of which nothing is read yet.
+
+    No pickle in it runs code.
+
+    Raises:
+        ValueError: no checkpoint, or one that is incomplete, corrupt or would run code.
+        ImportError: one of DeepSpeed, which is not installed.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"`{folder}` is not a folder. Pass the folder `checkpoint-...` of a training.")
+    if (folder / INCOMPLETE_NAME).exists():
+        raise incomplete(folder, "its writing was not finished")
+    sharded = [folder] if (folder / ".metadata").exists() else sorted(folder.glob("pytorch_model_fsdp_[0-9]*"))
+    if (folder / "latest").is_file():
+        return "DeepSpeed ZeRO", _zero_tensors(folder)
+    if sharded:
+        return "FSDP, sharded", _sharded_tensors(_SafeReader(sharded[0]), prefix="model.")
+    if any(folder.glob("shard-*.safetensors")):
+        return "expert parallelism", _sharded_tensors(_ExpertParallelReader(str(folder)))
+    if files := weight_files(Source(str(folder), folder, None)):
+        return "one process, or gathered", safetensors_tensors(files)
+    if (folder / "pytorch_model_fsdp.bin").is_file():
+        return "FSDP, gathered", _gathered_tensors(folder / "pytorch_model_fsdp.bin")
+    if (folder / ADAPTER_NAME).is_file():
+        raise ValueError(
+            f"`{folder}` holds an adapter, which is one file already. Load it with `load_adapter(model, folder)`."
+        )
+    raise ValueError(
+        f"`{folder}` has no weights of FSDP, DeepSpeed, expert parallelism or safetensors. Pass the folder "
+        "`checkpoint-...` of a training."
+    )
+
+
+def safetensors_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors in some safetensors files."""
+    files = TensorFiles(paths)
+
+    def read(name: str) -> torch.Tensor:
+        size = prod(files.shape(name)) * files.dtype(name).itemsize
+        return files.read(name, files.dtype(name), torch.empty(size, dtype=torch.uint8))
+
+    return {
+        name: StoredTensor(tuple(files.shape(name)), files.dtype(name), partial(read, name)) for name in files.names
+    }
+
+
+def incomplete(checkpoint: str | os.PathLike, reason: str) -> ValueError:
+    """The error for a checkpoint of which something is missing or broken."""
+    return ValueError(
+        f"`{checkpoint}` is incomplete or corrupt: {reason}. Take an earlier checkpoint of the training, or copy it "
+        "again."
+    )
+
+
+# ---- shards of torch.distributed.checkpoint -------------------------------------------------------------------------
+
+
+class _SafeReader(FileSystemReader):
+    """Torch's reader, which refuses metadata that would run code, and files that are missing or cut short."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        folder = Path(self.path)
+        try:
+            with (folder / ".metadata").open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except FileNotFoundError:
+            raise incomplete(folder, "it has no .metadata, which is written last") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise incomplete(folder, f"its .metadata cannot be read ({reason})") from error
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise incomplete(folder, "its .metadata describes no tensors")
+        for place in metadata.storage_data.values():
+            path = folder / Path(place.relative_path).name
+            if not path.is_file():
+                raise incomplete(folder, f"it lacks `{path.name}`")
+            if path.stat().st_size < place.offset + place.length:
+                raise incomplete(folder, f"`{path.name}` is cut short")
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the types that `torch.distributed.checkpoint` itself puts into its metadata."""
+
+    _allowed = {
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size",),
+        "collections": ("OrderedDict",),
+        "pathlib": ("PosixPath", "PurePosixPath"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self._allowed.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names `{module}.{name}`, which is none of its own types")
+
+
+class _ExpertParallelReader(HuggingFaceStorageReader):
+    """Torch's reader of what `save_pretrained(distributed_checkpoint=True)` of transformers writes."""
+
+    def read_metadata(self) -> Metadata:
+        try:
+            for path in sorted(Path(self.path).glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    if "DCP_SHARDING_INFO" not in (file.metadata() or {}):
+                        raise incomplete(self.path, f"`{path.name}` does not say where its tensors belong")
+            return super().read_metadata()
+        except (SafetensorError, LookupError, TypeError, AttributeError) as error:
+            raise incomplete(self.path, f"a file of it is cut short or corrupt ({error})") from error
+
+
+def _sharded_tensors(reader: FileSystemReader, prefix: str = "") -> dict[str, StoredTensor]:
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+
+    def read(key: str, described: TensorStorageMetadata) -> torch.Tensor:
+        tensor = torch.empty(described.size, dtype=described.properties.dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({key: tensor}, metadata, is_coordinator=True)
+        try:
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except (RuntimeError, OSError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
+            raise incomplete(reader.path, f"its `{key}` cannot be read") from error
+        return tensor
+
+    found = {}
+    for key, described in metadata.state_dict_metadata.items():
+        if isinstance(described, TensorStorageMetadata):
+            if sum(prod(chunk.sizes) for chunk in described.chunks) != prod(described.size):
+                raise incomplete(reader.path, f"parts of `{key}` are missing")
+            found[key.removeprefix(prefix)] = StoredTensor(
+                tuple(described.size), described.properties.dtype, partial(read, key, described)
+            )
+    return found
+
+
+# ---- what torch.save wrote ------------------------------------------------------------------------------------------
+
+
+def _gathered_tensors(path: Path) -> dict[str, StoredTensor]:
+    with _pickles_run_no_code(path):
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise incomplete(path, "it holds more than tensors")
+    return {key: StoredTensor.of(tensor) for key, tensor in weights.items()}
+
+
+def _zero_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
+    """By the function behind DeepSpeed's `zero_to_fp32.py`, which puts a tensor together when it is asked for."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ImportError(f"`{checkpoint}` is a checkpoint of DeepSpeed. Run: pip install deepspeed") from error
+    types = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with _pickles_run_no_code(checkpoint), torch.serialization.safe_globals(types), redirect_stdout(sys.stderr):
+        tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+    return {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
+
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # DeepSpeed asks for the opposite
+
+
+@contextmanager
+def _pickles_run_no_code(path: Path) -> Iterator[None]:
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        _refuse(path, error)
+    except (RuntimeError, OSError, EOFError, LookupError, AssertionError, TypeError, AttributeError) as error:
+        raise incomplete(path, " ".join(str(error).split())[:200] or "it is cut short") from error
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"names `{name[1]}`" if name else "is not a file of tensors"
+    raise ValueError(
+        f"`{path}` {reason}, and could run code when it is read: it is refused. Consolidate it with the engine's own "
+        "tool if you trust where it comes from."
+    ) from error
+
+
+# ---- whether they are the model's -----------------------------------------------------------------------------------
+
+
+def check_same_model(model: Any, checkpoint: str | Path) -> None:
+    """
+    Raise unless the tensors of a checkpoint, of whatever engine, are the model's by name and shape. Trainer would
+    leave the others out without a word, or stop with some of the weights loaded. Headers are read, no weights.
+
+    Args:
+        model (`SparseMoePreTrainedModel` or `PeftModel`): That of the trainer, before `train`.
+        checkpoint (`str` or `Path`): The folder `checkpoint-...` to go on from.
+
+    Raises:
+        ValueError: a checkpoint of another model, or a damaged one.
+    """
+    folder = Path(checkpoint)
+    adapted = (folder / ADAPTER_NAME).is_file()
+    if adapted and hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        stored, state, tied = safetensors_tensors([folder / ADAPTER_NAME]), get_peft_model_state_dict(model), {}
+    elif hasattr(model, "peft_config"):
+        return  # the engines that shard keep an adapter in ways of their own
+    elif adapted:
+        raise _another(folder, "it holds an adapter, and the model has none")
+    else:
+        stored, state, tied = stored_tensors(folder)[1], model.state_dict(), model.all_tied_weights_keys
+    parameters = dict(model.named_parameters())
+    # A parameter that ZeRO-3 cut up is empty here, and remembers its shape.
+    shapes = {key: tuple(getattr(parameters.get(key), "ds_shape", value.shape)) for key, value in state.items()}
+    for key, tensor in stored.items():
+        if shapes.get(key) != tensor.shape:
+            wanted = f"is {shapes[key]} in the model" if key in shapes else "is nowhere in the model"
+            raise _another(folder, f"its `{key}` of shape {tensor.shape} {wanted}")
+    for key in shapes:
+        names = {key, tied.get(key, key), *(alias for alias, first in tied.items() if first == key)}
+        if names.isdisjoint(stored):
+            raise _another(folder, f"it lacks `{key}`")
+
+
+def _another(folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"`{folder}` is of another model: {reason}. Name another `--output_dir` to begin anew, or go on with the "
+        "model that the checkpoint was made of."
+    )
