@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+import typer.main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_moe
 from cli_client import assert_one_sentence, run_cli
+from hf_sparse_moe.cli import app
 from tiny_models import tiny_dense
 
 
@@ -84,17 +86,53 @@ def test_info_of_what_is_no_mixture(dense, tmp_path):
     assert_one_sentence(run_cli("info", tmp_path / "nowhere"), "is no folder")
 
 
-def test_help_has_examples():
-    for command in ("upcycle", "info", "quickstart"):
-        shown = run_cli(command, "--help")
-        assert shown.code == 0
-        assert f"hf-sparse-moe {command} " in shown.out
+def test_every_command_has_an_example_and_spells_its_arguments_alike():
+    commands = typer.main.get_command(app).commands
+    for name, command in commands.items():
+        if command.hidden:
+            continue
+        assert f"hf-sparse-moe {name}" in command.epilog
+        arguments = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]
+        assert set(arguments) <= {"source", "output", "repo_id"}, name
 
 
 def test_usage_errors_exit_with_2():
     finished = run_cli("upcycle", "one-argument")
     assert finished.code == 2
     assert "Traceback" not in finished.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("`x=1` is not\nallowed."), 2, "Error: `x=1` is not allowed.\n"),
+        (FileNotFoundError("no folder"), 2, "Error: no folder\n"),
+        (ConnectionError("The Hub is away."), 3, "Error: The Hub is away.\n"),
+        (ImportError("Install the extra."), 2, "Error: Install the extra.\n"),
+        (MemoryError(), 2, "Error: Out of memory.\n"),
+        (RuntimeError("can't allocate memory: 9 bytes"), 2, "Error: Out of memory. can't allocate memory: 9 bytes\n"),
+        (KeyError("a bug"), 70, None),
+        (ModuleNotFoundError("no torch", name="torch"), 70, None),
+    ],
+)
+def test_errors_become_sentences_and_exit_codes(monkeypatch, tmp_path, error, code, told):
+    """A bug shows its traceback and is no 1, which says that a check did not pass; `--debug` shows all of them."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_sparse_moe.stock.export", fail)
+    finished = run_cli("export", "here", tmp_path / "there")
+    assert finished.code == code
+    assert told in (None, finished.err)
+    assert ("Traceback" in finished.err) == (told is None)
+    for arguments in (["--debug", "export"], ["export", "--debug"]):
+        shown = run_cli(*arguments, "here", tmp_path / "there")
+        assert shown.code == code
+        assert "Traceback" in shown.err
+        assert shown.err.endswith(told or "")
+    monkeypatch.setenv("HF_SPARSE_MOE_DEBUG", "1")
+    assert "Traceback" in run_cli("export", "here", tmp_path / "there").err
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
@@ -142,7 +180,8 @@ def test_export_and_back(mixture, tmp_path):
     assert finished.code == 0, finished.err
     assert json.loads((stock / "config.json").read_text())["model_type"] == "mixtral"
     assert (stock / "tokenizer.json").exists()
-    finished = run_cli("import-native", stock, back)
+    assert run_cli("import-native", stock, tmp_path / "by its old name").code == 0
+    finished = run_cli("import-stock", stock, back)
     assert finished.code == 0, finished.err
     ours, again = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(back)
     ids = torch.arange(5, 15)[None]
@@ -150,7 +189,7 @@ def test_export_and_back(mixture, tmp_path):
 
 
 def test_export_that_does_not_fit_says_why(mixture, tmp_path):
-    assert_one_sentence(run_cli("export", mixture[0], tmp_path / "stock", "--target", "qwen3_moe"), "qwen3_moe")
+    assert_one_sentence(run_cli("export", mixture[0], tmp_path / "stock", "--architecture", "qwen3_moe"), "qwen3_moe")
     assert not (tmp_path / "stock").exists()
 
 

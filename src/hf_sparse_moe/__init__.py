@@ -2,147 +2,227 @@
 Sparse mixtures of experts from any dense Transformers checkpoint.
 
 Importing the package registers its classes, so that `AutoModelForCausalLM.from_pretrained` and its siblings load them.
+It loads neither torch nor transformers: each public name is imported on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from __future__ import annotations
 
-from . import experts  # noqa: F401  registers the experts implementations
-from .models.configuration_sparse_moe import (
-    SparseMoeConfig,
-    SparseMoeDecoderConfig,
-    SparseMoeEncoderConfig,
-    SparseMoeEncoderDecoderConfig,
-)
-from .models.feed_forward import explain, list_feed_forward_layouts
-from .models.modeling_sparse_moe import (
-    AUTO_CLASSES,
-    SparseMoeDecoderForCausalLM,
-    SparseMoeDecoderForQuestionAnswering,
-    SparseMoeDecoderForSequenceClassification,
-    SparseMoeDecoderForTokenClassification,
-    SparseMoeDecoderModel,
-    SparseMoeEncoderDecoderForConditionalGeneration,
-    SparseMoeEncoderDecoderForQuestionAnswering,
-    SparseMoeEncoderDecoderForSequenceClassification,
-    SparseMoeEncoderDecoderModel,
-    SparseMoeEncoderForMaskedLM,
-    SparseMoeEncoderForMultipleChoice,
-    SparseMoeEncoderForQuestionAnswering,
-    SparseMoeEncoderForSequenceClassification,
-    SparseMoeEncoderForTokenClassification,
-    SparseMoeEncoderModel,
-)
-from .models.pretrained_model import SparseMoePreTrainedModel
-from .registration import register_auto_classes
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from . import _register
+
+
+if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Python
+    from .adapters import (
+        dequantize_experts as dequantize_experts,
+        expert_lora_config as expert_lora_config,
+        load_expert_lora as load_expert_lora,
+        quantize_experts as quantize_experts,
+        select_experts as select_experts,
+    )
+    from .distributed.consolidation import (
+        consolidate as consolidate,
+    )
+    from .distributed.upcycling import (
+        upcycle_into_shards as upcycle_into_shards,
+    )
+    from .hub import (
+        ModelCardCallback as ModelCardCallback,
+        add_model_card as add_model_card,
+        doctor as doctor,
+        load_adapter as load_adapter,
+        pull as pull,
+        push_adapter as push_adapter,
+        push_folder as push_folder,
+        push_to_hub as push_to_hub,
+        push_trainer as push_trainer,
+        render_model_card as render_model_card,
+        write_model_card as write_model_card,
+    )
+    from .models.configuration_sparse_moe import (
+        SparseMoeConfig as SparseMoeConfig,
+        SparseMoeDecoderConfig as SparseMoeDecoderConfig,
+        SparseMoeEncoderConfig as SparseMoeEncoderConfig,
+        SparseMoeEncoderDecoderConfig as SparseMoeEncoderDecoderConfig,
+    )
+    from .models.feed_forward import (
+        explain as explain,
+        list_feed_forward_layouts as list_feed_forward_layouts,
+    )
+    from .models.modeling_sparse_moe import (
+        SparseMoeDecoderForCausalLM as SparseMoeDecoderForCausalLM,
+        SparseMoeDecoderForQuestionAnswering as SparseMoeDecoderForQuestionAnswering,
+        SparseMoeDecoderForSequenceClassification as SparseMoeDecoderForSequenceClassification,
+        SparseMoeDecoderForTokenClassification as SparseMoeDecoderForTokenClassification,
+        SparseMoeDecoderModel as SparseMoeDecoderModel,
+        SparseMoeEncoderDecoderForConditionalGeneration as SparseMoeEncoderDecoderForConditionalGeneration,
+        SparseMoeEncoderDecoderForQuestionAnswering as SparseMoeEncoderDecoderForQuestionAnswering,
+        SparseMoeEncoderDecoderForSequenceClassification as SparseMoeEncoderDecoderForSequenceClassification,
+        SparseMoeEncoderDecoderModel as SparseMoeEncoderDecoderModel,
+        SparseMoeEncoderForMaskedLM as SparseMoeEncoderForMaskedLM,
+        SparseMoeEncoderForMultipleChoice as SparseMoeEncoderForMultipleChoice,
+        SparseMoeEncoderForQuestionAnswering as SparseMoeEncoderForQuestionAnswering,
+        SparseMoeEncoderForSequenceClassification as SparseMoeEncoderForSequenceClassification,
+        SparseMoeEncoderForTokenClassification as SparseMoeEncoderForTokenClassification,
+        SparseMoeEncoderModel as SparseMoeEncoderModel,
+    )
+    from .models.pretrained_model import (
+        SparseMoePreTrainedModel as SparseMoePreTrainedModel,
+    )
+    from .routing import (
+        RoutingMonitor as RoutingMonitor,
+        SelectionBiasCallback as SelectionBiasCallback,
+        add_leading_callback as add_leading_callback,
+        disable_experts as disable_experts,
+        find_mixture_layers as find_mixture_layers,
+        fix_balance as fix_balance,
+        observe_routing as observe_routing,
+        record_routing as record_routing,
+        replay_routing as replay_routing,
+        routing_statistics as routing_statistics,
+        use_top_k as use_top_k,
+    )
+    from .stock import (
+        explain_export as explain_export,
+        export as export,
+        import_native as import_native,
+    )
+    from .upcycling import (
+        expand as expand,
+        plan as plan,
+        stream_upcycle as stream_upcycle,
+        upcycle as upcycle,
+        verify as verify,
+    )
 
 
 __version__ = "0.1.0"
 
-register_auto_classes(AUTO_CLASSES)
+_HOMES = {
+    ".adapters": (
+        "dequantize_experts",
+        "expert_lora_config",
+        "load_expert_lora",
+        "quantize_experts",
+        "select_experts",
+    ),
+    ".distributed.consolidation": ("consolidate",),
+    ".distributed.upcycling": ("upcycle_into_shards",),
+    ".hub": (
+        "ModelCardCallback",
+        "add_model_card",
+        "doctor",
+        "load_adapter",
+        "pull",
+        "push_adapter",
+        "push_folder",
+        "push_to_hub",
+        "push_trainer",
+        "render_model_card",
+        "write_model_card",
+    ),
+    ".models.configuration_sparse_moe": (
+        "SparseMoeConfig",
+        "SparseMoeDecoderConfig",
+        "SparseMoeEncoderConfig",
+        "SparseMoeEncoderDecoderConfig",
+    ),
+    ".models.feed_forward": (
+        "explain",
+        "list_feed_forward_layouts",
+    ),
+    ".models.modeling_sparse_moe": (
+        "SparseMoeDecoderForCausalLM",
+        "SparseMoeDecoderForQuestionAnswering",
+        "SparseMoeDecoderForSequenceClassification",
+        "SparseMoeDecoderForTokenClassification",
+        "SparseMoeDecoderModel",
+        "SparseMoeEncoderDecoderForConditionalGeneration",
+        "SparseMoeEncoderDecoderForQuestionAnswering",
+        "SparseMoeEncoderDecoderForSequenceClassification",
+        "SparseMoeEncoderDecoderModel",
+        "SparseMoeEncoderForMaskedLM",
+        "SparseMoeEncoderForMultipleChoice",
+        "SparseMoeEncoderForQuestionAnswering",
+        "SparseMoeEncoderForSequenceClassification",
+        "SparseMoeEncoderForTokenClassification",
+        "SparseMoeEncoderModel",
+    ),
+    ".models.pretrained_model": ("SparseMoePreTrainedModel",),
+    ".routing": (
+        "RoutingMonitor",
+        "SelectionBiasCallback",
+        "add_leading_callback",
+        "disable_experts",
+        "find_mixture_layers",
+        "fix_balance",
+        "observe_routing",
+        "record_routing",
+        "replay_routing",
+        "routing_statistics",
+        "use_top_k",
+    ),
+    ".stock": (
+        "explain_export",
+        "export",
+        "import_native",
+    ),
+    ".upcycling": (
+        "expand",
+        "plan",
+        "stream_upcycle",
+        "upcycle",
+        "verify",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
 
-# Found on first use, so that importing the package needs torch and transformers only.
-_LAZY = {
-    "ModelCardCallback": ".hub",
-    "RoutingMonitor": ".routing",
-    "SelectionBiasCallback": ".routing",
-    "add_leading_callback": ".routing",
-    "add_model_card": ".hub",
-    "consolidate": ".distributed.consolidation",
-    "dequantize_experts": ".adapters",
-    "disable_experts": ".routing",
-    "doctor": ".hub",
-    "expand": ".upcycling",
-    "expert_lora_config": ".adapters",
-    "explain_export": ".stock",
-    "find_mixture_layers": ".routing",
-    "fix_balance": ".routing",
-    "import_native": ".stock",
-    "load_adapter": ".hub",
-    "load_expert_lora": ".adapters",
-    "observe_routing": ".routing",
-    "plan": ".upcycling",
-    "pull": ".hub",
-    "push_adapter": ".hub",
-    "push_folder": ".hub",
-    "push_to_hub": ".hub",
-    "push_trainer": ".hub",
-    "quantize_experts": ".adapters",
-    "record_routing": ".routing",
-    "render_model_card": ".hub",
-    "replay_routing": ".routing",
-    "select_experts": ".adapters",
-    "stream_upcycle": ".upcycling",
-    "upcycle": ".upcycling",
-    "upcycle_into_shards": ".distributed.upcycling",
-    "use_top_k": ".routing",
-    "verify": ".upcycling",
-    "write_model_card": ".hub",
+# Names of version 0.1, which work for one more release: old name -> (module, new name).
+_RENAMED: dict[str, tuple[str, str]] = {}
+
+# The same for folders: old name -> the folders that hold now what it held.
+_MOVED = {
+    "analysis": ("routing", "insight"),
+    "backends": ("experts",),
+    "export": ("stock",),
+    "train": ("routing",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(_LAZY[name], __name__), name)
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+        globals()[name] = value
+        return value
+    if name in _RENAMED:
+        module, new_name = _RENAMED[name]
+        warn(f"`hf_sparse_moe.{name}` is now `hf_sparse_moe.{new_name}`.", FutureWarning, stacklevel=2)
+        return getattr(import_module(module, __name__), new_name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-__all__ = [
-    "ModelCardCallback",
-    "RoutingMonitor",
-    "SelectionBiasCallback",
-    "SparseMoeConfig",
-    "SparseMoeDecoderConfig",
-    "SparseMoeDecoderForCausalLM",
-    "SparseMoeDecoderForQuestionAnswering",
-    "SparseMoeDecoderForSequenceClassification",
-    "SparseMoeDecoderForTokenClassification",
-    "SparseMoeDecoderModel",
-    "SparseMoeEncoderConfig",
-    "SparseMoeEncoderDecoderConfig",
-    "SparseMoeEncoderDecoderForConditionalGeneration",
-    "SparseMoeEncoderDecoderForQuestionAnswering",
-    "SparseMoeEncoderDecoderForSequenceClassification",
-    "SparseMoeEncoderDecoderModel",
-    "SparseMoeEncoderForMaskedLM",
-    "SparseMoeEncoderForMultipleChoice",
-    "SparseMoeEncoderForQuestionAnswering",
-    "SparseMoeEncoderForSequenceClassification",
-    "SparseMoeEncoderForTokenClassification",
-    "SparseMoeEncoderModel",
-    "SparseMoePreTrainedModel",
-    "add_leading_callback",
-    "add_model_card",
-    "consolidate",
-    "dequantize_experts",
-    "disable_experts",
-    "doctor",
-    "expand",
-    "expert_lora_config",
-    "explain",
-    "explain_export",
-    "find_mixture_layers",
-    "fix_balance",
-    "import_native",
-    "list_feed_forward_layouts",
-    "load_adapter",
-    "load_expert_lora",
-    "observe_routing",
-    "plan",
-    "pull",
-    "push_adapter",
-    "push_folder",
-    "push_to_hub",
-    "push_trainer",
-    "quantize_experts",
-    "record_routing",
-    "render_model_card",
-    "replay_routing",
-    "select_experts",
-    "stream_upcycle",
-    "upcycle",
-    "upcycle_into_shards",
-    "use_top_k",
-    "verify",
-    "write_model_card",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _MovedFolder(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        old_name = self.__name__.rpartition(".")[2]
+        for folder in _MOVED[old_name]:
+            module = import_module(f".{folder}", __package__)
+            if hasattr(module, name):
+                warn(f"`{self.__name__}` is now `{module.__name__}`.", FutureWarning, stacklevel=2)
+                return getattr(module, name)
+        raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+
+
+for _name in _MOVED:
+    sys.modules[f"{__name__}.{_name}"] = _MovedFolder(f"{__name__}.{_name}")
+_register.register()

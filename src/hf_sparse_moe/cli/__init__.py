@@ -1,10 +1,10 @@
-"""`hf-sparse-moe`: one thin command a capability, one file a topic."""
+"""`hf-sparse-moe`: one thin command for each capability, one file for each topic."""
 
 from .app import app, main
 
 
 # The commands register themselves with `app`; the order here is that of the help.
-from . import upcycling, planning, consolidate, inspection, export, hub, quickstart  # noqa: F401  # isort: skip
+from . import upcycling, checkpoints, stock, hub, demo  # noqa: F401  # isort: skip
 
 
 __all__ = ["app", "main"]

@@ -1,9 +1,13 @@
-"""The command `hf-sparse-moe` itself: its name, its exit codes, and what every command shares at the end."""
+"""The command `hf-sparse-moe` itself: its exit codes, and how an error becomes one sentence."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +15,7 @@ import typer
 import hf_sparse_moe
 
 
-BAD_INPUT, HUB_UNAVAILABLE = 2, 3
+BAD_INPUT, HUB_UNAVAILABLE, FAULT = 2, 3, 70
 
 app = typer.Typer(
     name="hf-sparse-moe",
@@ -19,10 +23,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Turn any dense Transformers checkpoint into a sparse mixture of experts, and look at the result.",
-    epilog="Exit codes: 0 done; 1 a check did not pass; 2 bad input, or refused by the Hub; 3 the Hub could not do it "
-    "now, and the same command may succeed later. 2 and 3 come with one sentence on stderr that says what to do.",
+    help="Turn any dense Transformers checkpoint into a sparse mixture of experts, inspect it and share it.",
+    epilog="Exit codes: 0 success; 1 a check did not pass; 2 bad input, or the Hub refused the request; 3 the Hub is "
+    "not available, and the same command may succeed later; 70 a bug. With 2 and 3, one sentence on stderr says what "
+    "to do.",
 )
+
+
+def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Callable]:
+    """`app.command`, for a function that imports what it needs when it runs, so that `--help` is instant."""
+
+    def register(function: Callable) -> Callable:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            _silence_libraries()
+            function(*args, **kwargs)
+
+        return app.command(name, **settings)(run)
+
+    return register
 
 
 def _print_version(wanted: bool) -> None:
@@ -34,28 +53,45 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    __: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show the traceback of an error, before or after the command; `HF_SPARSE_MOE_DEBUG=1` does the same.",
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """The entry point: bad input ends with one sentence and exit code 2, a Hub that cannot now with 3."""
+    """The entry point: an error that a user can act on ends with one sentence and exit code 2 or 3."""
     signal.signal(signal.SIGTERM, leave_on_signal)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1 or os.environ.get("HF_SPARSE_MOE_DEBUG", "0") not in ("", "0")
     try:
-        _quiet_libraries()
-        app()
-    except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, ImportError) and error.name is not None:
-            raise  # a fault of an installation; an extra that is missing is told by us, and has no `name`
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        sys.exit(_exit_code(error))
+        app(args=arguments)
+    except Exception as error:  # noqa: BLE001  Python would exit with 1, which says that a check did not pass
+        sentence = _sentence(error)
+        if debug or sentence is None:
+            traceback.print_exc()
+        if sentence is None:
+            sys.exit(FAULT)
+        typer.echo(f"Error: {sentence}", err=True)
+        unavailable = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
+        sys.exit(HUB_UNAVAILABLE if unavailable else BAD_INPUT)
 
 
-def _exit_code(error: Exception) -> int:
-    passing = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
-    return HUB_UNAVAILABLE if passing else BAD_INPUT
+def _sentence(error: Exception) -> str | None:
+    """What to tell a user; None for an error that is a bug here or a broken installation."""
+    told = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
+        return f"Out of memory. {told}".strip()
+    if isinstance(error, ImportError):
+        return told if error.name is None else None  # a missing extra is reported by us, without a `name`
+    return told if isinstance(error, ValueError | OSError) else None
 
 
 def leave_on_signal(number: int, _: Any) -> None:
@@ -63,7 +99,7 @@ def leave_on_signal(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def _quiet_libraries() -> None:
+def _silence_libraries() -> None:
     """Progress bars are for people; warnings of the libraries underneath would bury our one sentence."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

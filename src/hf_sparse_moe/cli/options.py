@@ -1,33 +1,40 @@
-"""The options that several commands share, and how they are read and printed."""
+"""The arguments and options that several commands share, and how they are read and printed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 
-ExpertsOption = Annotated[int, typer.Option(help="Routed experts of a layer.")]
-TopKOption = Annotated[int, typer.Option(help="Experts that serve one token.")]
-MethodOption = Annotated[str, typer.Option(help="How the experts start; `copy` keeps the function.")]
+SourceArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")]
+DenseSourceArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")]
+OutputArgument = Annotated[Path, typer.Argument(help="The folder to create; it appears once it is complete.")]
+ExpertsOption = Annotated[int, typer.Option(help="Number of routed experts in a layer.")]
+TopKOption = Annotated[int, typer.Option(help="Number of experts that each token uses.")]
+MethodOption = Annotated[
+    str, typer.Option(help="How the experts are initialized; `copy` computes what the dense model computes.")
+]
 LayersOption = Annotated[
     str, typer.Option(help="Which layers become sparse: `all`, `none`, `every_N`, `first_N` or `last_N`.")
 ]
 SettingsOption = Annotated[
     list[str],
-    typer.Option("--set", help="NAME=VALUE, once or more: an option of the method, or a field of the config."),
+    typer.Option("--set", help="NAME=VALUE: an option of the method, or a field of the config. Repeatable."),
 ]
-DtypeOption = Annotated[str, typer.Option(help="Of the result, such as `bfloat16`; `auto` keeps the source's.")]
+DtypeOption = Annotated[str, typer.Option(help="Dtype of the result, such as `bfloat16`; `auto` keeps the source's.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what a call that was killed left.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from what an interrupted call left.")]
+ShardSizeOption = Annotated[str, typer.Option(help="Largest size of a file of weights.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 def to_dtype(name: str) -> Any:
-    """`--dtype` as torch names it; `auto` stays."""
+    """`--dtype` as a torch dtype; `auto` stays."""
     import torch
 
     if name == "auto":
@@ -39,7 +46,7 @@ def to_dtype(name: str) -> Any:
 
 
 def to_settings(assignments: Sequence[str]) -> dict[str, Any]:
-    """`name=value` each; a value is JSON where it can be read as such, else a word."""
+    """`name=value` each; the value is read as JSON where that is possible, else as text."""
     settings: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -57,7 +64,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def describe_difference(equality: dict[str, Any]) -> str:
-    """The receipt's comparison with the dense outputs, in a sentence."""
+    """The receipt's comparison with the dense outputs, in one sentence."""
     if "max_abs_difference" not in equality:
         return f"difference to the dense outputs: {equality['note']}"
     return (

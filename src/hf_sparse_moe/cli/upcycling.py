@@ -1,4 +1,4 @@
-"""`upcycle`, `verify`: a mixture of a dense checkpoint."""
+"""`plan`, `upcycle`, `verify`: from a dense checkpoint to a mixture."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from .app import app
+from .app import command
 from .options import (
+    DenseSourceArgument,
     DtypeOption,
     ExpertsOption,
     JsonOption,
     LayersOption,
     MethodOption,
+    OutputArgument,
     ResumeOption,
     RevisionOption,
     SeedOption,
     SettingsOption,
+    ShardSizeOption,
+    SourceArgument,
     TopKOption,
     describe_difference,
     print_json,
@@ -30,7 +35,61 @@ from .options import (
 )
 
 
-@app.command(
+@command(
+    epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16`\n\n"
+    "`hf-sparse-moe plan ./llama --method split --num-experts 64 --num-experts-per-tok 8 --set granularity=8 --json`"
+)
+def plan(
+    source: DenseSourceArgument,
+    num_experts: ExpertsOption = 8,
+    num_experts_per_tok: TopKOption = 2,
+    method: MethodOption = "copy",
+    layers: LayersOption = "all",
+    settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate what a mixture would cost to store, train and serve. Reads the config alone and writes nothing."""
+    from hf_sparse_moe.stock import explain_export
+    from hf_sparse_moe.upcycling import plan as make_plan
+
+    method_and_layers = {"method": method, "layers": layers, "dtype": to_dtype(dtype), "revision": revision}
+    report = make_plan(source, num_experts, num_experts_per_tok, **method_and_layers, **to_settings(settings))
+    report["exports"] = explain_export(report.pop("config")).possible
+    if as_json:
+        print_json(report)
+    else:
+        _print_plan(report, Console())
+
+
+def _print_plan(report: dict[str, Any], console: Console) -> None:
+    parameters, flops = report["parameters"], report["flops_per_token"]
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("becomes", report["class"])
+    facts.add_row("computes the same", report["exact"])
+    facts.add_row("parameters", f"{parameters['dense']:,} dense -> {parameters['total']:,}")
+    facts.add_row("active per token", f"{parameters['active']:,}")
+    facts.add_row("checkpoint", _gigabytes(report["checkpoint_bytes"]))
+    ratio = flops["mixture"] / flops["dense"]
+    facts.add_row("FLOPs per token", f"{flops['dense']:,} dense -> {flops['mixture']:,} ({ratio:.2f} times)")
+    slower = ", ".join(f"{factor:.2f} at batch {batch}" for batch, factor in report["decode_slowdown"].items())
+    facts.add_row("slowdown of decoding, by weights read", slower)
+    facts.add_row("can be exported to", ", ".join(report["exports"]) or "no stock architecture")
+    memory = Table("training memory without activations", "")
+    memory.columns[1].justify = "right"
+    for name, count in report["training_bytes"].items():
+        memory.add_row(name, _gigabytes(count))
+    console.print(facts, highlight=False)
+    console.print(memory)
+    console.print(report["rule_of_thumb"], highlight=False)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+
+
+@command(
     epilog="Examples:\n\n"
     "`hf-sparse-moe upcycle gpt2 gpt2-8x`\n\n"
     "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
@@ -38,8 +97,8 @@ from .options import (
     "--set granularity=8 --layers every_2`"
 )
 def upcycle(
-    src: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint.")],
-    dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    source: DenseSourceArgument,
+    output: OutputArgument,
     num_experts: ExpertsOption = 8,
     num_experts_per_tok: TopKOption = 2,
     method: MethodOption = "copy",
@@ -48,24 +107,24 @@ def upcycle(
     settings: SettingsOption = [],  # noqa: B006 (typer copies it)
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "4GB",
+    max_shard_size: ShardSizeOption = "4GB",
     resume: ResumeOption = False,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read weights in a pickle (*.bin), which may run code.")
+        bool, typer.Option("--allow-pickle", help="Read weights from pickles (*.bin), which may run code.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Make a mixture of experts of a dense checkpoint.
+    Convert a dense checkpoint into a mixture of experts.
 
-    Weights, config, remote code, tokenizer, generation config, licence and receipt go into a new folder that
-    `AutoModelFor...from_pretrained` loads. It is written tensor by tensor: neither model is ever in memory.
+    Writes weights, config, code, tokenizer, generation config, license and receipt into a new folder that
+    `AutoModelFor...from_pretrained` loads. Works tensor by tensor: neither model is ever in memory.
     """
     from hf_sparse_moe.upcycling import stream_upcycle
 
     receipt = stream_upcycle(
-        src,
-        dst,
+        source,
+        output,
         num_experts,
         num_experts_per_tok,
         method,
@@ -79,13 +138,13 @@ def upcycle(
         show_progress=sys.stderr.isatty(),
         **to_settings(settings),
     )
-    architecture = json.loads((dst / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    architecture = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     if as_json:
-        print_json({"path": str(dst), "class": architecture, "receipt": receipt})
+        print_json({"path": str(output), "class": architecture, "receipt": receipt})
         return
     parameters = receipt["parameters"]
     console = Console()
-    console.print(f"[bold]{escape(str(dst))}[/]: {architecture}", highlight=False)
+    console.print(f"[bold]{escape(str(output))}[/]: {architecture}", highlight=False)
     console.print(
         f"parameters {parameters['dense']:,} dense -> {parameters['total']:,}, {parameters['active']:,} active\n"
         f"{describe_difference(receipt['equality'])}",
@@ -93,23 +152,23 @@ def upcycle(
     )
 
 
-@app.command(
+@command(
     epilog="Examples:\n\n`hf-sparse-moe verify ./gpt2-8x --against gpt2`\n\n"
-    "Exit code 1 where the mixture is not what its receipt says."
+    "The exit code is 1 if the mixture is not what its receipt says."
 )
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")],
-    against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made of.")],
-    text: Annotated[Path | None, typer.Option(help="A text file, to measure the task loss of both models on.")] = None,
+    source: SourceArgument,
+    against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made from.")],
+    text: Annotated[Path | None, typer.Option(help="A text file on which to measure the loss of both models.")] = None,
     revision: RevisionOption = None,
-    dense_revision: Annotated[str | None, typer.Option(help="The same of the dense checkpoint.")] = None,
+    dense_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the dense Hub id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a mixture against its dense checkpoint, and compare with its receipt. Loads both."""
+    """Compare a mixture with its dense checkpoint and its receipt. Loads both models."""
     from hf_sparse_moe.upcycling import verify as measure
 
-    evaluation = None if text is None else _batches(text, checkpoint, revision)
-    report = measure(checkpoint, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
+    evaluation = None if text is None else _batches(text, source, revision)
+    report = measure(source, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
     if as_json:
         print_json(report)
     else:
@@ -119,13 +178,13 @@ def verify(
         raise typer.Exit(1)
 
 
-def _batches(text: Path, checkpoint: str, revision: str | None) -> list[dict[str, Any]]:
-    """A text file as batches of the checkpoint's own objective: next, masked or following tokens."""
+def _batches(text: Path, source: str, revision: str | None) -> list[dict[str, Any]]:
+    """A text file as batches for the checkpoint's own objective."""
     from transformers import AutoConfig, AutoTokenizer
 
     from hf_sparse_moe.quickstart.examples import make_examples
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision)
-    config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, type(config), length=128, limit=64)
     return [{name: tensor.unsqueeze(0) for name, tensor in example.items()} for example in examples]

@@ -1,0 +1,98 @@
+"""
+Registers the package with transformers, without importing transformers.
+
+Each step runs right after the module of transformers that it needs was imported, or at once if that has happened
+already. So `AutoConfig`, `AutoModelFor...` and `experts_implementation` know this package whichever of the two was
+imported first, and a program that uses neither does not pay for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+
+def _register_configs() -> None:
+    from transformers import AutoConfig
+
+    from .models import configuration_sparse_moe as ours
+
+    for config_class in (
+        ours.SparseMoeEncoderConfig,
+        ours.SparseMoeDecoderConfig,
+        ours.SparseMoeEncoderDecoderConfig,
+    ):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def _register_models() -> None:
+    from .models.modeling_sparse_moe import AUTO_CLASSES
+    from .models.pretrained_model import SparseMoePreTrainedModel
+
+    auto_class: Any
+    for config_class, classes in AUTO_CLASSES.items():
+        for auto_class, model_class in classes.items():
+            auto_class.register(config_class, model_class, exist_ok=True)
+    SparseMoePreTrainedModel.publisher = staticmethod(_publish)
+
+
+def _publish(model: Any, repo_id: str, **kwargs):
+    # The models import nothing of the package, since they travel without it; so the package hands them this.
+    return import_module(".hub", __package__).push_to_hub(model, repo_id, **kwargs)
+
+
+def _register_experts() -> None:
+    from . import experts  # noqa: F401
+
+
+_STEPS: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.modeling_utils": _register_experts,
+}
+# What the steps import. They import transformers themselves, so a step waits while one of them is half-way.
+_OURS = (f"{__package__}.models.", f"{__package__}.experts")
+
+
+class _Finder(MetaPathFinder):
+    """Finds a module as Python does, and has the steps that became due run after it."""
+
+    def __init__(self) -> None:
+        self.due = [step for name, step in _STEPS.items() if name in sys.modules]
+        self.half_way = 0
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        ours = fullname.startswith(_OURS)
+        if not ours and fullname not in _STEPS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                self.half_way += ours
+                try:
+                    run(module)
+                finally:
+                    self.half_way -= ours
+                if not ours:
+                    self.due.append(_STEPS[fullname])
+                self.run_steps()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def run_steps(self) -> None:
+        while self.due and not self.half_way:
+            self.due.pop(0)()
+
+
+def register() -> None:
+    """Arrange for everything; called once, when the package is imported."""
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    finder.run_steps()

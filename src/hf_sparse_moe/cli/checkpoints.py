@@ -1,0 +1,88 @@
+"""`info`, `consolidate`: what a checkpoint holds, and a whole one from the shards of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .app import command
+from .options import (
+    DtypeOption,
+    JsonOption,
+    OutputArgument,
+    RevisionOption,
+    ShardSizeOption,
+    SourceArgument,
+    describe_difference,
+    print_json,
+)
+
+
+@command(epilog="Examples:\n\n`hf-sparse-moe info ./gpt2-8x`\n\n`hf-sparse-moe info user/gpt2-8x --json`")
+def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
+    """Show the experts, parameters and receipt of a mixture. Reads no weights."""
+    from hf_sparse_moe.insight.anatomy import describe_checkpoint
+
+    description = describe_checkpoint(source, revision)
+    if as_json:
+        print_json(description)
+    else:
+        _print_description(description)
+
+
+def _print_description(description: dict[str, Any]) -> None:
+    console = Console()
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers"):
+        facts.add_row(name.replace("_", " "), escape(str(description[name])))
+    facts.add_row("FLOPs per token", f"{description['flops_per_token']:,}")
+    console.print(facts, highlight=False)
+    parts = Table("parameters", "total", "active per token")
+    for column in parts.columns[1:]:
+        column.justify = "right"
+    for name, count in description["parameters"].items():
+        if name == "total":
+            parts.add_section()
+        parts.add_row(name, f"{count['total']:,}", f"{count['active']:,}")
+    console.print(parts)
+    receipt = description["receipt"]
+    if receipt is None:
+        console.print("No receipt: the checkpoint does not say how it was made.")
+        return
+    source, arguments = receipt["source"], receipt["arguments"]
+    console.print(
+        f"receipt: {escape(str(arguments['method']))} of {escape(str(source['name_or_path']))} "
+        f"({escape(source['architecture'])}), seed {arguments['seed']}; {describe_difference(receipt['equality'])}",
+        highlight=False,
+    )
+
+
+@command(epilog="Example:\n\n`hf-sparse-moe consolidate ./run/checkpoint-1000 ./mixture`")
+def consolidate(
+    source: Annotated[Path, typer.Argument(help="A folder `checkpoint-...` of a training.")],
+    output: OutputArgument,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the model's config and tokenizer, if the checkpoint has none beside it."),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "4GB",
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Convert a sharded training checkpoint (FSDP, DeepSpeed ZeRO, expert parallelism) into a normal one.
+
+    Holds one tensor at a time in memory and runs no code from pickles. DeepSpeed checkpoints need DeepSpeed.
+    """
+    from hf_sparse_moe.distributed.consolidation import consolidate as write_normal_checkpoint
+
+    done = write_normal_checkpoint(source, output, config, dtype, max_shard_size)
+    if as_json:
+        print_json({"path": str(output), **done.to_dict()})
+    else:
+        typer.echo(f"{output}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}")
