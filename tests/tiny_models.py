@@ -7,6 +7,7 @@ that compares outputs would otherwise compare little more than the embeddings.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -172,16 +173,12 @@ def tiny_dense(name: str, auto_class: type | None = None, **config_fields) -> hf
         auto_class (`type`, *optional*): Chooses the head; the family's language model by default.
         **config_fields: Changes to the dense config.
     """
-    _, architecture = architecture_of(name)
-    auto_class = auto_class or LANGUAGE_MODELS[architecture.family]
-    return enlarge_weights(auto_class.from_config(architecture.config(**config_fields))).eval()
+    return _copy_of_one_built_once("dense", name, auto_class, None, config_fields)
 
 
 def tiny_config(name: str, dense_fields: dict | None = None, **fields) -> hf_sparse_moe.SparseMoeConfig:
     """The sparse config of an architecture: 4 experts, 2 a token, unless `fields` say otherwise."""
-    _, architecture = architecture_of(name)
-    fields = {"num_experts": 4, "num_experts_per_tok": 2, **fields}
-    return CONFIG_CLASSES[architecture.family].from_dense(architecture.config(**(dense_fields or {})), **fields)
+    return _copy_of_one_built_once("config", name, None, dense_fields, fields)
 
 
 def tiny_sparse(
@@ -196,9 +193,36 @@ def tiny_sparse(
         dense_fields (`dict`, *optional*): Changes to the dense config.
         **fields: Fields of the sparse config.
     """
+    return _copy_of_one_built_once("sparse", name, auto_class, dense_fields, fields)
+
+
+_built: dict[str, hf.PreTrainedModel | hf.PreTrainedConfig] = {}
+
+
+def _copy_of_one_built_once(kind: str, name: str, auto_class: type | None, dense_fields: dict | None, fields: dict):
+    """Building a sparse model takes ten times as long as copying it. Neither draws from the test's random numbers."""
+    key = repr((kind, name, auto_class, dense_fields, fields, torch.get_default_dtype(), torch.get_default_device()))
+    if key not in _built:
+        if len(_built) >= 100:
+            _built.clear()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            _built[key] = _build(kind, name, auto_class, dense_fields, fields)
+    return copy.deepcopy(_built[key])
+
+
+def _build(kind: str, name: str, auto_class: type | None, dense_fields: dict | None, fields: dict):
     _, architecture = architecture_of(name)
+    if kind == "dense":
+        config = architecture.config(**fields)
+    else:
+        sparse_fields = {"num_experts": 4, "num_experts_per_tok": 2, **fields}
+        dense = architecture.config(**(dense_fields or {}))
+        config = CONFIG_CLASSES[architecture.family].from_dense(dense, **sparse_fields)
+    if kind == "config":
+        return config
     auto_class = auto_class or LANGUAGE_MODELS[architecture.family]
-    return enlarge_weights(auto_class.from_config(tiny_config(name, dense_fields, **fields))).eval()
+    return enlarge_weights(auto_class.from_config(config)).eval()
 
 
 def tiny_inputs(
