@@ -47,7 +47,7 @@ from hf_sparse_moe import (
     SparseMoeEncoderDecoderForConditionalGeneration,
     SparseMoeEncoderForMaskedLM,
 )
-from hf_sparse_moe.models import balancing, moe_block, pretrained_model, router_losses, routers
+from hf_sparse_moe.models import balancing, moe_block, pretrained_model, routing
 from measuring import device_name, interleave, save
 
 
@@ -206,16 +206,14 @@ def dense_config(family: str, options: argparse.Namespace, intermediate: int):
 def named_parts(model: PreTrainedModel) -> Iterator[None]:
     """While open, what a mixture adds runs under names that the profiler sees."""
     places: list[tuple[Any, str, str]] = [
-        (moe_block, "report_routing", "record"),
-        (routers, "token_context", "record"),
-        (pretrained_model, "open_record", "record"),
-        (pretrained_model, "close_record", "record"),
-        (pretrained_model.SparseMoePreTrainedModel, "_new_record", "record"),
+        (moe_block, "active_record", "record"),
+        (pretrained_model, "tokens_by_side", "record"),
+        (pretrained_model, "RoutingRecord", "record"),
         (pretrained_model, "router_losses", "balance loss"),
         (pretrained_model, "refuse_loss_without", "balance loss"),
         (pretrained_model, "router_trains", "balance loss"),
         (balancing, "expert_counts", "statistics"),
-        (router_losses, "expert_counts", "statistics"),
+        (routing, "expert_counts", "statistics"),
     ]
     for block in model.sparse_blocks:
         places += [(block.gate, "forward", "router"), (block.experts, "forward", "experts, around the products")]

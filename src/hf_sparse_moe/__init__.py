@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         SparseMoeEncoderDecoderConfig as SparseMoeEncoderDecoderConfig,
     )
     from .models.feed_forward import (
-        explain as explain,
+        explain_layouts as explain_layouts,
         list_feed_forward_layouts as list_feed_forward_layouts,
     )
     from .models.modeling_sparse_moe import (
@@ -132,7 +132,7 @@ _HOMES = {
         "SparseMoeEncoderDecoderConfig",
     ),
     ".models.feed_forward": (
-        "explain",
+        "explain_layouts",
         "list_feed_forward_layouts",
     ),
     ".models.modeling_sparse_moe": (
@@ -183,7 +183,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 # Names of version 0.1, which work for one more release: old name -> (module, new name).
-_RENAMED: dict[str, tuple[str, str]] = {}
+_RENAMED: dict[str, tuple[str, str]] = {"explain": (".models.feed_forward", "explain_layouts")}
 
 # The same for folders: old name -> the folders that hold now what it held.
 _MOVED = {

@@ -12,7 +12,7 @@ from conformance.overrides import LENGTHS, NOT_BUILT, NOTES, REFUSED
 from conformance.tiny_configs import VOCAB_SIZE, tiny_config
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
 from hf_sparse_moe.checkpoints.families import sparse_config_class
-from hf_sparse_moe.models.feed_forward import explain
+from hf_sparse_moe.models.feed_forward import explain_layouts
 from tiny_models import FIRST_ORDINARY_TOKEN, enlarge_weights
 
 
@@ -61,7 +61,7 @@ def measure(model_type: str, head: str) -> Result:
     config = tiny_config(model_type, head)
     with torch.device("meta"):
         shape = auto_class.from_config(config)
-    report = explain(shape)
+    report = explain_layouts(shape)
     if report.obstacle is not None and "already" in report.obstacle:
         return Result(model_type, head, NOT_APPLICABLE, "a mixture of experts already")
     try:

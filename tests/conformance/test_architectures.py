@@ -8,7 +8,7 @@ from conformance.measuring import EXACT, HEADS, PAIRS, UNSUPPORTED, measure
 from conformance.overrides import NOT_BUILT, NOTES, OVERRIDES, REFUSED
 from conformance.table import DOCUMENT, TABLE, documented, each_row, markdown
 from conformance.tiny_configs import tiny_config
-from hf_sparse_moe.models.feed_forward import explain
+from hf_sparse_moe.models.feed_forward import explain_layouts
 
 
 @each_row()
@@ -41,7 +41,7 @@ def test_the_tables_name_types_that_exist():
 
 
 def test_explain_names_layouts_and_places():
-    report = explain(tiny_config("llama"))
+    report = explain_layouts(tiny_config("llama"))
     assert report.supported
     assert list(report.matches) == ["gate_up_down"]
     assert "layout gate_up_down: 2 feed-forwards, model.layers.0.mlp to model.layers.1.mlp" in str(report)
@@ -49,6 +49,6 @@ def test_explain_names_layouts_and_places():
 
 @pytest.mark.parametrize("model_type", [name for name, (status, _) in REFUSED.items() if status == UNSUPPORTED])
 def test_explain_says_what_is_in_the_way(model_type):
-    report = explain(tiny_config(model_type))
+    report = explain_layouts(tiny_config(model_type))
     assert not report.supported
     assert report.obstacle or report.nearest, str(report)

@@ -72,15 +72,24 @@ class RouterGradient(TrainerCallback):
 
 
 def step_trainer(
-    model: nn.Module, rows: list, batch_size: int, accumulation: int, folder: str, trainer_class=Trainer, **arguments
+    model: nn.Module,
+    rows: list,
+    batch_size: int,
+    accumulation: int,
+    folder: str,
+    trainer_class=Trainer,
+    callbacks=(),
+    **arguments,
 ) -> Trainer:
     """A trainer of one optimizer step; `batch_size` is a process's."""
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        max_steps=1, max_grad_norm=0.0, learning_rate=0.0, report_to=[], disable_tqdm=True, save_strategy="no",
-        use_cpu=True, **arguments,
+        max_grad_norm=0.0, learning_rate=0.0, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
+        **{"max_steps": 1, **arguments},
     )  # fmt: skip
-    return trainer_class(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    return trainer_class(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=list(callbacks)
+    )
 
 
 def router_gradient(

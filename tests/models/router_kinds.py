@@ -11,8 +11,9 @@ import transformers as hf
 from torch import nn
 
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
+from hf_sparse_moe.models.masks import SideTokens
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
-from hf_sparse_moe.models.routing_record import RoutingRecord, close_record, open_record
+from hf_sparse_moe.models.routing import RoutingRecord
 from tiny_models import architecture_of, enlarge_weights, tiny_config, tiny_sparse
 
 
@@ -84,9 +85,9 @@ def routed_block(kind: str, backend: str = "eager", **fields) -> SparseMoeBlock:
 @contextmanager
 def known_tokens(hidden_states: torch.Tensor, mask=None, ids=None) -> Iterator[RoutingRecord]:
     """What a model's forward pass tells the routers of `hidden_states` `(B, S, H)`."""
-    record = RoutingRecord({"encoder": mask}, {"encoder": ids}, {"encoder": len(hidden_states)})
-    token = open_record(record)
+    mask = None if mask is None or mask.dim() not in (2, 3) else mask.ne(0)
+    record = RoutingRecord({"encoder": SideTokens(mask, ids, len(hidden_states))}).open()
     try:
         yield record
     finally:
-        close_record(token)
+        record.close()

@@ -1,9 +1,14 @@
 """The load of the global batch: over ranks, over the micro-batches of a step, and nothing else."""
 
+import logging
+
 import pytest
 import torch
+import transformers as hf
+from transformers import TrainerCallback
 
 from hf_sparse_moe.models.balancing import GlobalLoad
+from hf_sparse_moe.models.optimizer_steps import OptimizerStepCallback
 from models.balance_worker import (
     CASES,
     SCOPES,
@@ -13,6 +18,7 @@ from models.balance_worker import (
     collate,
     examples,
     gradients_of_a_rank,
+    step_trainer,
 )
 from models.balance_worker import relative_difference as difference
 from processes import in_processes
@@ -79,6 +85,7 @@ def test_the_load_is_that_of_the_step_so_far_token_by_token(family):
     batches = micro_batches(model, number=4)
     expected = [per_token_aux_loss(model, batches[: number + 1]) for number in range(4)]
     for _ in range(2):  # the second step begins anew
+        model.start_optimizer_step()
         for batch, value in zip(batches, expected, strict=True):
             outputs = model(**batch)
             assert outputs.aux_loss.item() == pytest.approx(value, rel=1e-5)
@@ -87,23 +94,24 @@ def test_the_load_is_that_of_the_step_so_far_token_by_token(family):
     assert len(set(expected)) == 4
 
 
-def losses_of_two_steps(model, between, set_to_none=True):
+def losses_of_two_steps(model, between):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     losses = []
     for _ in range(2):
+        model.start_optimizer_step()
         for batch in micro_batches(model):
             outputs = model(**batch)
             outputs.loss.backward()
             losses.append(outputs.aux_loss.item())
             between(model, batch)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.zero_grad()
     return losses
 
 
-def test_a_step_ends_where_gradients_are_set_to_zero_and_not_to_none():
+def test_each_step_begins_anew():
     first, second, *next_step = losses_of_two_steps(
-        balanced_model("decoder", "global_batch").train(), lambda model, batch: None, set_to_none=False
+        balanced_model("decoder", "global_batch").train(), lambda model, batch: None
     )
     assert next_step == pytest.approx([first, second], rel=1e-6)
     assert first != second
@@ -120,23 +128,43 @@ def test_a_forward_pass_that_trains_nothing_does_not_count():
     assert losses_of_two_steps(balanced_model("decoder", "global_batch").train(), evaluate) == plain
 
 
-def test_a_frozen_router_has_the_load_of_its_micro_batch():
+def test_where_nothing_tells_of_steps_each_micro_batch_stands_alone_and_that_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    hf.utils.logging.warning_once.cache_clear()
     model = balanced_model("decoder", "global_batch").train()
-    for block in model.sparse_blocks:
-        block.gate.requires_grad_(False)
-    losses = losses_of_two_steps(model, lambda model, batch: None)
-    batches = micro_batches(model)
-    assert losses == pytest.approx([per_token_aux_loss(model, [batch]) for batch in batches] * 2, rel=1e-5)
+    batches = micro_batches(model, number=4)
+    for batch in batches:
+        assert model(**batch).aux_loss.item() == pytest.approx(per_token_aux_loss(model, [batch]), rel=1e-5)
+    (message,) = [record.getMessage() for record in caplog.records if "start_optimizer_step" in record.getMessage()]
+    assert "balances each micro-batch by itself" in message
+
+
+def test_every_trainer_tells_of_steps(tmp_path):
+    """Also one with other callbacks, and around a wrapper; the list of transformers that this rests on is there."""
+    model = balanced_model("decoder", "global_batch")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            seen.append(model.global_load.earlier_LE.sum().item())
+
+        on_step_end = on_substep_end
+
+    trainer = step_trainer(model, examples(model, "identical"), 2, 2, tmp_path, callbacks=[Watch()], max_steps=2)
+    trainer.train()
+    assert seen == [seen[0], 2 * seen[0]] * 2
+    assert sum(isinstance(call, OptimizerStepCallback) for call in trainer.callback_handler.callbacks) == 1
 
 
 def test_counts_of_another_shape_begin_anew():
     load = GlobalLoad()
-    load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3), new_step=True)
-    counts, tokens, labels = load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3), new_step=False)
+    load.start_step()
+    load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
+    counts, tokens, labels = load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
     assert counts.tolist() == [[2.0] * 4] * 2
     assert tokens.tolist() == [1.0, 1.0]  # of the micro-batch alone
     assert labels == 3
-    counts, *_ = load.add(torch.ones(1, 4), torch.ones(1), torch.tensor(3), new_step=False)
+    counts, *_ = load.add(torch.ones(1, 4), torch.ones(1), torch.tensor(3))
     assert counts.tolist() == [[1.0] * 4]
 
 
@@ -146,11 +174,3 @@ def test_one_micro_batch_of_one_sequence_has_the_same_loss_in_every_scope(scope)
     inputs = tiny_inputs(model, batch=1)
     expected = per_token_aux_loss(model, [inputs])
     assert model(**inputs).aux_loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_step_is_known_by_its_label_count_where_its_gradients_do_not_show():
-    """Between the micro-batches of a step FSDP2 and DeepSpeed leave `grad` None and the version as it is."""
-    load, parameters, items = GlobalLoad(), [torch.nn.Parameter(torch.ones(2))], torch.tensor(8)
-    assert load.is_new_step(parameters, items)
-    assert not load.is_new_step(parameters, items)
-    assert load.is_new_step(parameters, torch.tensor(8))

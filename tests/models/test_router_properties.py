@@ -44,8 +44,8 @@ def drawn(draw, **fixed):
 
 
 def route(router, x, mask, ids):
-    with known_tokens(x, mask, ids):
-        return router(x.reshape(-1, HIDDEN))
+    with known_tokens(x, mask, ids) as record:
+        return router(x.reshape(-1, HIDDEN), record.context("encoder", mask.numel()))
 
 
 def normal(**fixed):

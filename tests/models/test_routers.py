@@ -8,12 +8,12 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from hf_sparse_moe.models.routers import (
-    Routing,
     SparseMoeExpertChoiceRouter,
     SparseMoeTopKRouter,
     router_probabilities,
     router_scores,
 )
+from hf_sparse_moe.models.routing import Routing
 from models.oracle import block_oracle
 from models.router_kinds import HIDDEN, ROUTERS, known_tokens, routed_block
 from tiny_models import tiny_config, tiny_sparse
@@ -112,8 +112,9 @@ def run(block, hidden_states, mask=None, ids=None) -> torch.Tensor:
 
 
 def route(block, hidden_states, mask=None, ids=None) -> Routing:
-    with known_tokens(hidden_states, mask, ids):
-        return block.gate(hidden_states.reshape(-1, HIDDEN))
+    with known_tokens(hidden_states, mask, ids) as record:
+        tokens = hidden_states.reshape(-1, HIDDEN)
+        return block.gate(tokens, record.context("encoder", len(tokens)))
 
 
 def assert_same_with_gradients(block, x: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -265,6 +266,7 @@ def test_one_bad_token_spoils_itself_alone(kind, backend, bad):
     assert routing.top_k_weights.isfinite().all()
     bad_row = 1 * 7 + 2
     assert routing.router_logits[bad_row].eq(0).all()
+    assert routing.non_finite.nonzero().flatten().tolist() == ([] if kind == "hash" else [bad_row])
     others = torch.arange(21) != bad_row
     expected, actual = (run(block, tokens, ids=ids).reshape(-1, HIDDEN) for tokens in (x, spoilt))
     assert torch.isfinite(actual[others]).all()

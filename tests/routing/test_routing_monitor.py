@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, find_mixture_layers
 from hf_sparse_moe.routing.routing_monitor import layer_labels
-from hf_sparse_moe.routing.training_routing import TrainingRouting
+from hf_sparse_moe.routing.training_events import TrainingEvents
 from monitored_training import make_model, make_rows, make_trainer
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse
 
@@ -58,6 +58,7 @@ def health_by_hand(tokens, sigmoid=False):
         "confidence": confidence,
         "dropped": 0.0,
         "z_loss": z_loss,
+        "non_finite": 0,
     }
 
 
@@ -70,7 +71,9 @@ def expected_logs(model, rows, sigmoid=False):
     }
     for name in layers[0]:
         values = [layer[name] for layer in layers]
-        together = {"load_max": max, "load_min": min, "dead_experts": sum}.get(name, lambda v: sum(v) / len(v))
+        together = {"load_max": max, "load_min": min, "dead_experts": sum, "non_finite": sum}.get(
+            name, lambda v: sum(v) / len(v)
+        )
         logs[f"router/{name}"] = together(values)
     return logs
 
@@ -214,7 +217,7 @@ def test_expert_choice_counts_what_the_experts_took(tmp_path):
 
 def test_large_layers_are_counted_at_once(tmp_path, monkeypatch):
     together = train_once_over(make_model("encoder_decoder"), tmp_path)
-    monkeypatch.setattr("hf_sparse_moe.routing.training_routing.MAX_PENDING_LOGITS", 1)
+    monkeypatch.setattr("hf_sparse_moe.routing.training_events.MAX_PENDING_LOGITS", 1)
     assert router_part(train_once_over(make_model("encoder_decoder"), tmp_path)) == pytest.approx(
         router_part(together), rel=1e-6
     )
@@ -404,10 +407,32 @@ def test_a_forward_pass_that_fails_counts_for_nothing():
     model = make_model("decoder").train()
     inputs = {name: value[None] for name, value in make_rows(model)[0].items()}
     calls = []
-    routing = TrainingRouting(model, find_mixture_layers(model), calls.extend)
+    routing = TrainingEvents(model, find_mixture_layers(model), calls.extend)
     with pytest.raises(ValueError, match="batch_size"):
         model(**{**inputs, "labels": inputs["labels"].repeat(2, 1)})  # the layers have run by then
     model(**inputs)
     routing.remove()
     model(**inputs)
-    assert [call.row for call in calls] == [0, 1]
+    assert [event.layer.name for event in calls] == ["dense.model.layers.0.mlp", "dense.model.layers.1.mlp"]
+
+
+@pytest.mark.parametrize("family", ["decoder", "mixtral"])
+def test_router_logits_that_are_not_finite_are_counted_and_told(family, tmp_path, warnings_of_ours):
+    model = make_model(family)
+    block = find_mixture_layers(model)[1].block
+
+    def spoil(module, args):
+        spoilt = args[0].clone()
+        spoilt.view(-1, spoilt.shape[-1])[:3] = math.nan  # of the first three tokens of each micro-batch
+        return (spoilt,)
+
+    block.register_forward_pre_hook(spoil)
+    monitor, steps = RoutingMonitor(log_layers=True), {"max_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(model, tmp_path, make_rows(model), monitor=monitor, **steps)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["router/non_finite"] == log["router/layer_1/non_finite"] == 3
+    assert log["router/layer_0/non_finite"] == 0
+    told = [message for message in warnings_of_ours() if "layer_1" in message]
+    assert len(told) == 1  # not of a collapse, whose remedy would be a higher coefficient
+    assert "NaN or infinity for 3 tokens" in told[0]

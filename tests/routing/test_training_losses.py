@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparse_moe.models.task_losses import batch_weight
+from hf_sparse_moe.models.losses import batch_weight
 from hf_sparse_moe.routing import RoutingMonitor, fix_balance
 from monitored_training import make_model, make_rows, make_trainer
 from tiny_models import FAMILIES

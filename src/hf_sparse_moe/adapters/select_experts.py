@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.routing.mixture_layers import find_mixture_layers, routing_events
+
 from .expert_layer import follows_interface
 
 
@@ -44,33 +46,25 @@ def select_experts(
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if follows_interface(module)}
     if not modules:
         raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, not yet wrapped by PEFT.")
+    names = {module: name for name, module in modules.items()}
+    layers = [layer for layer in find_mixture_layers(model) if layer.experts in names]
     scores = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name, module in modules.items()}
-    masks: dict[str, torch.Tensor | None] = {}
-
-    def record(name: str):
-        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            _, index, weights = inputs
-            values = weights.double() if by == "weight" else torch.ones_like(weights, dtype=torch.float64)
-            mask = masks["decoder" if ".decoder." in f".{name}." else "encoder"]
-            if mask is not None and mask.numel() == len(index):
-                values = values * mask.reshape(-1, 1).to(values)
-            real = index < module.num_experts
-            scores[name].index_add_(0, index[real].cpu(), values[real].cpu())
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(record(name)) for name, module in modules.items()]
     training = model.training
     model.eval()
     try:
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-            masks = _token_masks(model, inputs)
-            model(**inputs)
+            for event in routing_events(model, layers, inputs):
+                index, weights, kept = event.routing.top_k_index, event.routing.top_k_weights, event.routing.kept
+                counts = index < event.layer.experts.num_experts
+                if event.counted_rows is not None:
+                    counts = counts & event.counted_rows[:, None]
+                if kept is not None:
+                    counts = counts & kept
+                values = weights.double() if by == "weight" else torch.ones_like(weights, dtype=torch.float64)
+                scores[names[event.layer.experts]].index_add_(0, index[counts].cpu(), values[counts].cpu())
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
     if not all(values.sum() > 0 for values in scores.values()):
         raise ValueError("`batches` is empty, or some layer got no token: there is nothing to choose by.")
     return {name: _fewest(values / values.sum(), share) for name, values in scores.items()}
@@ -80,13 +74,3 @@ def _fewest(shares: torch.Tensor, wanted: float) -> list[int]:
     sorted_shares, order = shares.sort(descending=True, stable=True)
     before = sorted_shares.cumsum(0) - sorted_shares
     return sorted(order[before < wanted - 1e-12].tolist())
-
-
-def _token_masks(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    mask = inputs.get("attention_mask")
-    if not model.config.is_encoder_decoder:
-        return {"encoder": mask, "decoder": mask}
-    decoder_mask = inputs.get("decoder_attention_mask")
-    if decoder_mask is None and "labels" in inputs:
-        decoder_mask = inputs["labels"].ne(-100)
-    return {"encoder": mask, "decoder": decoder_mask}

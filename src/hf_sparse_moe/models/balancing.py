@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import is_accelerate_available, logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def expert_counts(
@@ -115,12 +117,25 @@ class GlobalLoad:
     The load that `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the
     micro-batches of the optimizer step so far. Probabilities stay those of the rank's micro-batch, weighted by its
     share of the tokens, so that the mean of the ranks' losses is the one of their joint batch.
+
+    Somebody must say where an optimizer step begins: Trainer does after [`listen_to_trainers`], a loop of one's
+    own by calling [`start_step`]. Until then each micro-batch is balanced by itself.
     """
 
     def __init__(self) -> None:
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
-        self.version = 0  # of the router's parameters, which an optimizer step raises
-        self.step_items: torch.Tensor | None = None  # the `num_items_in_batch` of the last micro-batch
+        self.hears_of_steps = self.was_used = False
+
+    def listen_to_trainers(self) -> None:
+        """Have every Trainer that is made from now on call [`start_step`]."""
+        if is_accelerate_available():  # else there is no Trainer
+            from .optimizer_steps import add_to_trainers
+
+            add_to_trainers()
+
+    def start_step(self) -> None:
+        """The next micro-batch is the first one of an optimizer step."""
+        self.earlier_LE, self.hears_of_steps = None, True
 
     def losses(
         self,
@@ -129,7 +144,6 @@ class GlobalLoad:
         tokens: list[torch.Tensor | int],
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
-        new_step: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """
         [`balance`] of each layer for one micro-batch of this rank, and the weight of these losses in the step's.
@@ -140,7 +154,6 @@ class GlobalLoad:
             tokens (`list[torch.Tensor]` or `list[int]`): Of each layer, how many those are, pads excluded.
             labels (`torch.Tensor`, *optional*): Those that count.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole step.
-            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
 
         Returns:
             `tuple`: `torch.Tensor` of shape `(L,)`, and a weight that sums to 1 over the micro-batches and ranks.
@@ -149,7 +162,7 @@ class GlobalLoad:
         tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32).to(device) for count in tokens])
         counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
         counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
-        counts_LE, all_tokens_L, all_labels = self.add(counts_LE, tokens_L, counted, new_step)
+        counts_LE, all_tokens_L, all_labels = self.add(counts_LE, tokens_L, counted)
         ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         shares_L = ranks * tokens_L / all_tokens_L.clamp(min=1)
         losses = [
@@ -160,26 +173,8 @@ class GlobalLoad:
             return torch.stack(losses), 1.0
         return torch.stack(losses), all_labels / (ranks * num_items_in_batch)
 
-    def is_new_step(
-        self, router_parameters: Sequence[torch.nn.Parameter], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> bool:
-        """
-        Whether an optimizer step, or a `zero_grad` that leaves None, came after the last micro-batch. Under
-        torch.compile only the latter is seen. FSDP2 and DeepSpeed keep gradients where neither shows: there it is the
-        tensor `num_items_in_batch` that tells, of which Trainer makes one a step.
-        """
-        if torch.compiler.is_compiling():
-            return all(parameter.grad is None for parameter in router_parameters)
-        version = sum(parameter._version for parameter in router_parameters)
-        stepped, self.version = version != self.version, version
-        items, known = num_items_in_batch, self.step_items
-        self.step_items = items if isinstance(items, torch.Tensor) else None
-        if self.step_items is not None and known is not None:
-            return stepped or items is not known
-        return stepped or all(parameter.grad is None for parameter in router_parameters)
-
     def add(
-        self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor, new_step: bool
+        self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Sum one micro-batch over the ranks, in one all-reduce.
@@ -188,7 +183,6 @@ class GlobalLoad:
             counts_LE (`torch.Tensor` of shape `(L, E)`): This rank's assignments, a row a layer.
             tokens_L (`torch.Tensor` of shape `(L,)`): Its tokens, pads excluded.
             labels (`torch.Tensor`): Its labels, a scalar.
-            new_step (`bool`): Whether this is the first micro-batch of an optimizer step.
 
         Returns:
             `tuple`: counts of all ranks and of the step so far (L, E), tokens (L,) and labels of all ranks.
@@ -198,9 +192,18 @@ class GlobalLoad:
             distributed.all_reduce(sums)
         size = counts_LE.numel()
         summed_LE = sums[:size].reshape(counts_LE.shape)
-        if not new_step and self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
-            summed_LE = summed_LE + self.earlier_LE
-        self.earlier_LE = summed_LE
+        if self.hears_of_steps:
+            if self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
+                summed_LE = summed_LE + self.earlier_LE
+            self.earlier_LE = summed_LE
+        elif not torch.compiler.is_compiling():
+            if self.was_used:
+                logger.warning_once(
+                    '`balance_scope="global_batch"` balances each micro-batch by itself, because nothing says where '
+                    "an optimizer step begins. In a training loop of your own, call `model.start_optimizer_step()` "
+                    "(`start_optimizer_step()` of what `fix_balance` returned) before the first micro-batch of each."
+                )
+            self.was_used = True
         return summed_LE, sums[size:-1], sums[-1]
 
 

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a type.
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -126,7 +127,9 @@ class SparseMoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         dense = self.dense_config
-        if not isinstance(dense, PreTrainedConfig):
+        if isinstance(dense, PreTrainedConfig):
+            self.dense_config = copy.deepcopy(dense)  # the model writes its labels into it
+        else:
             if not isinstance(dense, dict | None):
                 raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
             fields = dict(self._default_dense_config if dense is None else dense)

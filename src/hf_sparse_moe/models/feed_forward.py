@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -96,20 +96,21 @@ def find_feed_forwards(dense: nn.Module) -> list[FeedForward]:
     Raises:
         ValueError: the model is a mixture already, has no feed-forward of a known layout, or one that computes more.
     """
-    found, obstacle = list(_matches(dense)), _obstacle(dense)
+    found = list(_matches(dense))
+    obstacle = _obstacle(dense, found)
     if obstacle is not None:
         raise ValueError(obstacle)
     if not found:
         raise ValueError(
             f"`{type(dense).__name__}` has no feed-forward of a known layout. Known are "
             f"{', '.join(list_feed_forward_layouts())}; architectures without feed-forward layers (Mamba, RWKV, ...) "
-            "cannot become a mixture. `explain` tells how close the model comes; for another naming, add a row to "
-            "`FEED_FORWARD_LAYOUTS` in feed_forward_layouts.py."
+            "cannot become a mixture. `explain_layouts` tells how close the model comes; for another naming, add a "
+            "row to `FEED_FORWARD_LAYOUTS` in feed_forward_layouts.py."
         )
     return found
 
 
-def _obstacle(dense: nn.Module) -> str | None:
+def _obstacle(dense: nn.Module, found: list[FeedForward]) -> str | None:
     """Why a model with known feed-forwards cannot become a mixture all the same."""
     name = type(dense).__name__
     sparse = next((path for path, _ in dense.named_modules() if path.rpartition(".")[2] == "experts"), None)
@@ -117,7 +118,7 @@ def _obstacle(dense: nn.Module) -> str | None:
         return f"`{name}` is a mixture of experts already (`{sparse}`). Pass a dense model."
     tied = getattr(dense, "all_tied_weights_keys", {})
     tied = {*tied, *tied.values()}
-    for feed_forward in _matches(dense):
+    for feed_forward in found:
         if f"{feed_forward.path}.{feed_forward.layout.down}.weight" in tied:
             return (
                 f"`{feed_forward.path}` of `{name}` is tied to the feed-forward of another layer. Pass a model whose "
@@ -140,7 +141,7 @@ def _obstacle(dense: nn.Module) -> str | None:
 @dataclass(frozen=True)
 class LayoutReport:
     """
-    What [`explain`] found.
+    What [`explain_layouts`] found.
 
     Args:
         model (`str`): The class of the model.
@@ -160,6 +161,10 @@ class LayoutReport:
         """Whether the model can become a mixture."""
         return bool(self.matches) and self.obstacle is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain values, for JSON."""
+        return asdict(self) | {"supported": self.supported}
+
     def __str__(self) -> str:
         lines = [f"{self.model}: {'can' if self.supported else 'cannot'} become a mixture of experts"]
         if self.obstacle is not None:
@@ -173,7 +178,7 @@ class LayoutReport:
         return "\n".join(lines)
 
 
-def explain(model_or_config: PreTrainedModel | PreTrainedConfig) -> LayoutReport:
+def explain_layouts(model_or_config: PreTrainedModel | PreTrainedConfig) -> LayoutReport:
     """
     Tell where which layout matches, and where none does, which comes nearest and what differs.
 
@@ -183,15 +188,16 @@ def explain(model_or_config: PreTrainedModel | PreTrainedConfig) -> LayoutReport
 
     Example:
         ```python
-        print(explain(AutoConfig.from_pretrained("gpt2")))
+        print(explain_layouts(AutoConfig.from_pretrained("gpt2")))
         ```
     """
     dense = model_or_config if isinstance(model_or_config, nn.Module) else _build_without_storage(model_or_config)
     matches: dict[str, list[str]] = {}
-    for feed_forward in _matches(dense):
+    found = list(_matches(dense))
+    for feed_forward in found:
         matches.setdefault(feed_forward.layout.name, []).append(feed_forward.path)
     nearest = [] if matches else _nearest(dense)
-    return LayoutReport(type(dense).__name__, matches, _obstacle(dense), nearest)
+    return LayoutReport(type(dense).__name__, matches, _obstacle(dense, found), nearest)
 
 
 def _build_without_storage(config: PreTrainedConfig) -> PreTrainedModel:
@@ -228,6 +234,8 @@ def feed_forward_side(dense: PreTrainedModel, feed_forward: FeedForward, family_
 def _matches(dense: nn.Module) -> Iterator[FeedForward]:
     for path, module in dense.named_modules():
         for layout in FEED_FORWARD_LAYOUTS:
+            if layout.up[0].partition(".")[0] not in module._modules:
+                continue  # most modules have no projection at all
             if next(_differences(module, layout), None) is None:
                 yield FeedForward(path, layout, module)
                 break

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +29,16 @@ from .configuration_sparse_moe import (
     SparseMoeEncoderConfig,
     SparseMoeEncoderDecoderConfig,
 )
+from .losses import (
+    causal_lm_loss,
+    language_model_loss,
+    multiple_choice_loss,
+    one_label_a_span,
+    question_answering_loss,
+    sequence_classification_loss,
+    shifted_labels,
+    span_labels,
+)
 from .outputs import (
     SparseMoeCausalLMOutput,
     SparseMoeDecoderModelOutput,
@@ -41,16 +54,26 @@ from .outputs import (
     SparseMoeTokenClassifierOutput,
 )
 from .pretrained_model import SparseMoePreTrainedModel
-from .task_losses import (
-    causal_lm_loss,
-    language_model_loss,
-    multiple_choice_loss,
-    one_label_a_span,
-    question_answering_loss,
-    sequence_classification_loss,
-    shifted_labels,
-    span_labels,
-)
+
+
+def with_answer_span(forward: Callable) -> Callable:
+    """The `forward` of a family with the ends of an answer span, `(B,)` each, in the place of `labels`."""
+
+    @wraps(forward)
+    def span_forward(self, *args, start_positions=None, end_positions=None, **kwargs):
+        return forward(self, *args, labels=span_labels(start_positions, end_positions), **kwargs)
+
+    # Trainer reads from the signature which columns a model takes, and which of them are labels.
+    signature = inspect.signature(forward)
+    ends = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=torch.LongTensor | None)
+        for name in ("start_positions", "end_positions")
+    ]
+    *given, other = (parameter for name, parameter in signature.parameters.items() if name != "labels")
+    given = [one if one.name == "self" else one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in given]
+    span_forward.__doc__ = "As the family's other classes; `start_positions` and `end_positions` are the answer span."
+    vars(span_forward)["__signature__"] = signature.replace(parameters=[*given, *ends, other])
+    return span_forward
 
 
 class SparseMoeEncoderPreTrainedModel(SparseMoePreTrainedModel):
@@ -89,9 +112,7 @@ class SparseMoeEncoderPreTrainedModel(SparseMoePreTrainedModel):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        return self._run(
-            inputs, {"encoder": attention_mask}, labels, num_items_in_batch, output_router_logits, return_dict
-        )
+        return self._run(inputs, labels, num_items_in_batch, output_router_logits, return_dict)
 
 
 class SparseMoeEncoderModel(SparseMoeEncoderPreTrainedModel):
@@ -140,32 +161,7 @@ class SparseMoeEncoderForQuestionAnswering(SparseMoeEncoderPreTrainedModel):
     output_class = SparseMoeQuestionAnsweringOutput
     compute_task_loss = staticmethod(question_answering_loss)
     counted_labels = staticmethod(one_label_a_span)
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> ModelOutput | tuple:
-        """As the family's other classes; the answer span's `start_positions` and `end_positions` (B,)."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=span_labels(start_positions, end_positions),
-            output_router_logits=output_router_logits,
-            return_dict=return_dict,
-            **kwargs,
-        )
+    forward = with_answer_span(SparseMoeEncoderPreTrainedModel.forward)
 
 
 class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
@@ -214,15 +210,8 @@ class SparseMoeDecoderPreTrainedModel(SparseMoePreTrainedModel):
             **kwargs,
         }
         shifted = shift_labels is not None
-        return self._run(
-            inputs,
-            {"decoder": attention_mask},
-            shift_labels if shifted else labels,
-            num_items_in_batch,
-            output_router_logits,
-            return_dict,
-            shifted,
-        )
+        labels = shift_labels if shifted else labels
+        return self._run(inputs, labels, num_items_in_batch, output_router_logits, return_dict, shifted)
 
 
 class SparseMoeDecoderModel(SparseMoeDecoderPreTrainedModel):
@@ -267,30 +256,7 @@ class SparseMoeDecoderForQuestionAnswering(SparseMoeDecoderPreTrainedModel):
     output_class = SparseMoeQuestionAnsweringOutput
     compute_task_loss = staticmethod(question_answering_loss)
     counted_labels = staticmethod(one_label_a_span)
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> ModelOutput | tuple:
-        """As the family's other classes; the answer span's `start_positions` and `end_positions` (B,)."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=span_labels(start_positions, end_positions),
-            output_router_logits=output_router_logits,
-            return_dict=return_dict,
-            **kwargs,
-        )
+    forward = with_answer_span(SparseMoeDecoderPreTrainedModel.forward)
 
 
 class SparseMoeEncoderDecoderPreTrainedModel(SparseMoePreTrainedModel):
@@ -329,18 +295,13 @@ class SparseMoeEncoderDecoderPreTrainedModel(SparseMoePreTrainedModel):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels of the whole optimizer step, all
                 micro-batches and ranks; the losses of its micro-batches then sum to the loss of the whole.
         """
-        decoder_mask = decoder_attention_mask
-        if self.labels_are_targets and labels is not None:
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-            if decoder_mask is None:
-                decoder_mask = labels.ne(-100)
-        elif decoder_mask is None and decoder_input_ids is not None and self.config.pad_token_id is not None:
-            # The first token may be the pad itself: T5 starts with it.
-            decoder_mask = decoder_input_ids.ne(self.config.pad_token_id)
-            decoder_mask = torch.cat([torch.ones_like(decoder_mask[:, :1]), decoder_mask[:, 1:]], dim=1)
-        elif decoder_mask is None and decoder_input_ids is None:  # BART's heads feed the source to the decoder
-            decoder_mask = attention_mask
+        if (
+            self.labels_are_targets
+            and labels is not None
+            and decoder_input_ids is None
+            and decoder_inputs_embeds is None
+        ):
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -353,8 +314,7 @@ class SparseMoeEncoderDecoderPreTrainedModel(SparseMoePreTrainedModel):
             "use_cache": use_cache,
             **kwargs,
         }
-        masks = {"encoder": attention_mask, "decoder": decoder_mask}
-        return self._run(inputs, masks, labels, num_items_in_batch, output_router_logits, return_dict)
+        return self._run(inputs, labels, num_items_in_batch, output_router_logits, return_dict)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The labels one place to the right behind the start token, -100 as pads. `labels` (B, S)."""
@@ -405,32 +365,7 @@ class SparseMoeEncoderDecoderForQuestionAnswering(SparseMoeEncoderDecoderPreTrai
     output_class = SparseMoeSeq2SeqQuestionAnsweringOutput
     compute_task_loss = staticmethod(question_answering_loss)
     counted_labels = staticmethod(one_label_a_span)
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> ModelOutput | tuple:
-        """As the family's other classes; the answer span's `start_positions` and `end_positions` (B,)."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=span_labels(start_positions, end_positions),
-            output_router_logits=output_router_logits,
-            return_dict=return_dict,
-            **kwargs,
-        )
+    forward = with_answer_span(SparseMoeEncoderDecoderPreTrainedModel.forward)
 
 
 AUTO_CLASSES: dict[type[SparseMoeConfig], dict[type, type[SparseMoePreTrainedModel]]] = {

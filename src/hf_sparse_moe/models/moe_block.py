@@ -11,8 +11,9 @@ from transformers import initialization as init
 
 from .experts import make_experts
 from .feed_forward import FeedForward, feed_forward_side, find_feed_forwards
+from .masks import NO_CONTEXT
 from .routers import make_router
-from .routing_record import record_when_alone, report_routing
+from .routing import RoutingEvent, active_record
 
 
 class SparseMoeBlock(nn.Module):
@@ -64,8 +65,11 @@ class SparseMoeBlock(nn.Module):
             `torch.Tensor` of the same shape.
         """
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.gate(tokens_TH)
-        report_routing(routing, self.side)
+        record = active_record()
+        context = NO_CONTEXT if record is None else record.context(self.side, len(tokens_TH))
+        routing = self.gate(tokens_TH, context)
+        if record is not None and record.keep:
+            record.events.append(RoutingEvent.of(self, routing, context))
         if routing.token_index is None:
             output_TH = self.experts(tokens_TH, routing.top_k_index, routing.top_k_weights)
         else:  # the experts chose: each assignment is a row of its own
@@ -138,8 +142,6 @@ def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, fami
     """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
     for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
         _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
-    if config.is_encoder_decoder:
-        record_when_alone(dense.get_encoder())
 
 
 def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoeBlock) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,11 +23,18 @@ from transformers.utils import ModelOutput, cached_file, logging
 
 from .balancing import GlobalLoad
 from .configuration_sparse_moe import SparseMoeConfig
+from .losses import (
+    batch_weight,
+    has_balance_loss,
+    language_model_loss,
+    refuse_body_alone,
+    refuse_loss_without,
+    router_losses,
+    router_trains,
+)
+from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
-from .router_losses import router_losses
-from .routing_record import RoutingRecord, checkpoint_with_routing, close_record, open_record, outer_record
-from .task_losses import batch_weight, language_model_loss
-from .unbalanced_losses import has_balance_loss, refuse_body_alone, refuse_loss_without, router_trains
+from .routing import RoutingRecord, checkpoint_with_routing, record_when_alone
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +71,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
     dense_auto_class: ClassVar[Any] = AutoModel
     output_class: ClassVar[Any]
-    compute_task_loss: ClassVar[Callable[..., torch.Tensor] | None] = None  # see task_losses.py
+    compute_task_loss: ClassVar[Callable[..., torch.Tensor] | None] = None  # see losses.py
     counted_labels: ClassVar[Callable[..., torch.Tensor]] = staticmethod(lambda labels: labels)
     family_side: ClassVar[str]
     # Set by the package: publishes with a model card. Where only this folder travelled, the stock push is used.
@@ -95,8 +101,13 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             self.generation_config = self.dense.generation_config
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
         self.base_model.register_forward_pre_hook(partial(refuse_body_alone, config), with_kwargs=True)
+        self._record_owner = object()  # the mark of this model's records
+        if config.is_encoder_decoder:
+            record_when_alone(self.dense.get_encoder(), self._record_owner)
         self.receipt: dict[str, Any] | None = None
-        self._global_load = GlobalLoad()
+        self.global_load = GlobalLoad()
+        if config.balance_scope == "global_batch":
+            self.global_load.listen_to_trainers()
         self.post_init()
         # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
         # And a selection bias is a sigmoid router's alone.
@@ -111,12 +122,18 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         """The sparse layers, in the order of the dense model's modules."""
         return [module for module in self.modules() if isinstance(module, SparseMoeBlock)]
 
+    def start_optimizer_step(self) -> None:
+        """
+        Call it before the first micro-batch of each optimizer step in a training loop of your own, so that
+        `balance_scope="global_batch"` knows which micro-batches belong together. Trainer calls it by itself.
+        """
+        self.global_load.start_step()
+
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def _run(
         self,
         inputs: dict[str, Any],
-        token_masks: dict[str, torch.Tensor | None],
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         output_router_logits: bool | None,
@@ -128,7 +145,6 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
         Args:
             inputs (`dict`): What the dense model's forward takes; entries that are None are left out.
-            token_masks (`dict[str, torch.Tensor]`): Per side, `(B, S)` with 0 for pads, or None.
             labels (`torch.Tensor`, *optional*): What the task loss is taken against.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
             output_router_logits (`bool`, *optional*): Defaults to the config's.
@@ -145,27 +161,25 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             )
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balances = self.training and has_balance_loss(config)
-        outer = outer_record()
-        record = self._new_record(inputs, token_masks, keep=wants_logits or balances or outer is not None)
+        tokens = tokens_by_side(self, {**inputs, "labels": labels})
+        record = RoutingRecord(tokens, keep=wants_logits or balances, owner=self._record_owner)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "logits_to_keep" not in self._dense_arguments:
             inputs.pop("logits_to_keep", None)
-        token = open_record(record)
+        record.open()
         try:
             outputs = self.dense(**inputs, return_dict=True)
         finally:
-            close_record(token)
-        if outer is not None:
-            outer.entries.extend(record.entries)
+            record.close()
 
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             compute = language_model_loss if shifted else self.compute_task_loss
             fields["loss"] = compute(outputs, labels, config, num_items_in_batch)
-        if record.entries and (wants_logits or balances):
+        if record.events:
             counted = labels if labels is None or shifted else self.counted_labels(labels)
             weight = batch_weight(counted, num_items_in_batch)
-            aux_loss, z_loss, aux_weight = router_losses(self, record, counted, num_items_in_batch, weight)
+            aux_loss, z_loss, aux_weight = router_losses(self, record.events, counted, num_items_in_batch, weight)
             fields["aux_loss"], fields["z_loss"] = aux_loss, z_loss
             if balances and labels is not None:
                 extra = config.router_aux_loss_coef * aux_weight * aux_loss
@@ -175,29 +189,14 @@ class SparseMoePreTrainedModel(PreTrainedModel):
                 fields["loss"] = fields["loss"] + extra.to(fields["loss"].device)
             # A graph cannot hold the hooks; one that computes the loss as well is left whole all the same.
             watches = not torch.compiler.is_compiling() or (labels is None and self.compute_task_loss is not None)
-            if balances and watches and router_trains(self):
+            if balances and watches and router_trains(event.layer for event in record.events):
                 balance_loss = aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss
-                refuse_loss_without(balance_loss, record.entries[-1].router_logits)
+                refuse_loss_without(balance_loss, record.events[-1].routing.router_logits)
         if wants_logits:
-            fields["router_logits"] = tuple(entry.router_logits for entry in record.entries)
+            fields["router_logits"] = tuple(event.routing.router_logits for event in record.events)
         result = self.output_class(**fields)
         return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
-
-    def _new_record(
-        self, inputs: dict[str, Any], token_masks: dict[str, torch.Tensor | None], keep: bool
-    ) -> RoutingRecord:
-        """What the routers of a forward pass may know of its tokens."""
-        record = RoutingRecord(masks=token_masks, keep=keep)
-        for side in set(token_masks):
-            prefix = "decoder_" if side == "decoder" and self.config.is_encoder_decoder else ""
-            ids, embeds = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}inputs_embeds")
-            record.ids[side] = ids
-            if ids is None and embeds is None and prefix:  # a head that feeds the source to the decoder
-                ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-            shape = ids.shape[:-1] if ids is not None else embeds.shape[:-2] if embeds is not None else (1,)
-            record.num_sequences[side] = math.prod(shape)
-        return record
 
     # ---- delegation to the dense model ------------------------------------------------------------------------
 
@@ -310,7 +309,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             with open(os.path.join(save_directory, RECEIPT_NAME), "w", encoding="utf-8") as file:
                 json.dump(self.receipt, file, indent=2)
                 file.write("\n")
-        hub_arguments = ("commit_message", "create_pr", "private")
+        hub_arguments = ("commit_message", "commit_description", "create_pr", "private", "revision", "tags")
         hub = {name: kwargs.pop(name) for name in hub_arguments if push_to_hub and name in kwargs}
         with _called_as_written(type(self)):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -361,9 +360,9 @@ class SparseMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def family_classes(cls) -> list[type[SparseMoePreTrainedModel]]:
-        """The classes that load this class's checkpoints."""
-        base: Any = next(parent for parent in cls.__mro__ if parent.__name__.endswith("PreTrainedModel"))
-        return base.__subclasses__()
+        """The classes of this package that load this class's checkpoints; heads of a user's own are none of them."""
+        base: Any = next(parent for parent in cls.__mro__ if "family_side" in vars(parent))
+        return [member for member in base.__subclasses__() if member.__module__ == base.__module__]
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .routing_record import token_context
+from .masks import NO_CONTEXT, TokenContext
+from .routing import Routing, finite_rows
 
 
 ROUTER_INIT_STD = 0.02  # small rows: every expert starts about equally likely
 COSINE_INIT_TEMPERATURE, COSINE_MIN_TEMPERATURE = 0.07, 0.01
 COSINE_MAX_DIM = 256
 ROUNDING = 1e-3  # so that a capacity of 3 in exact numbers is not 4 in floating-point ones
-
-
-class Routing(NamedTuple):
-    """
-    What a router decided for T tokens.
-
-    Args:
-        router_logits (`torch.FloatTensor` of shape `(T, E)`): In float32; those that are not finite are 0.
-        top_k_weights (`torch.FloatTensor` of shape `(T, K)`): 0 for an assignment that was dropped.
-        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts, the best first.
-        kept (`torch.BoolTensor`, *optional*): Of the same shape; False for an assignment that was dropped.
-        token_index (`torch.LongTensor` of shape `(R,)`, *optional*): Where the experts chose: the token of each of R
-            assignments. Index, weights and `kept` then have the shape `(R, 1)`.
-    """
-
-    router_logits: torch.Tensor
-    top_k_weights: torch.Tensor
-    top_k_index: torch.Tensor
-    kept: torch.Tensor | None = None
-    token_index: torch.Tensor | None = None
 
 
 def router_scores(router_logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
@@ -108,12 +88,10 @@ class SparseMoeTopKRouter(nn.Module):
     Args:
         config (`SparseMoeConfig`): The mixture's config.
         hidden_size (`int`): H.
-        side (`str`): `"encoder"` or `"decoder"`, by which the token mask is found.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+    def __init__(self, config: PreTrainedConfig, hidden_size: int):
         super().__init__()
-        self.side = side
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
         self.scoring_func = config.scoring_func
@@ -143,8 +121,11 @@ class SparseMoeTopKRouter(nn.Module):
         """`(T, E)` of `(T, H)`, both float32."""
         return nn.functional.linear(router_input_TH, self.weight.float())
 
-    def compute_logits(self, hidden_states_TH: torch.Tensor) -> torch.Tensor:
-        """[`logits`] in float32, with jitter in training. What is not finite becomes 0: the choice stays defined."""
+    def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        [`logits`] in float32, with jitter in training, and which rows are finite. What is not finite becomes 0, so
+        that the choice stays defined.
+        """
         device = hidden_states_TH.device.type
         # Each step of `generate` asks every router: what it need not do costs as much as its product.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
@@ -152,7 +133,8 @@ class SparseMoeTopKRouter(nn.Module):
             if self.training and self.jitter_noise > 0:
                 noise = torch.empty_like(router_input).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
                 router_input = router_input * noise
-            return self.logits(router_input).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            logits = self.logits(router_input)
+        return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), finite_rows(logits)
 
     def enabled_scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
         """[`router_scores`], those of disabled experts 0."""
@@ -160,19 +142,20 @@ class SparseMoeTopKRouter(nn.Module):
             router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
         return router_scores(router_logits_TE, self.scoring_func)
 
-    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
+    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
         """
         Args:
             hidden_states_TH (`torch.Tensor` of shape `(T, H)`): The tokens, pads included.
+            context (`TokenContext`, *optional*): What else is known of them.
         """
-        router_logits = self.compute_logits(hidden_states_TH)
+        router_logits, finite = self.compute_logits(hidden_states_TH)
         scores = self.enabled_scores(router_logits)
         top_k_index = self.choose(scores)
         kept = None
         if self.training and self.capacity_factor is not None:
-            mask, chosen = token_context(self.side, len(scores)).mask, scores.gather(-1, top_k_index)
-            kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, mask)
-        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept)
+            chosen = scores.gather(-1, top_k_index)
+            kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, context.mask)
+        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept, finite=finite)
 
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """`(T, K)`: the experts of each token."""
@@ -212,8 +195,8 @@ class SparseMoeCosineRouter(SparseMoeTopKRouter):
     `projection @ x` and the keys `weight`, divided by a learned temperature of at least 0.01.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
-        super().__init__(config, hidden_size, side)
+    def __init__(self, config: PreTrainedConfig, hidden_size: int):
+        super().__init__(config, hidden_size)
         self.projection = nn.Parameter(torch.empty(self.row_size(hidden_size), hidden_size))
         self.temperature = nn.Parameter(torch.empty(1))
 
@@ -240,14 +223,13 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
 
-    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
-        router_logits = self.compute_logits(hidden_states_TH)
-        context = token_context(self.side, len(router_logits))
+    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
+        router_logits, finite = self.compute_logits(hidden_states_TH)
         sequences, length = context.num_sequences, len(router_logits) // context.num_sequences
         scores_BSE = self.enabled_scores(router_logits).unflatten(0, (sequences, length))
         mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)
-        if context.mask is not None:
-            mask_BS = context.mask.bool().reshape(sequences, length)
+        if (mask := context.mask) is not None:
+            mask_BS = mask.reshape(sequences, length)
         factor = (self.top_k if self.capacity_factor is None else self.capacity_factor) / self.num_experts
         slots = min(length, max(1, math.ceil(factor * length - ROUNDING)))
         best = scores_BSE.masked_fill(~mask_BS[..., None], -1.0).topk(slots, dim=1)  # (B, C, E)
@@ -260,7 +242,8 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
         first_token = torch.arange(sequences, device=best.indices.device)[:, None, None] * length
         expert = torch.arange(self.num_experts, device=best.indices.device).expand_as(best.indices)
         weights = best.values.reshape(-1, 1).masked_fill(~kept, 0.0) * self.routed_scaling_factor
-        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, (best.indices + first_token).reshape(-1))
+        token_index = (best.indices + first_token).reshape(-1)
+        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, token_index, finite)
 
     def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
         scores_TE = self.enabled_scores(router_logits_TE)
@@ -276,6 +259,8 @@ class SparseMoeHashRouter(nn.Module):
     `hash(id) mod E` and the next `num_experts_per_tok - 1` ones. Nothing is learned, so its logits are zeros.
     """
 
+    scoring_func = "softmax"
+
     def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
         super().__init__()
         self.side = side
@@ -286,9 +271,8 @@ class SparseMoeHashRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Nothing to initialise."""
 
-    def forward(self, hidden_states_TH: torch.Tensor) -> Routing:
-        num_tokens = len(hidden_states_TH)
-        ids = token_context(self.side, num_tokens).ids
+    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
+        num_tokens, ids = len(hidden_states_TH), context.ids
         if ids is None:
             raise ValueError(
                 f'`router_type="hash"` routes by the token ids of the {self.side}, and this call has none for its '
@@ -314,7 +298,7 @@ def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> Sparse
     if config.router_type == "hash":
         return SparseMoeHashRouter(config, hidden_size, side)
     if config.router_type == "expert_choice" and side == "encoder":
-        return SparseMoeExpertChoiceRouter(config, hidden_size, side)
+        return SparseMoeExpertChoiceRouter(config, hidden_size)
     if config.scoring_func == "cosine":
-        return SparseMoeCosineRouter(config, hidden_size, side)
-    return SparseMoeTopKRouter(config, hidden_size, side)
+        return SparseMoeCosineRouter(config, hidden_size)
+    return SparseMoeTopKRouter(config, hidden_size)

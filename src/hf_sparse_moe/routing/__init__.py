@@ -1,6 +1,6 @@
 """The routing of any mixture, ours or stock: find it, watch it, balance it, and its health while training."""
 
-from .fix_balance import BalanceFix, fix_balance
+from .balance_fix import BalanceFix, fix_balance
 from .leading_callback import add_leading_callback
 from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
 from .routing_monitor import RoutingMonitor

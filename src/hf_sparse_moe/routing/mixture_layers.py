@@ -9,7 +9,8 @@ knows an architecture by name. T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
-from hf_sparse_moe.models.routers import Routing
+from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
+from hf_sparse_moe.models.routing import Routing, RoutingEvent, finite_rows
 
 
 ROUTER_NAMES = ("gate", "router")
@@ -27,10 +29,11 @@ ROUTER_NAMES = ("gate", "router")
 NUM_EXPERTS_NAMES = ("num_router_classes", "n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k")
 SELECTION_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+PROBED_TOKENS = 256
 SCORING_NAMES = ("scoring_func", "score_fn", "scoring_function", "expert_selection_fn")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MixtureLayer:
     """
     One sparse layer of a model.
@@ -43,6 +46,8 @@ class MixtureLayer:
         num_experts (`int`): E, the columns of the router logits.
         top_k (`int`): K.
         scoring_func (`str`): `"softmax"`, `"sigmoid"`, or another name that transformers' `ACT2FN` knows.
+        scoring_is_known (`bool`): Whether the layer or its config names `scoring_func`. Otherwise it is taken for a
+            sigmoid where there is a selection bias, until the weights of the first tokens observed tell.
     """
 
     name: str
@@ -52,15 +57,18 @@ class MixtureLayer:
     num_experts: int
     top_k: int
     scoring_func: str
+    scoring_is_known: bool = True
+
+    @property
+    def side(self) -> str:
+        """`"encoder"` or `"decoder"`."""
+        own = getattr(self.block, "side", None)
+        return own or ("encoder" if "encoder" in self.name.split(".") else "decoder")
 
     @property
     def selection_bias(self) -> torch.Tensor | None:
         """The buffer or parameter of E entries that is added to the scores (or logits) for the selection alone."""
-        for owner in (self.router, *self.router.children(), self.block):
-            for name in SELECTION_BIAS_NAMES:
-                if isinstance(bias := getattr(owner, name, None), torch.Tensor):
-                    return bias
-        return None
+        return _selection_bias(self.router, self.block)
 
     def probabilities(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
         """The scores of the experts as probabilities, each row summing to 1, in float32."""
@@ -68,6 +76,25 @@ class MixtureLayer:
             return router_logits_TE.float().softmax(dim=-1)
         scores_TE = ACT2FN[self.scoring_func](router_logits_TE.float())
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
+
+    @torch.no_grad()
+    def learn_scoring(self, routing: Routing) -> None:
+        """Read the scoring function off the weights, which are in proportion to the scores."""
+        self.scoring_is_known = True
+        logits_TE, weights_TK, index_TK = (tensor[:PROBED_TOKENS] for tensor in routing[:3])
+        usable = finite_rows(logits_TE) & (weights_TK > 0).all(dim=-1)
+        logits_TE, weights_TK, index_TK = logits_TE[usable].float(), weights_TK[usable].float(), index_TK[usable]
+        if len(logits_TE) == 0:
+            return
+        scores = {"softmax": logits_TE.softmax(dim=-1), "sigmoid": logits_TE.sigmoid()}
+        spread = {}
+        for name, scores_TE in scores.items():
+            ratio = weights_TK / scores_TE.gather(-1, index_TK)
+            mean = ratio.mean(dim=None if self.top_k == 1 else -1, keepdim=True)
+            spread[name] = (ratio / mean - 1).abs().max().item()
+        best = min(spread, key=spread.__getitem__)
+        if spread[best] < 0.1 * spread.get(self.scoring_func, float("inf")):
+            self.scoring_func = best
 
 
 RoutingCallback = Callable[[MixtureLayer, Routing], None]
@@ -135,6 +162,20 @@ def observe_routing(
     return RoutingObservation(handle for layer in layers for handle in _watch(layer, callback))
 
 
+def routing_events(model: nn.Module, layers: Iterable[MixtureLayer], inputs: Mapping[str, Any]) -> list[RoutingEvent]:
+    """Run `model` on `inputs`, and give what its `layers` routed, in the order of their calls."""
+    tokens = tokens_by_side(model, inputs)
+    events: list[RoutingEvent] = []
+    with observe_routing(layers, lambda layer, routing: events.append(event_of(layer, routing, tokens))):
+        model(**inputs)
+    return events
+
+
+def event_of(layer: MixtureLayer, routing: Routing, tokens: Mapping[str, SideTokens]) -> RoutingEvent:
+    """The event of one call of `layer` in a forward pass on `tokens`."""
+    return RoutingEvent.of(layer, routing, tokens[layer.side].context(len(routing.router_logits)))
+
+
 def without_wrapper(module: nn.Module) -> nn.Module:
     """The module inside PEFT's layers and parametrisations of it."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
@@ -168,7 +209,11 @@ def _find(model: nn.Module) -> Iterator[MixtureLayer]:
                 f"`{name}` of the model, a `{type(block).__name__}`, has a router and experts, but neither it nor its "
                 f"config has one of {missing}. Set one of these on the router."
             )
-        yield MixtureLayer(name, block, router, experts, num_experts, top_k, _scoring_func(owners))
+        scoring = _scoring_func(owners)
+        assumed = "softmax" if _selection_bias(router, block) is None else "sigmoid"
+        yield MixtureLayer(
+            name, block, router, experts, num_experts, top_k, scoring or assumed, scoring_is_known=scoring is not None
+        )
 
 
 def _experts_of(block: nn.Module) -> nn.Module | None:
@@ -203,7 +248,16 @@ def _fixed_top_k(router: nn.Module) -> int | None:
     return 2 if hasattr(router, "second_expert_policy") else 1
 
 
-def _scoring_func(owners: list[Any]) -> str:
+def _selection_bias(router: nn.Module, block: nn.Module) -> torch.Tensor | None:
+    for owner in (router, *router.children(), block):
+        for name in SELECTION_BIAS_NAMES:
+            if isinstance(bias := getattr(owner, name, None), torch.Tensor):
+                return bias
+    return None
+
+
+def _scoring_func(owners: list[Any]) -> str | None:
+    """What a module or a config calls it, if any does."""
     for owner in owners:
         for name in SCORING_NAMES:
             value = getattr(owner, name, None)
@@ -211,19 +265,23 @@ def _scoring_func(owners: list[Any]) -> str:
                 return value
             if isinstance(value, nn.Module):
                 return next(key for key in ACT2FN if type(ACT2FN[key]) is type(value))
-    # No field tells it: then the router's forward names the function that it calls.
-    names = inspect.unwrap(type(owners[0]).forward).__code__.co_names
-    return "sigmoid" if "sigmoid" in names else "softmax"
+    return None
 
 
 def _watch(layer: MixtureLayer, callback: RoutingCallback) -> Iterator[RemovableHandle]:
-    """The hooks of one layer. What the router returned waits in `seen` until the experts are called."""
-    seen: dict[str, Any] = {}
+    """The hooks of one layer. What the router returned waits, a thread by itself, until the experts are called."""
+    waiting = threading.local()
     projection = _logits_projection(layer)
     if projection is not None:
-        yield projection.register_forward_hook(lambda module, args, output: seen.update(logits=output))
+        yield projection.register_forward_hook(lambda module, args, output: vars(waiting).update(logits=output))
+
+    def report(routing: Routing) -> None:
+        if not layer.scoring_is_known and not torch.compiler.is_compiling():
+            layer.learn_scoring(routing)
+        callback(layer, routing)
 
     def on_router(module: nn.Module, args: tuple, output: Any) -> None:
+        seen = vars(waiting)
         if in_backward():
             seen.clear()
             return
@@ -233,17 +291,16 @@ def _watch(layer: MixtureLayer, callback: RoutingCallback) -> Iterator[Removable
         logits = seen.pop("logits", None)
         logits = (_logits_of(output) if logits is None else logits).flatten(0, -2)
         seen["masks"] = isinstance(output, tuple) and _starts_with_indices(output)
-        seen["routing"] = Routing(logits, *_choice_from_logits(layer, logits), None, None)
+        seen["routing"] = Routing(logits, *_choice_from_logits(layer, logits, output))
         if not takes_choice:
-            callback(layer, seen.pop("routing"))
+            report(seen.pop("routing"))
 
     def on_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen = vars(waiting)
         if "routing" not in seen:
             return
         routing, choice = seen.pop("routing"), _choice_arguments(module, args, kwargs)
-        callback(
-            layer, _from_masks(routing, *choice) if seen.pop("masks", False) else _chosen(layer, routing, *choice)
-        )
+        report(_from_masks(routing, *choice) if seen.pop("masks", False) else _chosen(layer, routing, *choice))
 
     takes_choice = layer.experts is not layer.block and len(_parameters(layer.experts)) >= 3
     yield layer.router.register_forward_hook(on_router)
@@ -271,11 +328,14 @@ def _starts_with_indices(output: tuple) -> bool:
 
 
 @torch.no_grad()
-def _choice_from_logits(layer: MixtureLayer, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and index as routers have them that only score, and as Llama 4 and JetMoe do."""
+def _choice_from_logits(
+    layer: MixtureLayer, logits_TE: torch.Tensor, output: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and index as routers have them that only score, as JetMoe does, or return scores with the logits."""
     top_TK, index_TK = logits_TE.topk(layer.top_k, dim=-1)
-    weights_TK = top_TK.sigmoid() if layer.scoring_func == "sigmoid" else top_TK.softmax(dim=-1)
-    return weights_TK, index_TK
+    if isinstance(output, tuple) and len(output) == 2 and output[0].shape == logits_TE.shape:
+        return output[0].gather(-1, index_TK), index_TK  # Llama 4
+    return top_TK.softmax(dim=-1), index_TK
 
 
 def _parameters(experts: nn.Module) -> list[str]:

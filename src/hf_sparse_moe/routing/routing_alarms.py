@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
-from hf_sparse_moe.routing.statistics import LayerRouting
+from .statistics import LayerRouting
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +30,7 @@ class LayerHealth:
         dropped (`float`): Share of the assignments that found no room or, where experts choose, of the tokens that
             none chose.
         z_loss (`float`): Mean over the tokens of logsumexp(logits)^2.
+        non_finite (`int`): The tokens for which the router computed NaN or infinity.
         logit_size (`torch.Tensor` of shape `(E,)`): Root mean square of each expert's logits.
     """
 
@@ -41,6 +42,7 @@ class LayerHealth:
     dropped: float
     z_loss: float
     logit_size: torch.Tensor
+    non_finite: int = 0
 
     def values(self) -> dict[str, float]:
         """What is logged of the layer."""
@@ -54,6 +56,7 @@ class LayerHealth:
             "confidence": self.confidence,
             "dropped": self.dropped,
             "z_loss": self.z_loss,
+            "non_finite": self.non_finite,
         }
 
     @property
@@ -107,7 +110,10 @@ class RoutingAlarms:
                 "collapse": self._collapse(layer),
                 "starvation": self._starvation(layer),
                 "logits": self._exploding_logits(layer),
+                "non-finite": self._non_finite(layer),
             }
+            if troubles["non-finite"] is not None:  # the cause of the others, whose remedies would not help
+                troubles |= dict.fromkeys(("collapse", "starvation", "logits"))
             for kind, trouble in troubles.items():
                 if trouble is None:
                     self._raised.discard((layer.label, kind))
@@ -151,6 +157,15 @@ class RoutingAlarms:
         return (
             f"the router's logits explode: mean logsumexp^2 is {layer.z_loss:.3g} (limit {self.max_z_loss:.3g}); "
             f"{size}. Lower the learning rate, clip gradients, or raise `router_z_loss_coef` (0.001 is common)."
+        )
+
+    def _non_finite(self, layer: LayerHealth) -> str | None:
+        if layer.non_finite == 0:
+            return None
+        return (
+            f"the router computed NaN or infinity for {layer.non_finite} tokens since the last log, which go to "
+            "arbitrary experts. Their hidden states are not finite already, or the router's weights are: lower the "
+            "learning rate, clip gradients, or train in bfloat16 instead of float16."
         )
 
 

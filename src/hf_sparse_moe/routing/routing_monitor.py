@@ -11,18 +11,19 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput, logging
 
-from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
-from hf_sparse_moe.routing.statistics import ALL, LayerRouting
+from hf_sparse_moe.models.routing import RoutingEvent
 
+from .mixture_layers import MixtureLayer, find_mixture_layers
 from .routing_alarms import LayerHealth, RoutingAlarms
+from .statistics import ALL, LayerRouting
+from .training_events import TrainingEvents, load_of, wide_dtype
 from .training_losses import LOSSES, weighted_losses
-from .training_routing import RouterCall, TrainingRouting, call_counts, chosen_tokens, side_of, wide_dtype
 
 
 logger = logging.get_logger(__name__)
 
 # What is summed for each layer, before E counts and E squared logits.
-TOKENS, Z_LOSS, CONFIDENCE, DROPPED, OFFERED = range(5)
+TOKENS, Z_LOSS, CONFIDENCE, NON_FINITE, DROPPED, OFFERED = range(6)
 
 
 class RoutingMonitor(TrainerCallback):
@@ -40,9 +41,11 @@ class RoutingMonitor(TrainerCallback):
     - `router/confidence` (mean of a token's largest probability), `router/dropped` (share of the assignments for which
       an expert had no room or, where experts choose, of the tokens that none chose) and `router/z_loss` (mean of
       logsumexp(logits)^2), means over the layers;
+    - `router/non_finite`: the tokens for which a router computed NaN or infinity, in all layers together; our routers
+      go on with 0 in their place;
     - `task_loss`, `aux_loss` and `z_loss`, the parts of `loss` as the model gives them: means over the optimizer
       steps, each micro-batch with its share of the step's labels;
-    - the eight values of `router/` for every layer, as `router/layer_3/entropy` (`router/encoder_layer_3/entropy`).
+    - the nine values of `router/` for every layer, as `router/layer_3/entropy` (`router/encoder_layer_3/entropy`).
 
     Everything is summed on the device; once a log it is added up over the ranks in one all-reduce, and read. Add it
     with [`add_leading_callback`], so that the integrations of `report_to` get the numbers too. Evaluations are not
@@ -97,7 +100,7 @@ class RoutingMonitor(TrainerCallback):
             "starvation_logs": starvation_logs,
             "max_z_loss": max_z_loss,
         }
-        self._routing: TrainingRouting | None = None
+        self._routing: TrainingEvents | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -112,8 +115,9 @@ class RoutingMonitor(TrainerCallback):
         self._totals = torch.zeros(size, dtype=wide_dtype(args.device), device=args.device)
         self._sums = self._totals[: len(self._layers) * width].view(len(self._layers), width)
         self._losses = self._totals[len(self._layers) * width :].view(len(LOSSES), 2)
+        self._places = {layer: place for place, layer in enumerate(self._layers)}
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._routing = TrainingRouting(model, self._layers, self._add_calls, self._add_losses)
+        self._routing = TrainingEvents(model, self._layers, self._add_events, self._add_losses)
         self._config: Any = getattr(self._routing.model, "config", None)
         self._alarms = RoutingAlarms(**self.thresholds, balance_remedy=_balance_remedy(self._layers, self._config))
         self._steps = 0
@@ -169,11 +173,11 @@ class RoutingMonitor(TrainerCallback):
             self._routing.remove()
             self._routing = None
 
-    def _add_calls(self, calls: list[RouterCall]) -> None:
-        key = tuple(call.row for call in calls)
+    def _add_events(self, events: list[RoutingEvent]) -> None:
+        key = tuple(self._places[event.layer] for event in events)
         if key not in self._rows:
             self._rows[key] = torch.tensor(key, device=self._totals.device)
-        sums = routing_sums(calls, self._experts)
+        sums = routing_sums(events, self._experts)
         self._sums.index_add_(0, self._rows[key], sums.to(self._sums.device, self._sums.dtype))
 
     def _add_losses(self, inputs: dict[str, Any], outputs: Any) -> None:
@@ -194,10 +198,11 @@ class RoutingMonitor(TrainerCallback):
                     label,
                     layer.name,
                     layer.top_k,
-                    LayerRouting(side_of(layer), 0, (ALL,), counts[None]),
+                    LayerRouting(layer.side, 0, (ALL,), counts[None]),
                     confidence=(row[CONFIDENCE] / tokens).item(),
                     dropped=(row[DROPPED] / row[OFFERED].clamp(min=1)).item(),
                     z_loss=(row[Z_LOSS] / tokens).item(),
+                    non_finite=int(row[NON_FINITE]),
                     logit_size=(squares / tokens).sqrt(),
                 )
             )
@@ -220,45 +225,49 @@ class RoutingMonitor(TrainerCallback):
 
 
 @torch.no_grad()
-def routing_sums(calls: list[RouterCall], num_experts: int) -> torch.Tensor:
+def routing_sums(events: list[RoutingEvent], num_experts: int) -> torch.Tensor:
     """
-    What is summed of calls whose tensors have the same shapes, on their device and without reading it.
+    What is summed of events whose tensors have the same shapes, on their device and without reading it.
 
     Returns:
-        `torch.FloatTensor` of shape `(calls, 5 + 2 * num_experts)`: tokens, logsumexp^2, confidence, dropped and
-        offered assignments, and for each expert assignments and squared logits. Non-finite logits stay visible.
+        `torch.FloatTensor` of shape `(events, 6 + 2 * num_experts)`: tokens, logsumexp^2, confidence, tokens with
+        logits that are not finite, dropped and offered assignments, and for each expert assignments and squared
+        logits.
     """
-    first, layer, mask = calls[0].routing, calls[0].layer, calls[0].token_mask
-    logits = torch.stack([call.routing.router_logits for call in calls]).float()  # (calls, T, E)
+    first, layer, mask = events[0].routing, events[0].layer, events[0].token_mask
+    logits = torch.stack([event.routing.router_logits for event in events]).float()  # (events, T, E)
+    non_finite = torch.stack([event.routing.non_finite for event in events]).float()
     if mask is not None:
-        pads = mask.to(logits.device) == 0
+        pads = ~mask
         logits = logits.masked_fill(pads[:, None], 0.0)  # whatever a pad's are, even NaN
     z_loss = logits.logsumexp(dim=-1).square()
     confidence = layer.probabilities(logits).amax(dim=-1)
-    by_token = torch.stack([torch.ones_like(z_loss), z_loss, confidence])  # (3, calls, T)
+    by_token = torch.stack([torch.ones_like(z_loss), z_loss, confidence, non_finite])  # (4, events, T)
     if mask is not None:
         by_token = by_token.masked_fill(pads, 0.0)
-    tokens, z_loss, confidence = by_token.sum(dim=-1)
-    counts = call_counts(calls)
+    tokens, z_loss, confidence, non_finite = by_token.sum(dim=-1)
+    counts = load_of(events)
     offered, dropped = counts.sum(dim=-1), torch.zeros_like(tokens)
     if first.token_index is not None:
-        index = torch.stack([call.routing.token_index for call in calls])
+        index = torch.stack([event.routing.token_index for event in events])
+        taken = torch.stack([event.counted_rows for event in events]).float()
         reached = torch.zeros(logits.shape[:2], device=logits.device)
-        reached.scatter_reduce_(1, index, chosen_tokens(calls).float(), reduce="amax")
+        reached.scatter_reduce_(1, index, taken, reduce="amax")
         offered, dropped = tokens, tokens - reached.sum(dim=-1)
     elif first.kept is not None:
-        lost = ~torch.stack([call.routing.kept for call in calls])
+        lost = ~torch.stack([event.routing.kept for event in events])
         lost = lost if mask is None else lost & ~pads[:, None]
         dropped = lost.float().sum(dim=(1, 2))
     squares = logits.square().sum(dim=1)
     missing = num_experts - logits.shape[-1]
     by_expert = nn.functional.pad(torch.stack([counts, squares], dim=1), (0, missing)).flatten(1)
-    return torch.cat([torch.stack([tokens, z_loss, confidence, dropped, offered], dim=1), by_expert], dim=1)
+    by_layer = torch.stack([tokens, z_loss, confidence, non_finite, dropped, offered], dim=1)
+    return torch.cat([by_layer, by_expert], dim=1)
 
 
 def layer_labels(layers: list[MixtureLayer]) -> list[str]:
     """`layer_3` or, in an encoder-decoder, `decoder_layer_3`: as the model numbers them, dense layers counted."""
-    sides = [side_of(layer) for layer in layers]
+    sides = [layer.side for layer in layers]
     prefixes = [f"{side}_" if len(set(sides)) > 1 else "" for side in sides]
     numbers = [re.search(r"(?<=\.)\d+(?=\.|$)", f".{layer.name}") for layer in layers]
     labels = [f"{prefix}layer_{number and number[0]}" for prefix, number in zip(prefixes, numbers, strict=True)]
@@ -272,7 +281,8 @@ def _over_layers(layers: list[LayerHealth]) -> dict[str, float]:
     together = {name: math.fsum(value[name] for value in values) / len(values) for name in values[0]}
     together["load_max"] = max(value["load_max"] for value in values)
     together["load_min"] = min(value["load_min"] for value in values)
-    together["dead_experts"] = sum(value["dead_experts"] for value in values)
+    for name in ("dead_experts", "non_finite"):
+        together[name] = sum(value[name] for value in values)
     return together
 
 

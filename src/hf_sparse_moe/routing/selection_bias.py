@@ -10,9 +10,10 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
+from hf_sparse_moe.models.routing import RoutingEvent
 
-from .training_routing import RouterCall, TrainingRouting, call_counts, outermost_mixture, wide_dtype
+from .mixture_layers import MixtureLayer, find_mixture_layers
+from .training_events import TrainingEvents, load_of, outermost_mixture, wide_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,8 @@ class SelectionBiasCallback(TrainerCallback):
         self.update_speed = update_speed
         self._speed = 0.0
         self._layers: list[MixtureLayer] = []
-        self._counts: list[torch.Tensor] = []  # (E,) a layer
-        self._routing: TrainingRouting | None = None
+        self._counts: dict[MixtureLayer, torch.Tensor] = {}  # (E,) a layer
+        self._routing: TrainingEvents | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -70,10 +71,11 @@ class SelectionBiasCallback(TrainerCallback):
                 "The selection bias moves, but an adapter's checkpoint does not hold it. Merge the adapter and save "
                 "the whole model, or leave `SelectionBiasCallback` out."
             )
-        self._counts = [
-            torch.zeros(layer.num_experts, dtype=wide_dtype(args.device), device=args.device) for layer in self._layers
-        ]
-        self._routing = TrainingRouting(model, self._layers, self._add)
+        self._counts = {
+            layer: torch.zeros(layer.num_experts, dtype=wide_dtype(args.device), device=args.device)
+            for layer in self._layers
+        }
+        self._routing = TrainingEvents(model, self._layers, self._add)
 
     def on_optimizer_step(
         self,
@@ -85,7 +87,7 @@ class SelectionBiasCallback(TrainerCallback):
     ) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
             self._update()
-        for counts_E in self._counts:
+        for counts_E in self._counts.values():
             counts_E.zero_()
 
     def on_train_end(
@@ -95,7 +97,7 @@ class SelectionBiasCallback(TrainerCallback):
 
     @torch.no_grad()
     def _update(self) -> None:
-        counts = torch.cat(self._counts)
+        counts = torch.cat(list(self._counts.values()))
         if distributed.is_initialized():
             distributed.all_reduce(counts)
         loads = counts.split([layer.num_experts for layer in self._layers])
@@ -105,9 +107,9 @@ class SelectionBiasCallback(TrainerCallback):
                 step_E = self._speed * torch.sign(load_E.mean() - load_E)
                 bias.add_(step_E.to(bias.device, bias.dtype).view_as(bias))
 
-    def _add(self, calls: list[RouterCall]) -> None:
-        for call, counts_E in zip(calls, call_counts(calls), strict=True):
-            total_E = self._counts[call.row]
+    def _add(self, events: list[RoutingEvent]) -> None:
+        for event, counts_E in zip(events, load_of(events), strict=True):
+            total_E = self._counts[event.layer]
             total_E += counts_E.to(total_E.device, total_E.dtype)
 
     def _speed_of(self, model: nn.Module) -> float:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_sparse_moe.models.balancing import sequence_counts
-from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.models.routing_record import RoutingRecord, close_record, open_record
+
+from .mixture_layers import find_mixture_layers, routing_events
 
 
 ALL = "all"
@@ -116,13 +117,13 @@ class RoutingStatistics:
 
 @torch.no_grad()
 def routing_statistics(
-    model: SparseMoePreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None = None
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None = None
 ) -> RoutingStatistics:
     """
     Run `model` in evaluation mode on `batches`, and count which expert serves which token. Pads do not count.
 
     Args:
-        model (`SparseMoePreTrainedModel`): A mixture of this package, of any family and head.
+        model (`PreTrainedModel`): A mixture of this package or of transformers, of any family and head.
         batches (`Iterable[Mapping[str, torch.Tensor]]`): What the forward takes, such as an unshuffled `DataLoader`.
         groups (`Iterable[str]`, *optional*):
             One name (a domain, a language, a label) for each sequence, in the order of the batches. Without them all
@@ -134,10 +135,10 @@ def routing_statistics(
     Raises:
         ValueError: no batches, no sparse layer, or not one group for each sequence.
     """
+    mixture_layers = find_mixture_layers(model)
     labels = None if groups is None else [str(group) for group in groups]
-    names = list(dict.fromkeys([ALL] if labels is None else labels))
-    counts: list[torch.Tensor] = []
-    sides: list[str] = []
+    names = tuple(dict.fromkeys([ALL] if labels is None else labels))
+    layers: list[LayerRouting] = []
     seen = 0
     training = model.training
     model.eval()
@@ -152,60 +153,30 @@ def routing_statistics(
                 raise ValueError(
                     f"`groups` has {len(labels)} entries, fewer than `batches` has sequences. Give one a sequence."
                 )
-            record = _record(model, inputs)
-            masks = _token_masks(model, inputs)
-            if not counts:
-                sides = [entry.side for entry in record.entries]
-                counts = [torch.zeros(len(names), model.config.num_experts, dtype=torch.float64) for _ in sides]
+            events = routing_events(model, mixture_layers, inputs)
+            if not layers:
+                sides = [event.layer.side for event in events]
+                for place, event in enumerate(events):
+                    counts = torch.zeros(len(names), event.layer.num_experts, dtype=torch.float64)
+                    layers.append(LayerRouting(sides[place], sides[:place].count(sides[place]), names, counts))
             rows = [ALL] * sequences if labels is None else labels[seen : seen + sequences]
-            for layer_counts, entry in zip(counts, record.entries, strict=True):
-                mask = masks[entry.side]
-                mask = entry.counting_mask(None if mask is None else mask.flatten())
-                by_sequence = sequence_counts(entry.top_k_index, model.config.num_experts, sequences, mask)
-                rows_of = torch.tensor([names.index(group) for group in rows])
-                layer_counts.index_add_(0, rows_of, by_sequence.double().cpu())
+            rows_of = torch.tensor([names.index(group) for group in rows])
+            for layer, event in zip(layers, events, strict=True):
+                index = event.routing.top_k_index
+                by_sequence = sequence_counts(index, layer.counts.shape[1], sequences, event.counted_rows)
+                layer.counts.index_add_(0, rows_of, by_sequence.double().cpu())
             seen += sequences
     finally:
         model.train(training)
-    if not counts:
-        raise ValueError("`batches` is empty, or `model` has no sparse layer: there is nothing to count.")
+    if not layers:
+        raise ValueError("`batches` is empty: there is nothing to count.")
     if labels is not None and seen != len(labels):
         raise ValueError(
             f"`groups` has {len(labels)} entries, but `batches` has {seen} sequences. Give one a sequence."
         )
-    layers = [
-        LayerRouting(side, sides[:place].count(side), tuple(names), layer_counts)
-        for place, (side, layer_counts) in enumerate(zip(sides, counts, strict=True))
-    ]
-    return RoutingStatistics(layers, model.config.num_experts, model.config.num_experts_per_tok)
-
-
-def _record(model: SparseMoePreTrainedModel, inputs: Mapping[str, Any]) -> RoutingRecord:
-    # The record rather than `outputs.router_logits`: it holds the choice itself, whatever the router made it from.
-    record = RoutingRecord()
-    token = open_record(record)
-    try:
-        model(**inputs, output_router_logits=False)
-    finally:
-        close_record(token)
-    return record
-
-
-def _token_masks(model: SparseMoePreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor | None]:
-    """`(B, S)` a side: which tokens count."""
-    mask = inputs.get("attention_mask")
-    if not model.config.is_encoder_decoder:
-        return {"encoder": mask, "decoder": mask}
-    decoder_mask = inputs.get("decoder_attention_mask")
-    if decoder_mask is None and getattr(model, "labels_are_targets", False) and "labels" in inputs:
-        decoder_mask = inputs["labels"].ne(-100)
-    elif decoder_mask is None and "decoder_input_ids" in inputs and model.config.pad_token_id is not None:
-        # The first token may be the pad itself: T5 starts with it.
-        decoder_mask = inputs["decoder_input_ids"].ne(model.config.pad_token_id)
-        decoder_mask[:, 0] = True
-    elif decoder_mask is None and "decoder_input_ids" not in inputs:  # BART's heads feed the source to the decoder
-        decoder_mask = mask
-    return {"encoder": mask, "decoder": decoder_mask}
+    return RoutingStatistics(
+        layers, max(layer.num_experts for layer in mixture_layers), max(layer.top_k for layer in mixture_layers)
+    )
 
 
 def _shares(counts: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
-from hf_sparse_moe.models.routers import Routing, SparseMoeExpertChoiceRouter, SparseMoeHashRouter, SparseMoeTopKRouter
+from hf_sparse_moe.models.routers import SparseMoeExpertChoiceRouter, SparseMoeHashRouter, SparseMoeTopKRouter
+from hf_sparse_moe.models.routing import Routing
 
 from .mixture_layers import (
     TOP_K_NAMES,
@@ -231,6 +232,7 @@ class _Replay:
             )
         device = routing.router_logits.device
         choice = Routing._make(None if value is None else value.to(device) for value in choice)
+        choice = choice._replace(finite=routing.finite)
         disabled = getattr(self.gate, "disabled_experts", None)
         if disabled is not None and disabled[choice.top_k_index].any():
             raise ValueError(f"`recorded` sends tokens to experts of layer {self.place} that are disabled.")

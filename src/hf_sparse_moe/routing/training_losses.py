@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_sparse_moe.models.losses import batch_weight
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.models.task_losses import batch_weight, shifted_labels
-from hf_sparse_moe.routing.fix_balance import BalanceFix
+
+from .balance_fix import BalanceFix, counted_labels
 
 
 LOSSES = ("task_loss", "aux_loss", "z_loss")
@@ -41,7 +41,7 @@ def weighted_losses(model: nn.Module, inputs: dict[str, Any], outputs: Any) -> t
     config: Any = model.config
     fix = _fix_of(model)
     ours = isinstance(model, SparseMoePreTrainedModel)
-    share = number(batch_weight(_counted_labels(model, inputs), inputs.get("num_items_in_batch")))
+    share = number(batch_weight(counted_labels(model, inputs), inputs.get("num_items_in_batch")))
     weight = share if ours or fix is not None else torch.ones_like(share)  # stock ones weigh every micro-batch alike
     task, aux, z = (None if outputs.get(name) is None else number(outputs.get(name)) for name in LOSSES)
     aux, z = (None if part is None else weight * part for part in (aux, z))
@@ -61,16 +61,3 @@ def weighted_losses(model: nn.Module, inputs: dict[str, Any], outputs: Any) -> t
 def _fix_of(model: nn.Module) -> BalanceFix | None:
     owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
     return next((owner for owner in owners if isinstance(owner, BalanceFix)), None)
-
-
-def _counted_labels(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """The labels as Trainer counts them."""
-    labels = inputs.get("labels")
-    if labels is None:
-        return None
-    if isinstance(model, SparseMoePreTrainedModel):
-        return model.counted_labels(labels)
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]
-    shifts = getattr(model, "loss_function", None) is ForCausalLMLoss
-    return shifted_labels(labels) if shifts and not getattr(model.config, "is_encoder_decoder", False) else labels

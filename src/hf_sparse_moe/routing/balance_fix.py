@@ -9,7 +9,7 @@ layers which collapse onto different experts look even. T tokens, E experts, K e
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +18,24 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from hf_sparse_moe.models.balancing import (
-    GlobalLoad,
-    balance,
-    expert_counts,
-    masked_mean,
-    router_z_loss,
-    sequence_balancing_loss,
+from hf_sparse_moe.models.balancing import GlobalLoad, masked_mean, router_z_loss
+from hf_sparse_moe.models.configuration_sparse_moe import BALANCE_SCOPES
+from hf_sparse_moe.models.losses import (
+    balance_loss,
+    batch_weight,
+    mean_over_layers,
+    refuse_loss_without,
+    shifted_labels,
 )
+from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.models.routers import Routing
-from hf_sparse_moe.models.task_losses import batch_weight
-from hf_sparse_moe.models.unbalanced_losses import refuse_loss_without
+from hf_sparse_moe.models.routing import Routing, RoutingEvent
 
-from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
+from .mixture_layers import MixtureLayer, RoutingObservation, event_of, find_mixture_layers, observe_routing
 
 
-BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
 COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 LABEL_NAMES = ("labels", "start_positions")
-BATCHED_NAMES = ("input_ids", "inputs_embeds", "labels")
 STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
 LEFT_OUT = (
     "The loss of this backward pass leaves out the balance loss of `fix_balance`, so the experts would collapse "
@@ -110,19 +108,6 @@ def fix_balance(
     return BalanceFix(owner, layers, router_aux_loss_coef, router_z_loss_coef, balance_scope)
 
 
-class LayerCall(NamedTuple):
-    """What one layer routed in one forward pass of the model."""
-
-    layer: MixtureLayer
-    routing: Routing
-    side: str  # "encoder" or "decoder"
-    mask_T: torch.Tensor | None
-
-    @property
-    def probabilities(self) -> torch.Tensor:
-        return self.layer.probabilities(self.routing.router_logits)
-
-
 class BalanceFix:
     """What [`fix_balance`] put on a model. [`~BalanceFix.restore`], or the end of a `with`, takes it away."""
 
@@ -134,19 +119,31 @@ class BalanceFix:
         self.router_z_loss_coef = z_coef
         self.balance_scope = balance_scope
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._global_load = GlobalLoad()
-        self._routings: list[tuple[MixtureLayer, Routing]] = []
+        self._tokens: dict[str, SideTokens] = {}
+        self._events: list[RoutingEvent] = []
         self._trains = self._wants_logits = False
         self._handles: list[RemovableHandle | RoutingObservation] = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
             observe_routing(layers, self._collect),
         ]
+        self.global_load: Any = GlobalLoad()
+        if balance_scope == "global_batch":
+            self.global_load.listen_to_trainers()
+            vars(model)["global_load"] = self.global_load  # where Trainer's callback looks for it
 
     def restore(self) -> None:
         """Take the hooks away, and with them everything; a second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
+        vars(self.model).pop("global_load", None)
+
+    def start_optimizer_step(self) -> None:
+        """
+        Call it before the first micro-batch of each optimizer step in a training loop of your own, so that
+        `balance_scope="global_batch"` knows which micro-batches belong together. Trainer calls it by itself.
+        """
+        self.global_load.start_step()
 
     def __enter__(self) -> BalanceFix:
         return self
@@ -157,9 +154,10 @@ class BalanceFix:
     def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         balances = self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
         self._trains = balances and model.training and torch.is_grad_enabled()
-        asked = self._given(args, kwargs).get(STOCK_SWITCH)
+        given = self._given(args, kwargs)
+        self._tokens, self._events = tokens_by_side(model, given), []
+        asked = given.get(STOCK_SWITCH)
         self._wants_logits = getattr(model.config.get_text_config(), STOCK_SWITCH, False) if asked is None else asked
-        self._routings = []
         if STOCK_SWITCH not in self._parameters:
             return args, kwargs
         place = self._parameters.index(STOCK_SWITCH)
@@ -175,23 +173,24 @@ class BalanceFix:
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
         if self._trains or self._wants_logits:
-            self._routings.append((layer, routing))
+            self._events.append(event_of(layer, routing, self._tokens))
 
     def _after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-        routings, trains, wants_logits = self._routings, self._trains, self._wants_logits
-        self._routings, self._trains, self._wants_logits = [], False, False
-        if trains and not routings:
+        events, trains, wants_logits = self._events, self._trains, self._wants_logits
+        self._events, self._trains, self._wants_logits = [], False, False
+        if trains and not events:
             raise ValueError(
                 f"No layer of this `{type(model).__name__}` reported its routing to `fix_balance`, as in a copy of a "
                 "model that was fixed. Copy first, then fix the copy."
             )
-        if not routings:
+        if not events:
             return outputs
         given = self._given(args, kwargs)
-        calls = [_layer_call(model, given, layer, routing) for layer, routing in routings]
-        labels = _counted_labels(model, given)
+        for event in events:
+            _require_mask(event, given, model.config.is_encoder_decoder)
+        labels = counted_labels(model, given)
         weight = batch_weight(labels, given.get("num_items_in_batch"))
-        losses_L, aux_weight = self._load_balancing(calls, labels, given, weight, trains)
+        losses_L, aux_weight = self._load_balancing(events, labels, given, weight, trains)
         aux_loss = losses_L.mean()
         has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
         as_tuple = isinstance(outputs, tuple)
@@ -199,19 +198,19 @@ class BalanceFix:
         if trains:
             extra = aux_loss * self.router_aux_loss_coef * aux_weight
             if self.router_z_loss_coef > 0:
-                z_losses = [router_z_loss(call.routing.router_logits.float(), call.mask_T) for call in calls]
-                extra = extra + self.router_z_loss_coef * weight * _stack(z_losses, losses_L.device).mean()
+                z_losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
+                extra = extra + self.router_z_loss_coef * weight * mean_over_layers(z_losses, losses_L.device)
             part = aux_loss if self.router_aux_loss_coef > 0 else extra
-            refuse_loss_without(part, calls[-1].routing.router_logits, LEFT_OUT)
+            refuse_loss_without(part, events[-1].routing.router_logits, LEFT_OUT)
             if loss is not None:
                 loss = (loss * weight if _ignores_label_count(model) else loss) + extra.to(loss.device)
         if as_tuple:
             return (loss, *outputs[1:]) if has_loss else outputs
         fields: dict[str, Any] = {"loss": loss, "aux_loss": aux_loss}
         for side in ("encoder", "decoder"):
-            fields[f"{side}_aux_loss"] = _mean(calls, losses_L, side)
+            fields[f"{side}_aux_loss"] = _mean_of_side(events, losses_L, side)
         if wants_logits:
-            fields["router_logits"] = tuple(call.routing.router_logits for call in calls)
+            fields["router_logits"] = tuple(event.routing.router_logits for event in events)
         for name, value in fields.items():
             if value is not None and name in type(outputs).__dataclass_fields__:
                 outputs[name] = value
@@ -219,30 +218,24 @@ class BalanceFix:
 
     def _load_balancing(
         self,
-        calls: list[LayerCall],
+        events: list[RoutingEvent],
         labels: torch.Tensor | None,
         given: dict[str, Any],
         weight: torch.Tensor | float,
         trains: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """The loss of each layer `(L,)`, and its weight, which sums to 1 over a step's micro-batches and ranks."""
-        device = calls[-1].routing.router_logits.device
-        if self.balance_scope == "sequence":
-            sequences = next(len(given[name]) for name in BATCHED_NAMES if given.get(name) is not None)
-            losses = [
-                sequence_balancing_loss(call.probabilities, call.routing.top_k_index, sequences, call.mask_T)
-                for call in calls
-            ]
-            return _stack(losses, device), weight
-        counts = [expert_counts(call.routing.top_k_index, call.layer.num_experts, call.mask_T) for call in calls]
-        means = [masked_mean(call.probabilities, call.mask_T) for call in calls]
+        layers = [(event, event.layer.probabilities(event.routing.router_logits)) for event in events]
         if self.balance_scope == "global_batch" and trains:
-            tokens = [len(call.routing.top_k_index) if call.mask_T is None else call.mask_T.sum() for call in calls]
-            # Of all that trains, not of the routers: those may be frozen.
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            new_step, items = self._global_load.is_new_step(trained), given.get("num_items_in_batch")
-            return self._global_load.losses(counts, means, tokens, labels, items, new_step)
-        return _stack([balance(*pair) for pair in zip(counts, means, strict=True)], device), weight
+            return self.global_load.losses(
+                [event.expert_counts(event.layer.num_experts) for event in events],
+                [masked_mean(probs_TE, event.token_mask) for event, probs_TE in layers],
+                [event.num_tokens for event in events],
+                labels,
+                given.get("num_items_in_batch"),
+            )
+        losses = [balance_loss(event, probs_TE, self.balance_scope) for event, probs_TE in layers]
+        return torch.stack([loss.to(losses[-1].device) for loss in losses]), weight
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -256,13 +249,17 @@ def _configured_coefficient(model: PreTrainedModel) -> float:
     raise ValueError(f"The config of `{type(model).__name__}` has no coefficient. Give `router_aux_loss_coef`.")
 
 
-def _counted_labels(model: PreTrainedModel, given: dict[str, Any]) -> torch.Tensor | None:
-    """The labels as Trainer counts them for `num_items_in_batch`."""
+def counted_labels(model: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
+    """The labels as Trainer counts them for `num_items_in_batch`; `given` are the arguments of the forward."""
     if (shifted := given.get("shift_labels")) is not None:
         return shifted
     labels = given.get("labels")
+    if labels is None:
+        return None
+    if isinstance(model, SparseMoePreTrainedModel):
+        return model.counted_labels(labels)
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
-    return labels[..., 1:] if labels is not None and shifts and not model.config.is_encoder_decoder else labels
+    return shifted_labels(labels) if shifts and not getattr(model.config, "is_encoder_decoder", False) else labels
 
 
 def _ignores_label_count(model: PreTrainedModel) -> bool:
@@ -271,31 +268,17 @@ def _ignores_label_count(model: PreTrainedModel) -> bool:
     return "CrossEntropyLoss" in calls or isinstance(model, MEAN_LOSS_HEADS)
 
 
-def _layer_call(model: PreTrainedModel, given: dict[str, Any], layer: MixtureLayer, routing: Routing) -> LayerCall:
-    if not model.config.is_encoder_decoder:
-        side, mask = "decoder", given.get("attention_mask")
-    elif "decoder" not in layer.name.split("."):
-        side, mask = "encoder", given.get("attention_mask")
-    else:
-        side, mask, labels = "decoder", given.get("decoder_attention_mask"), given.get("labels")
-        if mask is None and labels is not None:
-            mask = labels.ne(-100)
-    if mask is None:
-        return LayerCall(layer, routing, side, None)
-    tokens = len(routing.top_k_index)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.numel() != tokens:
+def _require_mask(event: RoutingEvent, given: dict[str, Any], has_two_sides: bool) -> None:
+    name = "decoder_attention_mask" if has_two_sides and event.layer.side == "decoder" else "attention_mask"
+    mask, tokens = given.get(name), len(event.routing.router_logits)
+    if mask is not None and event.token_mask is None:
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"`attention_mask` ({shape}) does not tell the pads among the {tokens} tokens of `{layer.name}`. Give one "
+            f"`{name}` ({shape}) does not tell the pads among the {tokens} tokens of `{event.layer.name}`. Give one "
             "of shape (batch, length), 1 for a token and 0 for a pad, or none where there are no pads."
         )
-    return LayerCall(layer, routing, side, mask.flatten().to(routing.router_logits.device))
 
 
-def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack([loss.to(device) for loss in losses])
-
-
-def _mean(calls: list[LayerCall], losses_L: torch.Tensor, side: str) -> torch.Tensor | None:
-    on_side = [loss for call, loss in zip(calls, losses_L, strict=True) if call.side == side]
+def _mean_of_side(events: list[RoutingEvent], losses_L: torch.Tensor, side: str) -> torch.Tensor | None:
+    on_side = [loss for event, loss in zip(events, losses_L, strict=True) if event.layer.side == side]
     return torch.stack(on_side).mean() if on_side else None

@@ -121,12 +121,13 @@ def test_two_processes_have_the_gradient_of_one(case, two_processes, tmp_path, c
 
 
 def test_the_global_batch_sees_the_micro_batches_of_its_step_and_no_others():
-    """The counts of the second micro-batch are those of both; after `zero_grad` they begin anew."""
+    """The counts of the second micro-batch are those of both; the next step begins anew."""
     model = tiny_mixtral().train()
     halves = [{name: value[part] for name, value in batch(rows=4).items()} for part in (slice(2), slice(2, 4))]
 
     def losses():
         results = []
+        fix.start_optimizer_step()
         for half in halves:
             outputs = model(**half)
             outputs.loss.backward()
@@ -134,9 +135,9 @@ def test_the_global_batch_sees_the_micro_batches_of_its_step_and_no_others():
         model.zero_grad()
         return results
 
-    with fix_balance(model, balance_scope="global_batch"):
+    with fix_balance(model, balance_scope="global_batch") as fix:
         first, second = losses(), losses()
-    with fix_balance(model):
+    with fix_balance(model) as fix:
         alone = losses()
     assert first == pytest.approx(second)
     assert first[0] == pytest.approx(alone[0])

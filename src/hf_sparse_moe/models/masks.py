@@ -1,0 +1,125 @@
+"""
+Which tokens of a forward pass count: the one answer for every family, ours and stock, told by the call's arguments.
+
+B sequences of S tokens; T = B * S tokens, as a sparse layer sees them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+IGNORED_LABEL = -100
+
+
+class TokenContext(NamedTuple):
+    """
+    What is known of the T tokens of one call of a sparse layer besides their hidden states. Worked out when asked,
+    because most routers never ask.
+
+    Args:
+        side (`SideTokens`): The tokens of the layer's side.
+        num_tokens (`int`): T.
+    """
+
+    side: SideTokens
+    num_tokens: int
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """`(T,)`, False for a pad; None where every token counts, or nobody knows."""
+        mask = self.side.mask
+        if mask is None or mask.numel() == 0:
+            return None
+        mask = mask.reshape(-1, mask.shape[-1])
+        length = self.num_tokens // mask.shape[0]
+        if self.side.num_sequences not in (None, len(mask)):  # 3-D, but of pairs of tokens
+            return None
+        if length * mask.shape[0] != self.num_tokens or length > mask.shape[1]:
+            return None
+        return mask[:, mask.shape[1] - length :].reshape(-1)  # the last columns: a cache holds the earlier tokens
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """`(T,)`, the token ids; None where nobody knows."""
+        ids = self.side.ids
+        return None if ids is None or ids.numel() != self.num_tokens else ids.reshape(-1)
+
+    @property
+    def num_sequences(self) -> int:
+        """The sequences, of T / `num_sequences` tokens each."""
+        sequences = self.side.num_sequences
+        return sequences if sequences and self.num_tokens % sequences == 0 else 1
+
+
+class SideTokens(NamedTuple):
+    """
+    The tokens of the encoder's or the decoder's side.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False for a pad.
+        ids (`torch.LongTensor` of shape `(B, S)`, *optional*): The token ids.
+        num_sequences (`int`, *optional*): B.
+    """
+
+    mask: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    num_sequences: int | None = None
+
+    def context(self, num_tokens: int) -> TokenContext:
+        """Of the `num_tokens` tokens that a layer sees; what does not fit that number is left out."""
+        return TokenContext(self, num_tokens)
+
+
+NO_CONTEXT = TokenContext(SideTokens(), 0)
+
+
+def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideTokens]:
+    """
+    The tokens of the encoder's and of the decoder's side; in a model of one side both are the same.
+
+    In an encoder-decoder, the decoder's tokens that count are, by the first that is given: those of
+    `decoder_attention_mask`, those with a label, the `decoder_input_ids` that are no pads, or those of the source,
+    which heads of BART feed to the decoder. A mask that is neither `(B, S)` nor, with several choices for each row,
+    `(B, C, S)` says nothing.
+
+    Args:
+        model (`PreTrainedModel`): Its config says how many sides there are, and which id is the pad.
+        inputs (`Mapping[str, Any]`): The arguments of its forward, `labels` among them.
+    """
+    source = source_tokens(inputs)
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return {"encoder": source, "decoder": source}
+    mask, ids = _mask(inputs.get("decoder_attention_mask")), inputs.get("decoder_input_ids")
+    embeds, labels, pad = inputs.get("decoder_inputs_embeds"), inputs.get("labels"), config.pad_token_id
+    if mask is None and labels is not None and labels.dim() == 2 and getattr(model, "labels_are_targets", True):
+        mask = labels.ne(IGNORED_LABEL)
+    elif mask is None and ids is not None and pad is not None:
+        mask = ids.ne(pad)
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)  # T5 starts with the pad itself
+    sequences = _num_sequences(ids, embeds)
+    if ids is None and embeds is None:
+        mask, sequences = source.mask if mask is None else mask, sequences or source.num_sequences
+    return {"encoder": source, "decoder": SideTokens(mask, ids, sequences)}
+
+
+def source_tokens(inputs: Mapping[str, Any]) -> SideTokens:
+    """The tokens of `input_ids` or `inputs_embeds`."""
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    return SideTokens(_mask(inputs.get("attention_mask")), ids, _num_sequences(ids, embeds))
+
+
+def _mask(value: Any) -> torch.Tensor | None:
+    """Masks may hold the number of a packed sample instead of 1: what is not 0 counts."""
+    return value.ne(0) if isinstance(value, torch.Tensor) and value.dim() in (2, 3) else None
+
+
+def _num_sequences(ids: torch.Tensor | None, embeds: torch.Tensor | None) -> int | None:
+    if ids is not None:
+        return math.prod(ids.shape[:-1])
+    return None if embeds is None else math.prod(embeds.shape[:-2])

@@ -1,0 +1,202 @@
+"""What a router decided, the event that a sparse layer records of it, and the record of one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.utils.output_capturing import CompileableContextVar
+
+from .balancing import expert_counts
+from .masks import NO_CONTEXT, SideTokens, TokenContext, source_tokens
+
+
+class Routing(NamedTuple):
+    """
+    What a router decided for T tokens.
+
+    Args:
+        router_logits (`torch.FloatTensor` of shape `(T, E)`): In float32; those that are not finite are 0.
+        top_k_weights (`torch.FloatTensor` of shape `(T, K)`): 0 for an assignment that was dropped.
+        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts, the best first.
+        kept (`torch.BoolTensor`, *optional*): Of the same shape; False for an assignment that was dropped.
+        token_index (`torch.LongTensor` of shape `(R,)`, *optional*): Where the experts chose: the token of each of R
+            assignments. Index, weights and `kept` then have the shape `(R, 1)`.
+        finite (`torch.BoolTensor` of shape `(T,)`, *optional*): False where the router computed NaN or infinity. None
+            where `router_logits` are as the router computed them.
+    """
+
+    router_logits: torch.Tensor
+    top_k_weights: torch.Tensor
+    top_k_index: torch.Tensor
+    kept: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
+    finite: torch.Tensor | None = None
+
+    @property
+    def non_finite(self) -> torch.Tensor:
+        """`(T,)`: the tokens for which the router computed NaN or infinity."""
+        finite = finite_rows(self.router_logits) if self.finite is None else self.finite
+        return ~finite
+
+
+def finite_rows(router_logits_TE: torch.Tensor) -> torch.Tensor:
+    """`(T,)`: the rows without NaN and infinity. Their sum tells, in one pass over them."""
+    return router_logits_TE.detach().sum(dim=-1).isfinite()
+
+
+class RoutingEvent(NamedTuple):
+    """
+    One call of one sparse layer.
+
+    Args:
+        layer (`Any`): The `SparseMoeBlock` or, of any mixture, the `MixtureLayer`.
+        routing ([`Routing`]): What its router decided.
+        token_mask (`torch.BoolTensor` of shape `(T,)`, *optional*): False for a pad; None where every token counts.
+        num_sequences (`int`): The sequences, of T / `num_sequences` tokens each.
+    """
+
+    layer: Any
+    routing: Routing
+    token_mask: torch.Tensor | None = None
+    num_sequences: int = 1
+
+    @classmethod
+    def of(cls, layer: Any, routing: Routing, context: TokenContext) -> RoutingEvent:
+        """The event of a call with the tokens of `context`."""
+        mask = context.mask
+        mask = None if mask is None else mask.to(routing.router_logits.device)
+        return cls(layer, routing, mask, context.num_sequences)
+
+    @property
+    def num_tokens(self) -> torch.Tensor | int:
+        """How many tokens count."""
+        return len(self.routing.router_logits) if self.token_mask is None else self.token_mask.sum()
+
+    @property
+    def counted_rows(self) -> torch.Tensor | None:
+        """
+        Which rows of `top_k_index` count as load, None for all: those of tokens that are no pads, dropped assignments
+        among them; where experts choose, those that took such a token.
+        """
+        index, kept = self.routing.token_index, self.routing.kept
+        if index is None:
+            return self.token_mask
+        kept = torch.ones_like(index, dtype=torch.bool) if kept is None else kept.flatten()
+        return kept if self.token_mask is None else kept & self.token_mask[index]
+
+    def expert_counts(self, num_experts: int) -> torch.Tensor:
+        """`(E,)`: how many tokens each expert was chosen for or, where experts choose, took."""
+        return expert_counts(self.routing.top_k_index, num_experts, self.counted_rows)
+
+
+@dataclass
+class RoutingRecord:
+    """
+    One forward pass of a model: what its routers may know, and the events of its sparse layers.
+
+    Args:
+        tokens (`dict[str, SideTokens]`): The tokens of each side.
+        keep (`bool`, defaults to `True`): Whether to gather events.
+        owner (`object`, *optional*): The model's own mark.
+        events (`list[RoutingEvent]`): Of the sparse layers that ran while it was open, in the order of their call.
+    """
+
+    tokens: dict[str, SideTokens] = field(default_factory=dict)
+    keep: bool = True
+    owner: object = None
+    events: list[RoutingEvent] = field(default_factory=list)
+    opened: Any = None  # what takes it off the context again
+
+    def context(self, side: str, num_tokens: int) -> TokenContext:
+        """Of the `num_tokens` tokens that a layer of `side` sees."""
+        return TokenContext(self.tokens.get(side, NO_CONTEXT.side), num_tokens)
+
+    def open(self) -> RoutingRecord:
+        """Make it the one that sparse layers report to, until [`close`]."""
+        self.opened = _active_record.set(self)
+        return self
+
+    def close(self) -> None:
+        """End what [`open`] began."""
+        _active_record.reset(self.opened)
+
+
+# `capture_outputs` of transformers ends at a nested `PreTrainedModel`, so the blocks report to this instead. Its
+# variable is the one kind that works under `torch.compile(fullgraph=True)`; each thread has its own.
+_active_record = CompileableContextVar("sparse_moe_routing_record")
+
+
+def active_record() -> RoutingRecord | None:
+    """The record that is open, if one is."""
+    return _active_record.get()
+
+
+def record_when_alone(encoder: nn.Module, owner: object) -> None:
+    """
+    Have `encoder` open a record of its own where it runs outside its model's forward pass, as in `generate`: its
+    routers must know the mask, the ids and the number of the sequences there too.
+    """
+    parameters = tuple(inspect.signature(encoder.forward).parameters)
+    encoder.register_forward_pre_hook(partial(_before_encoder, owner, parameters), with_kwargs=True)
+    encoder.register_forward_hook(partial(_after_encoder, owner), always_call=True)
+
+
+class _EncoderRecord(RoutingRecord):
+    """Of an encoder that runs by itself."""
+
+
+def _before_encoder(owner: object, parameters: tuple[str, ...], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    record = active_record()
+    if record is None or record.owner is not owner:
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        _EncoderRecord({"encoder": source_tokens(given)}, keep=False, owner=owner).open()
+
+
+def _after_encoder(owner: object, encoder: nn.Module, args: tuple, output: Any) -> None:
+    record = active_record()
+    if isinstance(record, _EncoderRecord) and record.owner is owner:
+        record.close()
+
+
+def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
+    """
+    Wrap an activation-checkpointing function so that the router logits of the checkpointed layer leave it as outputs.
+
+    A reentrant checkpoint runs the layer without gradients first: logits that merely escape through the record would
+    carry none, and the balance loss would not reach the router.
+    """
+
+    @wraps(checkpoint_function)
+    def checkpoint(function: Callable, *args, **kwargs):
+        outer = active_record()
+        if outer is None:
+            return checkpoint_function(function, *args, **kwargs)
+        inner_events: list[RoutingEvent] = []
+        returns_tuple = False
+
+        def function_with_logits(*inner_args, **inner_kwargs):
+            nonlocal returns_tuple
+            record, previous = replace(outer, events=[]), _active_record.get()
+            _active_record.set(record)
+            try:
+                outputs = function(*inner_args, **inner_kwargs)
+            finally:
+                _active_record.set(previous)
+            inner_events[:] = record.events
+            returns_tuple = isinstance(outputs, tuple)
+            outputs = outputs if returns_tuple else (outputs,)
+            return *outputs, *(event.routing.router_logits for event in record.events)
+
+        outputs = checkpoint_function(function_with_logits, *args, **kwargs)
+        count = len(outputs) - len(inner_events)
+        for event, router_logits in zip(inner_events, outputs[count:], strict=True):
+            outer.events.append(event._replace(routing=event.routing._replace(router_logits=router_logits)))
+        return outputs[:count] if returns_tuple else outputs[0]
+
+    return checkpoint
