@@ -81,9 +81,9 @@ def test_info_as_a_table(mixture):
 
 
 def test_info_of_what_is_no_mixture(dense, tmp_path):
-    assert_one_sentence(run_cli("info", dense), "is a dense checkpoint", "hf-sparse-moe upcycle")
+    assert_one_sentence(run_cli("info", dense), "is not a mixture of this package", "hf-sparse-moe upcycle")
     assert_one_sentence(run_cli("info", tmp_path), "no config.json")
-    assert_one_sentence(run_cli("info", tmp_path / "nowhere"), "is no folder")
+    assert_one_sentence(run_cli("info", tmp_path / "nowhere"), "a folder")
 
 
 def test_every_command_has_an_example_and_spells_its_arguments_alike():

@@ -102,7 +102,7 @@ def test_from_nothing_to_a_hub(tmp_path):
 
 def test_models_it_cannot_work_on(data, tokenizer, tmp_path):
     out = tmp_path / "out"
-    assert_one_sentence(run_cli("quickstart", "--model", "/nowhere", "--output", out), "is no folder")
+    assert_one_sentence(run_cli("quickstart", "--model", "/nowhere", "--output", out), "a folder")
     no_data = run_cli("quickstart", "--data", "/nowhere", "--output", out)
     assert no_data.code == 2
     assert no_data.err == "Error: `/nowhere` is no folder, and no id of a Hub data set. Check the path.\n"

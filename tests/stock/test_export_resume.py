@@ -1,5 +1,6 @@
 """Exports that are killed, resumed, refused: nothing half at the target, and the bytes of an undisturbed run."""
 
+import json
 import os
 import shutil
 import signal
@@ -37,7 +38,7 @@ def export_and_die(writes, source, target):
     def write_or_die(self, *args):
         calls.append(args)
         if len(calls) > writes:
-            while not (work_of(target) / ".journal.json").exists():
+            while not any(json.loads(path.read_text()) for path in target.parent.glob(".stock.*/journal.json")):
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
         return write(self, *args)
@@ -49,11 +50,11 @@ def export_and_die(writes, source, target):
 def killed_after(writes, source, target):
     """The finished shards of an export that was killed when it had written so many tensors."""
     assert in_processes(1, export_and_die, writes, source, target) == [-signal.SIGKILL]
-    return {path.name: path.stat().st_mtime_ns for path in work_of(target).glob("*.safetensors")}
+    return {path.name: path.stat().st_mtime_ns for path in shards_of(target)}
 
 
-def work_of(target):
-    return target.with_name(f".{target.name}.partial")
+def shards_of(target):
+    return target.parent.glob(f".{target.name}.*/content/*.safetensors")
 
 
 @pytest.mark.parametrize("dense", ["llama", "qwen2"])
@@ -76,7 +77,7 @@ def test_killed_and_resumed(saved, tmp_path, dense):
 
 
 def test_resume_only_with_the_same_arguments_and_source(saved, tmp_path):
-    folder, target, work = saved(), tmp_path / "stock", tmp_path / ".stock.partial"
+    folder, target = saved(), tmp_path / "stock"
     kept = killed_after(12, folder, target)
     with pytest.raises(ValueError, match=r"`target` was 'mixtral' and is 'qwen2_moe'.*without `resume`"):
         export(folder, target, "qwen2_moe", max_shard_gib=SHARD, resume=True)
@@ -86,7 +87,7 @@ def test_resume_only_with_the_same_arguments_and_source(saved, tmp_path):
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"`model.safetensors` was '[0-9a-f]{64}'"):
         export(folder, target, max_shard_gib=SHARD, resume=True)
-    assert kept == {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert kept == {path.name: path.stat().st_mtime_ns for path in shards_of(target)}
     export(folder, target)  # afresh
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "stock"}
     assert [path.name for path in target.glob("*.safetensors*")] == ["model.safetensors"]

@@ -42,7 +42,7 @@ def workplace(tmp_path):
 
 @pytest.mark.parametrize("missing", ["/nowhere/model", "./nowhere", "nowhere", "a/b/c"])
 def test_no_such_path(missing, workplace):
-    assert_one_sentence(run_cli("upcycle", missing, workplace / "out"), f"`{missing}` is no folder", "Hub")
+    assert_one_sentence(run_cli("upcycle", missing, workplace / "out"), f"`{missing}` is n", "a folder", "Hub")
 
 
 def test_hub_id_out_of_reach(workplace, monkeypatch):

@@ -177,5 +177,5 @@ def test_more_layers_than_tensors(layers, attack, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
     attack(spoil)
-    with pytest.raises(ValueError, match=f"names {layers} layers"):
+    with pytest.raises(ValueError, match=f"num_hidden_layers={layers}"):
         stream_upcycle(tmp_path / "source", tmp_path / "target")

@@ -13,7 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_moe import upcycle
-from hf_sparse_moe.checkpoints.folder import write_checkpoint
+from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.folder import new_folder, write_checkpoint
 from hf_sparse_moe.checkpoints.reader import TensorFiles
 from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
 from hf_sparse_moe.upcycling.streaming import stream_upcycle
@@ -198,25 +199,30 @@ def test_mixture_loads_and_computes_what_the_dense_model_computes(dense, tmp_pat
 def stream(source, target, kill_at=None, **arguments):
     """To run in a process of its own, killed at the `kill_at`-th file in the folder where it works."""
     if kill_at is not None:
-        kill_at_file(target.with_name(f".{target.name}.partial"), kill_at)
+        kill_at_file(target.with_name(f".{target.name}."), kill_at)
     stream_upcycle(source, target, 8, method="drop", max_shard_size="4KB", **arguments)
 
 
+def journal_of(folder):
+    """What the call that was ended in `folder` can be resumed from; nothing where it was ended before that."""
+    return {key: value for path in folder.glob(".out.*/journal.json") for key, value in read_json(path).items()}
+
+
 def test_killed_at_any_file(tmp_path):
-    folder, target, work = tmp_path / "dense", tmp_path / "out", tmp_path / ".out.partial"
+    folder, target = tmp_path / "dense", tmp_path / "out"
     tiny_dense("llama", num_hidden_layers=16).save_pretrained(folder)
     stream(folder, tmp_path / "whole")
     chance, kept, resumed = random.Random(0), {}, 0
     for _ in range(8):
         assert in_processes(1, stream, folder, target, chance.randrange(200), resume=True) == [-signal.SIGKILL]
         assert not target.exists()
-        finished = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+        finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.*/content/*.safetensors")}
         assert kept.items() <= finished.items()  # a finished shard is not written again
         resumed += bool(kept)
-        kept = finished if (work / ".journal.json").exists() else {}
+        kept = finished if journal_of(tmp_path) else {}
     assert resumed
     stream(folder, target, resume=True)
-    assert not work.exists()
+    assert not list(tmp_path.glob(".*"))
     for path in (tmp_path / "whole").iterdir():
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
     assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
@@ -238,18 +244,18 @@ def interrupted(dense, tmp_path, monkeypatch):
 
     interrupt()
     assert not target.exists()
-    assert (tmp_path / ".out.partial" / ".journal.json").exists()
+    assert journal_of(tmp_path)
     return folder, target
 
 
 def test_resume_only_with_the_same_arguments(interrupted, tmp_path):
     folder, target = interrupted
-    before = sorted((tmp_path / ".out.partial").iterdir())
+    before = sorted(tmp_path.glob(".out.*/**/*"))
     with pytest.raises(ValueError, match=r"`seed` was 0 and is 1.*without `resume`"):
         stream_upcycle(folder, target, 4, seed=1, max_shard_size="20KB", resume=True)
     with pytest.raises(ValueError, match=r"`max_shard_size` was '20KB'"):
         stream_upcycle(folder, target, 4, resume=True)
-    assert sorted((tmp_path / ".out.partial").iterdir()) == before
+    assert sorted(tmp_path.glob(".out.*/**/*")) == before
 
 
 def test_resume_only_with_the_same_source(interrupted):
@@ -269,14 +275,11 @@ def test_without_resume_it_starts_afresh(interrupted, tmp_path):
 
 def test_two_writers_of_one_target(dense, tmp_path):
     folder, target = dense("llama"), tmp_path / "out"
-    from hf_sparse_moe.checkpoints.folder import resumable_folder
-
-    with resumable_folder(target) as work:
+    with new_folder(target) as work:
         (work / "here").write_text("first")
         with pytest.raises(OSError, match="Another process is writing"):
             stream_upcycle(folder, target, 4)
         assert (work / "here").exists()
-        (work / ".journal.json").write_text("{}")
 
 
 @pytest.mark.parametrize("change", ["grows", "is replaced", "is cut"])

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
+from .files import COMPANIONS as COMPANIONS
+from .files import copy_companions, is_own, read_json
 
-# What belongs to a checkpoint beside its weights and config: the tokenizer, as it is, and the licence.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "COPYING*",
-)
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_JOURNAL = "journal.json"
 
 
 def write_checkpoint(
-    model: SparseMoePreTrainedModel, target: str | Path, source: Path | None = None, **save_arguments: Any
+    model: SparseMoePreTrainedModel, output: str | Path, source: Path | None = None, **save_arguments: Any
 ) -> Path:
     """
     Save a mixture with the tokenizer and licence of its dense source; the folder appears when it is complete.
 
     Args:
         model (`SparseMoePreTrainedModel`): The mixture.
-        target (`str` or `Path`): A folder that does not exist yet, or is empty.
+        output (`str` or `Path`): A folder that does not exist yet, or is empty.
         source (`Path`, *optional*): The folder of the dense checkpoint.
         **save_arguments: As `save_pretrained` takes them, such as `max_shard_size="4GB"`.
 
@@ -50,178 +43,209 @@ def write_checkpoint(
         `Path`: the folder.
 
     Raises:
-        OSError: the target is taken, or the disk is full; nothing is left at the target.
+        OSError: the output is taken, or the disk is full; nothing is left at the output.
     """
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with new_folder(target, needed_bytes=needed) as folder:
+    with new_folder(output, needed_bytes=needed) as folder:
         model.save_pretrained(folder, **save_arguments)
         if source is not None:
             copy_companions(source, folder)
-    return Path(target)
+    return Path(output)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files and licences of a checkpoint, byte for byte; does not replace what `folder` has."""
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-
-
-def check_target(target: str | Path) -> Path:
-    """The absolute path of `target`; raises an `OSError` unless it is free to become a folder."""
-    path = Path(target).resolve()
+def check_target(output: str | Path) -> Path:
+    """The absolute path of `output`; raises an `OSError` unless it is free to become a folder."""
+    path = Path(output).resolve()
     if os.path.ismount(path):
-        raise OSError(f"`{target}` is where a disk is mounted. Choose a folder below it.")
+        raise OSError(f"`{output}` is where a disk is mounted. Choose a folder below it.")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"`{target}` is a file. Choose a folder that does not exist yet.")
+        raise FileExistsError(f"`{output}` is a file. Choose a folder that does not exist yet.")
     if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"`{target}` is not empty. Choose a folder that does not exist yet, or empty it first.")
+        raise FileExistsError(f"`{output}` is not empty. Choose a folder that does not exist yet, or empty it first.")
     return path
 
 
 @contextmanager
-def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
+def new_folder(
+    output: str | Path, needed_bytes: int = 0, journal: dict[str, Any] | None = None, keep_failed: bool = False
+) -> Iterator[Path]:
     """
-    A hidden folder beside `target` to write to; it takes the name `target` when the block ends, and is removed with
-    all that is in it when the block fails.
+    A folder to write to, which takes the name `output` when the block ends.
+
+    Until then it lies in a private folder beside `output` whose name nobody can foresee. Only one call at a time
+    writes an output; what calls that were killed left of it goes when the next one begins, unless that resumes it.
 
     Args:
-        target (`str` or `Path`): A folder that does not exist yet, or is empty.
+        output (`str` or `Path`): A folder that does not exist yet, or is empty.
         needed_bytes (`int`, defaults to 0): What will be written, at least; a disk without that is refused at once.
+        journal (`dict`, *optional*): Resume what a call left that had [`write_journal`] write the same: the finished
+            `*.safetensors` are there, all else is cleared. Without, start afresh.
+        keep_failed (`bool`, defaults to `False`): Leave what was written where the block fails too, and not only where
+            it is interrupted after [`write_journal`]. The next call with the same `journal` finds all of it; another
+            journal starts afresh.
 
     Raises:
-        OSError: the target is taken or may not be written, or the disk is full.
+        ValueError: the journal of what is there is another one.
+        OSError: the output is taken, being written by another process or may not be written, or the disk is full.
     """
-    path = check_target(target)
+    path = check_target(output)
     missing = [folder for folder in path.parents if not folder.exists()]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    complete = False
     try:
-        with _told_in_one_sentence(target):
-            _make(partial, target)
-            check_free_space(partial, needed_bytes, target)
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-        complete = True
+        with _lock(path, output), _full_disk_told(output, keep_failed):
+            check_target(output)  # another call may have finished in the meantime
+            with _work_folder(path, output, journal, keep_failed) as folder:
+                check_free_space(folder, needed_bytes, output)
+                yield folder
+                _flush(folder)
+                os.replace(folder, path)
     finally:
-        if not complete:
-            _remove(partial, missing)
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+resumable_folder = new_folder
 
 
 @contextmanager
-def resumable_folder(target: str | Path, journal: dict[str, Any] | None = None) -> Iterator[Path]:
-    """
-    As [`new_folder`], but what is written so far stays where the block is interrupted (by a signal, by Ctrl-C, by
-    power), for another call to go on with. An error removes it.
-
-    Args:
-        target (`str` or `Path`): A folder that does not exist yet, or is empty.
-        journal (`dict`, *optional*): Go on with what a call left that had [`write_journal`] write the same. Without,
-            start afresh.
-
-    Raises:
-        ValueError: another journal.
-        OSError: the target is taken, being written by another process or may not be written, or the disk is full.
-    """
-    path = check_target(target)
-    missing = [folder for folder in path.parents if not folder.exists()]
-    partial = path.with_name(f".{path.name}.partial")
-    _make(partial, target)
-    lock = FileLock(partial / _LOCK)
+def _work_folder(path: Path, output: str | Path, journal: dict[str, Any] | None, keep_failed: bool) -> Iterator[Path]:
+    """The folder inside a private one: a new one, or the one to resume, while this process holds the lock."""
+    work = None
+    for left in _left_behind(path):
+        if work is None and journal is not None and _is_resumed(left, journal, output, keep_failed):
+            work = left
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    work = work or private_folder(path)
+    folder, keep = work / "content", False
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise OSError(f"Another process is writing `{target}`. Wait for it, or choose another folder.") from None
-    removable = False
-    try:
-        begun = None if journal is None else _read_journal(partial)
-        if journal is not None and begun is not None:
-            different = _first_difference(begun, journal)
-            if different is not None:
-                raise ValueError(
-                    f"What was written of `{target}` cannot be gone on with: {different}. Give the same arguments, or "
-                    "start afresh without `resume` (`--resume`)."
-                )
-        _clear(partial, keep=(_LOCK,) if begun is None else (_LOCK, _JOURNAL, "*.safetensors"))
-        removable = True
-        with _told_in_one_sentence(target):
-            yield partial
-            (partial / _JOURNAL).unlink()
-            _flush(partial)
-            lock.release()
-            (partial / _LOCK).unlink(missing_ok=True)
-            os.replace(partial, path)
-        removable = False
-    except (KeyboardInterrupt, SystemExit):
-        removable = False
+        if not keep_failed:
+            _clear(folder)
+        folder.mkdir(exist_ok=True)
+        if keep_failed:
+            write_journal(folder, journal or {})
+        yield folder
+    except BaseException as error:
+        keep = keep_failed or (not isinstance(error, Exception) and read_json(work / _JOURNAL) != {})
         raise
     finally:
-        lock.release()
-        if removable:
-            _remove(partial, missing)
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def write_journal(folder: Path, journal: dict[str, Any]) -> None:
-    """Say what a [`resumable_folder`] is being written from, so that the finished files in it may be used again."""
-    new = folder / f"{_JOURNAL}.new"
+    """Say what a [`new_folder`] is being written from, so that the finished files in it may be used again."""
+    new = folder.parent / f"{_JOURNAL}.new"
     new.write_text(json.dumps(journal), encoding="utf-8")
-    os.replace(new, folder / _JOURNAL)
+    os.replace(new, folder.parent / _JOURNAL)
 
 
-_JOURNAL, _LOCK = ".journal.json", ".lock"
+def private_folder(beside: Path) -> Path:
+    """Make a folder with a name that nobody can foresee beside a path, which no other user may enter."""
+    folder = beside.with_name(f".{beside.name}.{secrets.token_hex(8)}.partial")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        if error.errno in _DISK_IS_FULL:
+            raise
+        raise OSError(
+            f"`{beside}` cannot be created ({error.strerror}). Choose a folder where you may write."
+        ) from error
+    (folder / _JOURNAL).write_text("{}", encoding="utf-8")
+    return folder
 
 
-def check_free_space(folder: Path, needed_bytes: int, target: str | Path) -> None:
-    """Raise an `OSError` unless the disk of `folder` has room for what `target` needs."""
+def check_free_space(folder: Path, needed_bytes: int, output: str | Path) -> None:
+    """Raise an `OSError` unless the disk of `folder` has room for what `output` needs."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
-            f"`{target}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free some space, "
+            f"`{output}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free some space, "
             "or choose another disk."
         )
 
 
-def _make(partial: Path, target: str | Path) -> None:
+@contextmanager
+def _lock(path: Path, output: str | Path) -> Iterator[None]:
+    """Keep other processes from writing to `path`, until the block has ended. The lock file is never written to."""
+    name = path.with_name(f".{path.name}.lock")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        if error.errno in _DISK_IS_FULL:
+            raise
         raise OSError(
-            f"`{target}` cannot be created ({error.strerror}). Choose a folder where you may write."
+            f"`{output}` cannot be created: `{name}` cannot be opened ({error.strerror}). Choose a folder where you "
+            "may write, or remove that file."
         ) from error
+    held = False
+    try:
+        held = _take(file, name)
+        if not held:
+            raise OSError(f"Another process is writing `{output}`. Wait for it, or choose another folder.")
+        yield
+    finally:
+        if held and os.fstat(file).st_size == 0:  # a file with something in it is not ours
+            name.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _take(file: int, name: Path) -> bool:
+    """Lock an open file; False where another process has it, or has just finished with it and removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks
+        return True
+    return name.is_file() and not name.is_symlink() and os.path.samestat(name.stat(), os.fstat(file))
+
+
+def _left_behind(path: Path) -> list[Path]:
+    """The private folders that killed calls left beside `path`: this user's, and no links."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
+    found = []
+    for folder in sorted(path.parent.iterdir()):
+        if pattern.fullmatch(folder.name):
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+                found += [folder] if is_own(folder / _JOURNAL, folder) or not any(folder.iterdir()) else []
+    return found
+
+
+def _is_resumed(work: Path, journal: dict[str, Any], output: str | Path, keep_failed: bool) -> bool:
+    begun = read_json(work / _JOURNAL, optional=True)
+    if begun == {}:
+        return False
+    different = _first_difference(begun, journal)
+    if different is not None and not keep_failed:
+        raise ValueError(
+            f"What was written of `{output}` cannot be resumed: {different}. Give the same arguments, or start afresh "
+            "without `resume` (`--resume`)."
+        )
+    return different is None
+
+
+def _clear(folder: Path) -> None:
+    """Leave the finished shards of a call that is resumed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.suffix != ".safetensors":
+            path.unlink()
 
 
 @contextmanager
-def _told_in_one_sentence(target: str | Path) -> Iterator[None]:
+def _full_disk_told(output: str | Path, kept: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not _is_full_disk(error):
             raise
-        raise OSError(
-            f"The disk of `{target}` is full, so nothing was written there. Free some space, or choose another disk."
-        ) from error
-
-
-def _remove(partial: Path, missing: list[Path]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in missing:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _clear(partial: Path, keep: tuple[str, ...]) -> None:
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif not any(path.match(pattern) for pattern in keep):
-            path.unlink()
-
-
-def _read_journal(partial: Path) -> dict[str, Any] | None:
-    path = partial / _JOURNAL
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        advice = "and run the same again: what is there is kept" if kept else "or choose another; nothing was written"
+        raise OSError(f"The disk of `{output}` is full. Free some space, {advice}.") from error
 
 
 def _first_difference(begun: dict[str, Any], now: dict[str, Any]) -> str | None:

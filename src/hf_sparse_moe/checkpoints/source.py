@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .config import read_config, sensible_config
 from .families import sparse_class
-from .folder import COMPANIONS
+from .files import COMPANIONS, check_own, read_json, tensor_names
 
 
-# What a config with values of the wrong kind ends in, somewhere inside transformers or torch.
-_NONSENSE = (
-    StrictDataclassError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    MemoryError,
-)
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,18 +37,29 @@ class Source:
     revision: str | None
 
 
-def find_source(name_or_path: str, revision: str | None = None, allow_pickle: bool = False) -> Source:
+def find_source(
+    source: str | Path, revision: str | None = None, allow_pickle: bool = False, token: bool | str | None = None
+) -> Source:
     """
     The checkpoint in a folder, or fetched from the Hub.
 
+    Args:
+        source (`str` or `Path`): Folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are taken.
+        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
+
     Raises:
-        ValueError: a missing, corrupt or pickled checkpoint.
+        ValueError: a missing, corrupt or pickled checkpoint, or one with links that lead out of its folder.
+        PermissionError: files that this user may not read.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return _fetch(name_or_path, revision, allow_pickle)
-    _check_folder(folder, allow_pickle)
-    return Source(folder.resolve().name, folder, None)
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(folder, allow_pickle)
+        return Source(folder.resolve().name, folder, None)
+    if folder.exists():
+        raise ValueError(f"`{source}` is a file. Pass the folder of a saved model.")
+    return _fetch(str(source), revision, allow_pickle, token)
 
 
 def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:
@@ -102,40 +95,6 @@ def named_architecture(config: PreTrainedConfig) -> str | None:
     return config.architectures[0] if config.architectures else None
 
 
-def read_config(source: Source) -> PreTrainedConfig:
-    """The config of a checkpoint; no code of it is run. Raises a `ValueError` where it is none."""
-    with sensible_config(source):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        architectures = config.architectures or []
-        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-            raise TypeError(f"`architectures` is {architectures!r}")
-        # A model of a billion layers would fill the memory before any weight is missed.
-        depth = max([getattr(config, name, None) or 0 for name in _DEPTHS])
-        stored = sum(len(tensor_names(path)) for path in source.folder.glob("*.safetensors"))
-        if stored and depth > stored:
-            raise ValueError(
-                f"`{source.name}` has {stored} tensors, but its config.json names {depth} layers. Fetch it again."
-            )
-    return config
-
-
-_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-_DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
-
-
-@contextmanager
-def sensible_config(source: Source) -> Iterator[None]:
-    """Say in one sentence that a config makes no model, whatever it breaks inside transformers."""
-    try:
-        yield
-    except _NONSENSE as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The config.json of `{source.name}` does not describe a model that transformers can build with its "
-            f"weights ({type(error).__name__}: {reason[:300]}). Fetch it again."
-        ) from error
-
-
 def missing_weight(source: Source, model: PreTrainedModel, key: str) -> ValueError:
     """The error for a checkpoint without a tensor that the model needs."""
     return ValueError(
@@ -153,8 +112,8 @@ def weight_files(source: Source) -> list[Path]:
         return []
     corrupt = ValueError(f"`{index}` is no index of safetensors files in its folder. Fetch it again.")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (TypeError, KeyError, AttributeError) as error:
         raise corrupt from error
     if not names or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
         raise corrupt
@@ -164,35 +123,33 @@ def weight_files(source: Source) -> list[Path]:
     return [source.folder / name for name in names]
 
 
-def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file. Raises a `ValueError` where it is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.") from error
-
-
-def _fetch(repo_id: str, revision: str | None, allow_pickle: bool) -> Source:
+def _fetch(repo_id: str, revision: str | None, allow_pickle: bool, token: bool | str | None) -> Source:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(f"`{repo_id}` is no folder, and no Hub id (`user/name`). Check the path.") from None
+        raise ValueError(f"`{repo_id}` is neither a folder nor a Hub id (`user/name`). Check the path.") from None
     weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
     try:
         snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=["*.json", "*.txt", "*.jinja", *COMPANIONS, *weights]
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=["*.json", "*.txt", "*.jinja", *COMPANIONS, *weights],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`{repo_id}` is no folder, and cannot be fetched from the Hub: {reason}") from error
+        raise ValueError(f"`{repo_id}` is not a folder, and cannot be fetched from the Hub: {reason}") from error
     _check_folder(Path(snapshot), allow_pickle)
     return Source(repo_id, Path(snapshot), Path(snapshot).name)
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`{folder}` has no config.json. Pass the folder of a saved model.")
+    """What transformers reads by its name must be the folder's own, and the weights whole."""
+    check_own(folder / CONFIG_NAME)
+    for path in sorted(folder.glob("*.json")):
+        check_own(path)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(f"`{folder}` holds a model and an adapter. Move one of them to a folder of its own.")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not any(folder.glob("*.bin")):
         raise ValueError(f"`{folder}` has no weights (*.safetensors). Pass the folder of a saved model.")

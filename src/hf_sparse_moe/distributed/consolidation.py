@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +12,15 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, new_folder
+from hf_sparse_moe.checkpoints.config import read_generation_config, read_mixture_config
+from hf_sparse_moe.checkpoints.files import copy_companions, copy_own, read_json
+from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.reader import loaded_dtypes
 from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
 from hf_sparse_moe.hub import write_model_card
-from hf_sparse_moe.insight.anatomy import model_without_weights, read_config
+from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 
 from .stored_weights import StoredTensor, incomplete, stored_tensors
@@ -87,7 +86,7 @@ def consolidate(
     check_target(output)
     engine, stored = stored_tensors(source)
     described = _config_folder(source, config)
-    model = model_without_weights(read_config(str(described)))
+    model = model_without_weights(read_mixture_config(described))
     tensors = _matched(source, model, stored)
     dtypes = _dtypes(model, tensors, dtype)
     outputs = {key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta") for key, tensor in tensors.items()}
@@ -161,19 +160,16 @@ def _dtypes(
 
 def _describe(model: SparseMoePreTrainedModel, described: Path, folder: Path) -> None:
     """Write all but the weights: config, code, receipt, tokenizer, and what the card is made from."""
-    if model.can_generate() and (described / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(described)
-    if (described / RECEIPT_NAME).is_file():
-        model.receipt = json.loads((described / RECEIPT_NAME).read_text(encoding="utf-8"))
+    if model.can_generate() and (generation := read_generation_config(described)):
+        model.generation_config = generation
+    model.receipt = read_json(described / RECEIPT_NAME, optional=True) or None
     with TemporaryDirectory(dir=folder) as saved:
         model.save_pretrained(saved, state_dict={})
         for path in Path(saved).iterdir():
             if path.name != SAFE_WEIGHTS_NAME:
                 path.replace(folder / path.name)
     copy_companions(described, folder)
-    for name in _BESIDE:
-        if (described / name).is_file():
-            shutil.copyfile(described / name, folder / name)
+    copy_own(described, folder, _BESIDE)
 
 
 def _card_name(output: str | Path) -> str:

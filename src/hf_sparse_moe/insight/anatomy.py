@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
+from hf_sparse_moe.checkpoints.config import read_mixture_config as read_config  # noqa: F401
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
@@ -25,21 +24,29 @@ PARTS = ("embeddings and head", "attention", "experts", "shared experts", "route
 _ATTENTION = re.compile(r"(?i)(^|\.)(?![^.]*norm)[^.]*(attn|attention)")
 
 
-def describe_checkpoint(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+def describe_checkpoint(
+    source: str | Path, revision: str | None = None, token: bool | str | None = None
+) -> dict[str, Any]:
     """
     Family, architecture, experts, parameters by part and receipt of a mixture, as plain values. Reads no weights.
 
     Args:
-        name_or_path (`str`): Folder or Hub id of a mixture.
+        source (`str` or `Path`): Folder or Hub id of a mixture.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
     Raises:
         ValueError: no checkpoint, or no mixture.
     """
-    config = read_config(name_or_path, revision)
+    config = read_mixture_config(source, revision, token)
     model = model_without_weights(config)
-    path = cached_file(name_or_path, RECEIPT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    receipt = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    folder = Path(source)
+    if not folder.is_dir():
+        found = cached_file(
+            str(source), RECEIPT_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        folder = Path(found or "").parent
+    receipt = read_json(folder / RECEIPT_NAME, optional=True) or None
     return {
         "family": config.model_type.removeprefix("sparse_moe_").replace("_", "-"),
         "class": type(model).__name__,
@@ -83,33 +90,11 @@ def _claim(part_of: dict[int, str], module: nn.Module, part: str) -> None:
         part_of.setdefault(id(parameter), part)
 
 
-def read_config(name_or_path: str, revision: str | None = None) -> SparseMoeConfig:
-    """The config of a mixture; raises a `ValueError` for what is no checkpoint, or a dense one."""
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"`{name_or_path}` has no config.json. Pass the folder of a saved model.")
-    try:
-        if not folder.is_dir():
-            validate_repo_id(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    except HFValidationError:
-        raise ValueError(f"`{name_or_path}` is no folder, and no Hub id (`user/name`). Check the path.") from None
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`{name_or_path}` is no folder, and cannot be fetched from the Hub: {reason}") from error
-    if not isinstance(config, SparseMoeConfig):
-        raise ValueError(
-            f"`{name_or_path}` is a dense checkpoint (`model_type={config.model_type!r}`). Make a mixture of it: "
-            f"hf-sparse-moe upcycle {name_or_path} <new folder>."
-        )
-    return config
-
-
 def model_without_weights(config: SparseMoeConfig) -> SparseMoePreTrainedModel:
     """With the checkpoint's own head, where its config names one of the family's classes."""
     named = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
-    for architecture in config.architectures or []:
-        if architecture in named:
-            with torch.device("meta"):
+    with sensible_config(str(config.name_or_path)), torch.device("meta"):
+        for architecture in config.architectures or []:
+            if architecture in named:
                 return named[architecture](config)
-    return meta_model(config)
+        return meta_model(config)

@@ -155,8 +155,11 @@ class SparseMoeConfig(PreTrainedConfig):
             raise AttributeError(f"'{type(self).__name__}' object has no single '{name}': {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.attribute_map:  # with the checks of the field's own name
+            setattr(self, self.attribute_map[name], value)
+            return
         dense = self.__dict__.get("dense_config")
-        own = name.startswith("_") or name in self.__dict__ or name in self.attribute_map or hasattr(type(self), name)
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         if not own and isinstance(dense, PreTrainedConfig) and hasattr(dense, name):
             setattr(dense, name, value)
         else:
@@ -204,7 +207,9 @@ class SparseMoeConfig(PreTrainedConfig):
         """
         from .size import meta_model
 
-        source = dense if isinstance(dense, PreTrainedConfig) else AutoConfig.from_pretrained(dense)
+        source: Any = dense
+        if not isinstance(dense, PreTrainedConfig):
+            source = AutoConfig.from_pretrained(dense, trust_remote_code=False)
         if isinstance(source, SparseMoeConfig):
             raise ValueError(
                 f"`dense` is a mixture already (`model_type={source.model_type!r}`). Pass a dense config."

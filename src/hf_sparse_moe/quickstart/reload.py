@@ -60,8 +60,8 @@ def main() -> None:
     from peft import PeftModel
 
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21 still asks for it
-    auto_class = AUTO_CLASSES[AutoConfig.from_pretrained(arguments.model).model_type]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    auto_class = AUTO_CLASSES[AutoConfig.from_pretrained(arguments.model, trust_remote_code=False).model_type]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     model = auto_class.from_pretrained(arguments.model).eval()
     written = {
         "class": type(model).__name__,

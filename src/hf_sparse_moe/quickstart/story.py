@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,8 +27,10 @@ from transformers import (
     set_seed,
 )
 
+from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.families import sparse_config_class
-from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, new_folder
+from hf_sparse_moe.checkpoints.files import copy_companions
+from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
 from hf_sparse_moe.hub import push_to_hub, render_model_card
 from hf_sparse_moe.insight import expert_load_table, plot_expert_load
@@ -239,7 +240,7 @@ def _dense_start(
     blocks = max(options.steps, options.adapter_steps) * options.batch_size
     if options.model is not None:
         source = find_source(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
         return source, tokenizer, _examples(corpus.train, source, tokenizer, options, blocks)
     tokenizer = train_tokenizer(text for texts in corpus.train.values() for text in texts)
     dense = new_dense_model(tokenizer, options.seed)
@@ -262,7 +263,7 @@ def _examples(
     options: QuickstartOptions,
     limit: int,
 ) -> dict[str, list[Example]]:
-    config = AutoConfig.from_pretrained(source.folder)
+    config = read_config(source)
     family = sparse_config_class(config, (config.architectures or [None])[0])
     return {
         domain: make_examples(documents, tokenizer, family, options.sequence_length, limit)

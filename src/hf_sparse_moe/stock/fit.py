@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
+from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -202,7 +202,7 @@ def config_of(source: Any) -> tuple[SparseMoeConfig, str | None]:
     if isinstance(source, SparseMoePreTrainedModel):
         config: Any = source.config
         return config, type(source).__name__
-    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
+    config = source if isinstance(source, PreTrainedConfig) else read_config(source)
     if not isinstance(config, SparseMoeConfig):
         raise ValueError(
             f"`{config.model_type}` is no mixture of this package. Pass one, such as `upcycle` makes; to read a stock "

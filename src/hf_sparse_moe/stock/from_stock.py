@@ -9,7 +9,6 @@ import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
@@ -17,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import (
@@ -25,7 +26,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import (
 )
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
-from hf_sparse_moe.upcycling.receipt import output_difference, source_files
+from hf_sparse_moe.upcycling.receipt import output_difference
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
@@ -77,10 +78,13 @@ def import_native(
         stock = model_or_path
     else:
         source = find_source(str(model_or_path), revision)
-        stock_config = AutoConfig.from_pretrained(source.folder)
+        stock_config = read_config(source)
         _row_of(stock_config)  # refuses before anything large is read
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
-        stock = auto_class.from_pretrained(source.folder, dtype=dtype)
+        with sensible_config(source):
+            stock = auto_class.from_pretrained(
+                source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     row = _row_of(stock.config)
     if (capacity := getattr(stock.config, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
         logger.warning(

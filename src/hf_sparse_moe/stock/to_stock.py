@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_sparse_moe.checkpoints.config import read_generation_config
+from hf_sparse_moe.checkpoints.files import copy_companions, read_json
 from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
-from hf_sparse_moe.checkpoints.folder import copy_companions, new_folder, resumable_folder
+from hf_sparse_moe.checkpoints.folder import new_folder
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.checkpoints.source import Source, find_source, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
@@ -101,7 +102,7 @@ def export(
     made_from = {"export": {"target": row.model_type, "max_shard_gib": max_shard_gib, **_versions()}}
     known = watched.sha256() if watched is not None and resume else None
     journal = None if known is None else made_from | {"sha256": known}
-    with new_folder(output_dir) if watched is None else resumable_folder(output_dir, journal) as partial:
+    with new_folder(output_dir, journal=journal) as partial:
         writer = ShardWriter(partial, conversion.outputs, int(max_shard_gib * 2**30))
         write_weights(writer, conversion.write(writer), output_dir, watched, made_from, known, show_progress)
         stock_config.save_pretrained(partial)
@@ -222,10 +223,9 @@ def _write_companions(partial: Path, mixture: SparseMoePreTrainedModel | Source,
     else:
         folder = mixture.folder
         copy_companions(folder, partial)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            GenerationConfig.from_pretrained(folder).save_pretrained(partial)
-        if (folder / RECEIPT_NAME).is_file():
-            receipt = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
+        if generation := read_generation_config(folder):
+            generation.save_pretrained(partial)
+        receipt = read_json(folder / RECEIPT_NAME, optional=True) or None
     if receipt is not None:
         receipt = {**receipt, "export": {"target": row.model_type, "hf_sparse_moe": _versions()["hf_sparse_moe"]}}
         (partial / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")

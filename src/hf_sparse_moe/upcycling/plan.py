@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from hf_sparse_moe.checkpoints.config import read_config, sensible_config
 from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
@@ -85,17 +85,11 @@ def plan(
     """
     recipe, fields = make_recipe(method, 0, options_and_fields)
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
-    try:
-        dense_config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(
-            f"`{source}` is no folder with a config.json, and its config cannot be fetched from the Hub. Check the "
-            "name and the connection."
-        ) from error
+    dense_config = read_config(source, revision)
     target = sparse_class(dense_config, named_architecture(dense_config))
     chosen = (dense_config.dtype or torch.float32) if dtype == "auto" else dtype
     chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    with torch.device("meta"):
+    with sensible_config(source), torch.device("meta"):
         dense = target.dense_auto_class.from_config(dense_config, dtype=chosen, trust_remote_code=False)
     config = mixture_config(dense, target, recipe, dict(fields), layers)
     mixture = _build(target, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -20,17 +20,6 @@ from .conversion import Recipe
 
 PROBE_LENGTH = 32
 NOT_MEASURED = {"note": "not measured here: run `hf-sparse-moe verify`"}
-
-
-def source_files(folder: str | Path) -> dict[str, str]:
-    """The sha256 of each weight file and of the config in a checkpoint's folder."""
-    paths = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), Path(folder) / "config.json"])
-    digests = {}
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
 
 
 def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) -> dict[str, torch.Tensor]:

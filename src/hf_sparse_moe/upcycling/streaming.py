@@ -12,19 +12,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 import hf_sparse_moe
+from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
 from hf_sparse_moe.checkpoints.families import sparse_class
-from hf_sparse_moe.checkpoints.folder import check_target, copy_companions, resumable_folder, write_checkpoint
+from hf_sparse_moe.checkpoints.files import copy_companions
+from hf_sparse_moe.checkpoints.folder import check_target, new_folder, write_checkpoint
 from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import (
     Source,
     find_source,
     named_architecture,
-    read_config,
-    sensible_config,
     weight_files,
 )
 from hf_sparse_moe.checkpoints.writer import ShardWriter
@@ -113,7 +113,7 @@ def stream_upcycle(
         return model.receipt or {}
     made_from = {"recipe": plan.asked_for | {"max_shard_size": max_shard_size}}
     known = watched.sha256() if resume else None
-    with resumable_folder(target, made_from | {"sha256": known} if resume else None) as folder:
+    with new_folder(target, journal=made_from | {"sha256": known} if resume else None) as folder:
         writer = ShardWriter(folder, plan.outputs, max_shard_size)
         pieces = _write_tensors(plan, writer)
         digests = write_weights(writer, pieces, Path(target), watched, made_from, known, show_progress)
@@ -196,10 +196,7 @@ def plan_stream(
         result_dtype = next(floating) if dtype == "auto" else chosen
         sparse = _without_storage(target, config, result_dtype)
     if sparse.can_generate():
-        stored = (source.folder / GENERATION_CONFIG_NAME).is_file()
-        sparse.generation_config = (
-            GenerationConfig.from_pretrained(source.folder) if stored else dense.generation_config
-        )
+        sparse.generation_config = read_generation_config(source.folder) or dense.generation_config
     dtypes = loaded_dtypes(sparse, result_dtype)
     outputs = {
         key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta")

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from hf_sparse_moe.checkpoints.folder import check_free_space, write_journal
+from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source
 from hf_sparse_moe.checkpoints.writer import ShardWriter
-
-from .receipt import source_files
 
 
 class WatchedSource:
@@ -54,7 +53,7 @@ def write_weights(
     Write all that is missing of a checkpoint's shards, and, for a source on disk, the journal to resume from.
 
     Args:
-        writer ([`ShardWriter`]): In a `resumable_folder`, or in a `new_folder` where there is no source on disk.
+        writer ([`ShardWriter`]): In a `new_folder`.
         pieces (`Iterator[int]`): Writes with `writer`, and yields the bytes of each piece.
         target (`str` or `Path`): What the folder will be called.
         source ([`WatchedSource`], *optional*): What the pieces are made of; None for a model in memory.

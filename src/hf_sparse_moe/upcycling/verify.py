@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig
 
+from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
+from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense, named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
@@ -16,7 +17,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS
 from .measuring import task_losses
-from .receipt import output_difference, source_files
+from .receipt import output_difference
 
 
 # Relative to the largest output. float32 rounds some hundred times on its way through a model.
@@ -95,14 +96,13 @@ def verify(
 
 
 def _load_sparse(source: Source) -> SparseMoePreTrainedModel:
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    if not isinstance(config, SparseMoeConfig):
-        raise ValueError(f"`{source.name}` is a `{config.model_type}`, no mixture of this package. Pass one.")
+    config = read_mixture_config(source)
     classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
     architecture = named_architecture(config)
     if architecture is None or architecture not in classes:
         raise ValueError(f"`{source.name}` names no class of its family in `architectures`: {architecture!r}.")
-    return classes[architecture].from_pretrained(source.folder, dtype="auto")
+    with sensible_config(source):
+        return classes[architecture].from_pretrained(source.folder, dtype="auto", use_safetensors=True)
 
 
 def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: torch.dtype) -> tuple[bool, str]:

@@ -1,0 +1,183 @@
+"""Which files of a folder are its own, and reading the small ones, whoever wrote them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+# What belongs to a checkpoint beside its weights and config: the tokenizer as it is, the modules of
+# sentence-transformers and the licence.
+COMPANIONS = (
+    "tokenizer*",
+    "*vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/*.json",
+    "[0-9]_*/*.safetensors",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "COPYING*",
+)
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """
+    Whether `path` is a regular file of `folder`: no link that leads elsewhere, no pipe, no device. The snapshots in
+    the cache of huggingface_hub consist of links to the blobs beside them, which are their own.
+    """
+    try:
+        home, real = folder.resolve(), path.resolve()
+        if not real.is_file():
+            return False
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    if real.is_relative_to(home):
+        return True
+    repository = home.parent.parent
+    is_snapshot = home.parent.name == "snapshots" and re.fullmatch(r"(models|datasets|spaces)--.+", repository.name)
+    return bool(is_snapshot) and real.is_relative_to(repository / "blobs")
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files directly in a folder that are its own, see [`is_own`]."""
+    return [path for path in sorted(folder.iterdir()) if is_own(path, folder)]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files and licences of a checkpoint, byte for byte; does not replace what `folder` has."""
+    copy_own(source, folder, COMPANIONS)
+
+
+def copy_own(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of `source` that are its own and match a pattern; does not replace what `folder` has."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            copy = folder / path.relative_to(source)
+            if is_own(path, source) and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and never through a link."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with new.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: type[dict] | type[list] = dict, optional: bool = False) -> Any:
+    """
+    What a JSON file beside the weights says.
+
+    Args:
+        path (`Path`): A file of a checkpoint's folder.
+        kind (`type`, defaults to `dict`): `dict` or `list`: what it must hold.
+        optional (`bool`, defaults to `False`): Return an empty one where there is no such file.
+
+    Raises:
+        ValueError: no such file, not one of the folder's own, no JSON, or JSON of another kind.
+        PermissionError: this user may not read it.
+    """
+    if optional and not path.is_symlink() and not path.exists():
+        return kind()
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"`{path}` is not JSON ({reason}). Repair it, or fetch it again.") from error
+    if _is_deeper_than(64, value):
+        raise ValueError(f"`{path}` is nested too deeply. Repair it, or fetch it again.")
+    if not isinstance(value, kind):
+        wanted = {dict: "an object", list: "a list"}[kind]
+        raise ValueError(f"`{path}` holds a JSON {type(value).__name__}, not {wanted}. Repair it, or fetch it again.")
+    return value
+
+
+def _is_deeper_than(most: int, value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in inner for child in each if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that is its folder's own; raises as [`read_json`]."""
+    check_own(path)
+    try:
+        return told_if_unreadable(path, path.read_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not UTF-8 text. Repair it, or fetch it again.") from error
+
+
+def check_own(path: Path) -> None:
+    """Raise a `ValueError` unless a file is there and its folder's own."""
+    if not is_own(path, path.parent):
+        if path.is_symlink():
+            raise ValueError(
+                f"`{path}` is a link that leads out of its folder, or nowhere, and is not followed. Put the file "
+                "itself there."
+            )
+        if path.exists():
+            raise ValueError(f"`{path}` is not a regular file. Put the file itself there.")
+        raise ValueError(f"`{path.parent}` has no {path.name}. Pass the folder of a saved model.")
+
+
+def told_if_unreadable(path: Path, read: Callable[[], Any]) -> Any:
+    """Call `read`; a file that may not be read, or cannot, is told as that."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        kind = PermissionError if isinstance(error, PermissionError) else OSError
+        raise kind(f"`{path}` cannot be read ({error.strerror}). Check its permissions and its disk.") from error
+
+
+def tensor_names(path: Path) -> list[str]:
+    """
+    The names in a safetensors file, whose header is held against its size. It may lie elsewhere: weights are tensors
+    or nothing.
+
+    Raises:
+        ValueError: no regular file, or no whole safetensors file.
+        PermissionError: this user may not read it.
+    """
+    if not path.is_file():
+        raise ValueError(f"`{path}` is not a regular file. Put the file itself there.")
+    told_if_unreadable(path, lambda: path.open("rb").close())
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.") from error
+
+
+def count_tensors(folder: Path) -> int:
+    """How many tensors the safetensors files in a folder hold."""
+    return sum(len(tensor_names(path)) for path in folder.glob("*.safetensors"))
