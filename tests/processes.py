@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -65,4 +66,5 @@ def _rank(rank: int, ranks: int, port: int, function: Callable, arguments: tuple
     if ranks > 1:
         os.environ["LOCAL_RANK"] = str(rank)  # its presence is what makes a training a distributed one
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork is no garbage
     function(*arguments, **named)
