@@ -36,10 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         doctor as doctor,
         load_adapter as load_adapter,
         pull as pull,
-        push_adapter as push_adapter,
-        push_folder as push_folder,
-        push_to_hub as push_to_hub,
-        push_trainer as push_trainer,
+        push as push,
         render_model_card as render_model_card,
         write_model_card as write_model_card,
     )
@@ -118,10 +115,7 @@ _HOMES = {
         "doctor",
         "load_adapter",
         "pull",
-        "push_adapter",
-        "push_folder",
-        "push_to_hub",
-        "push_trainer",
+        "push",
         "render_model_card",
         "write_model_card",
     ),
@@ -183,7 +177,13 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 # Names of version 0.1, which work for one more release: old name -> (module, new name).
-_RENAMED: dict[str, tuple[str, str]] = {"explain": (".models.feed_forward", "explain_layouts")}
+_RENAMED: dict[str, tuple[str, str]] = {
+    "explain": (".models.feed_forward", "explain_layouts"),
+    "push_adapter": (".hub", "push"),
+    "push_folder": (".hub", "push"),
+    "push_to_hub": (".hub", "push"),
+    "push_trainer": (".hub", "push"),
+}
 
 # The same for folders: old name -> the folders that hold now what it held.
 _MOVED = {

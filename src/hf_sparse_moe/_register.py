@@ -42,7 +42,7 @@ def _register_models() -> None:
 
 def _publish(model: Any, repo_id: str, **kwargs):
     # The models import nothing of the package, since they travel without it; so the package hands them this.
-    return import_module(".hub", __package__).push_to_hub(model, repo_id, **kwargs)
+    return import_module(".hub", __package__).push(model, repo_id, **kwargs).commit
 
 
 def _register_experts() -> None:

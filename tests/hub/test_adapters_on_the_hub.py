@@ -36,8 +36,7 @@ def in_memory(repo_id: str, base: str, other_base: str | None = None, **choice) 
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from hf_sparse_moe import expert_lora_config
-    from hf_sparse_moe.hub import push_adapter
+    from hf_sparse_moe import expert_lora_config, push
 
     model = AutoModelForCausalLM.from_pretrained(base)
     model = get_peft_model(model, expert_lora_config(model, r=2, **choice))
@@ -45,7 +44,7 @@ def in_memory(repo_id: str, base: str, other_base: str | None = None, **choice) 
     tokens = torch.arange(5, 21).reshape(2, 8)
     model.train()(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    return push_adapter(model, repo_id, base=other_base).oid
+    return push(model, repo_id, base=other_base).commit.oid
 
 
 def train_and_push(repo_id: str, base: str, output: str, license: str) -> None:
@@ -199,13 +198,13 @@ def test_a_repository_cannot_make_us_read_a_folder_here(client, hub_server, repo
         files[f"{name}.json"] = hub.regular(f"{name}.json", json.dumps(changed).encode())
     repo.branches["main"] = hub.snapshot(repo, None, files, "hostile", "", "tester").sha
     told = client.cli("doctor", repo_id)
-    assert (told.code, "a folder here and no Hub id" in told.err) == (2, True), told
+    assert (told.code, "a folder here and not a Hub id" in told.err) == (2, True), told
     assert client.cli("doctor", repo_id, "--base", BASE).code == 0
 
 
 @pytest.mark.parametrize(
     ("base_id", "code", "said"),
-    [("tester/never-created", 2, "does not exist"), ("no id at all", 2, "no Hub id")],
+    [("tester/never-created", 2, "does not exist"), ("no id at all", 2, "not a Hub id")],
 )
 def test_a_base_that_is_not_there_is_told(client, hub_server, repo_id, base, folder, base_id, code, said):
     pushed = client.cli("push", folder, repo_id, "--base", base_id)

@@ -260,7 +260,7 @@ def test_a_wrong_token_is_named_even_where_none_is_needed(client, published, tar
     [
         (PUBLISHED, ("--revision", "nowhere"), "no branch, tag or commit `nowhere`"),
         ("tester/never-created", (), "does not exist"),
-        ("not an id", (), "no Hub id"),
+        ("not an id", (), "not a Hub id"),
     ],
 )
 def test_what_does_not_exist_is_named(client, published, target, repo_id, arguments, said):

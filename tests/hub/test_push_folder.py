@@ -125,7 +125,7 @@ def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id
         ),
         (("model/__1_0.distcp",), "hf-sparse-moe consolidate {} CONSOLIDATED"),
         (("pytorch_model.bin",), "pickle"),
-        ((), "no checkpoint"),
+        ((), "not a checkpoint"),
     ],
 )
 def test_a_folder_without_whole_weights_is_refused(client, hub_server, repo_id, folder, state, said):
@@ -252,7 +252,7 @@ def test_a_lost_answer_to_a_commit_makes_no_second(client, hub_server, repo_id, 
 
 
 def test_others_repositories_and_bad_names_are_refused(client, hub_server, repo_id, folder):
-    for target, said in (("other/theirs", "refused to let you write"), ("no id at all", "no Hub id")):
+    for target, said in (("other/theirs", "refused to let you write"), ("no id at all", "not a Hub id")):
         pushed = client.cli("push", folder, target)
         assert (pushed.code, said in pushed.err, pushed.err.count("\n")) == (2, True, 1), pushed
     assert "other/theirs" not in hub_server.hub.repos

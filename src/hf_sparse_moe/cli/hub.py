@@ -63,6 +63,12 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.", show_default="Upload <class>")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag to create on the commit.")] = None,
+    fingerprint: Annotated[
+        bool | None,
+        typer.Option(
+            help="Add outputs that `doctor` compares; loads the weights.", show_default="for weights up to 4 GiB"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -72,9 +78,9 @@ def push(
     interruption run it again: large files that were uploaded are not sent twice. Uses the token of `hf auth login` or
     `HF_TOKEN`.
     """
-    from hf_sparse_moe.hub import push_folder
+    from hf_sparse_moe.hub import push as publish
 
-    published = push_folder(
+    published = publish(
         source,
         repo_id,
         base=base,
@@ -83,11 +89,11 @@ def push(
         create_pr=create_pr,
         commit_message=message,
         tag=tag,
+        fingerprint=fingerprint,
     )
     commit = published.commit
     if as_json:
-        url = commit.pr_url or str(commit)
-        print_json({"commit": commit.oid, "url": url, "files": published.files, "left_out": published.left_out})
+        print_json(published.to_dict())
         return
     typer.echo(f"{commit.pr_url or commit}\n{len(published.files)} files, commit {commit.oid}")
     if published.left_out:
@@ -111,8 +117,7 @@ def pull(
 
     pulled = download(repo_id, output, revision=revision)
     if as_json:
-        report = {"path": str(output), "revision": pulled.revision, "files": pulled.files, "left_out": pulled.left_out}
-        print_json(report)
+        print_json(pulled.to_dict())
         return
     typer.echo(f"{output}: {len(pulled.files)} files of {repo_id} at commit {pulled.revision}")
     if pulled.left_out:

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .adapter_base import base_experts, public_name
 from .adapter_folder import AdaptedExperts, Adapter
-from .base_identity import base_experts, public_name
 from .card_facts import NOT_RECORDED, USES, evaluation_facts, health_facts, training_facts
 from .card_metadata import PIPELINE_TAGS, merged_metadata
 from .checkpoint import mapping

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .adapter_base import base_difference, read_base
 from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from .adapter_loading import Attachment, attach
 from .adapter_publish import load_base
-from .base_identity import base_difference, read_base
 from .findings import FAILED, NOT_CHECKED, PASSED, WARNING, Finding, some
 from .fingerprint import TOLERANCE, compare_fingerprint, fingerprint_difference, probe_output, take_fingerprint
 

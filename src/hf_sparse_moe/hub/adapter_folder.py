@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hf_sparse_moe.adapters.expert_config import FILE as SETTINGS_NAME
 from hf_sparse_moe.checkpoints.source import tensor_names
 
-from .base_identity import base_experts, read_base
+from .adapter_base import base_experts, read_base
 from .checkpoint import RECORD_NAME, mapping, read_json
 
 
@@ -55,7 +55,7 @@ class Adapter:
     Args:
         config (`Mapping`): Of `adapter_config.json`.
         settings (`Mapping`): Of `expert_lora.json`, which PEFT does not read.
-        base (`Mapping`): Of `adapter_base.json`, see [`identify_base`].
+        base (`Mapping`): Of `adapter_base.json`, see [`record_base`].
         record (`Mapping`): Of `training_record.json`, which [`ModelCardCallback`] writes.
         experts (`list[AdaptedExperts]`): What it does to each sparse layer.
         others (`dict[str, int]`): Numbers in each other module that it adapts, or holds in full.

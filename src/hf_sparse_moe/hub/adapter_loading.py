@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.checkpoints.source import Source
 
+from .adapter_base import base_difference, read_base
 from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
-from .base_identity import base_difference, read_base
 from .checkpoint import read_json
-from .errors import check_repo_id, told_by_the_hub
+from .errors import check_repo_id, raise_hub_error
 
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def load_adapter(
     adapter: str | Path,
     *,
     revision: str | None = None,
+    check_base: bool = True,
     token: bool | str | None = None,
     **kwargs: Any,
 ) -> PeftModel:
@@ -43,12 +44,15 @@ def load_adapter(
     trained on, or where not all of it found its place.
 
     The base is compared where the adapter carries `adapter_base.json`, which a push and [`ModelCardCallback`] write:
-    number, shapes and order of the experts, and a sample of their weights and of the routers', in any float dtype.
+    number and shapes of the experts of each layer, and the hashes of the weight files that `model` was loaded from. A
+    base that was changed in memory, or saved in files of other names, is compared by its shapes alone.
 
     Args:
         model (`PreTrainedModel`): The mixture.
         adapter (`str` or `Path`): A folder, or an id on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id, for all of the adapter's files.
+        check_base (`bool`, defaults to `True`):
+            Refuse another base. Pass False for the same weights in another form, such as another dtype on disk.
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
         **kwargs: As [`load_expert_lora`] takes them: `adapter_name`, `is_trainable`, `low_cpu_mem_usage`, ...
 
@@ -65,23 +69,23 @@ def load_adapter(
     if not folder.is_dir():
         folder = _fetched(name, revision, token, _ADAPTER_FILES).folder
     check_adapter(folder, name)
-    check_base(model, folder, name)
+    if check_base:
+        recorded = read_base(folder)
+        refuse_other_base(recorded, base_difference(recorded, model), name, f"this `{type(model).__name__}`")
     loaded, attachment = attach(model, folder, **kwargs)
-    if told := attachment.fault():
-        raise ValueError(f"`{name}` does not fit `{type(model).__name__}`: {told}. Load the base that it is for.")
+    if fault := attachment.fault():
+        raise ValueError(f"`{name}` does not fit `{type(model).__name__}`: {fault}. Load its own base.")
     return loaded
 
 
-def check_base(model: PreTrainedModel, folder: Path, name: str) -> None:
-    """Raise a `ValueError` where the adapter in `folder` records another base than `model`."""
-    recorded = read_base(folder)
-    if not recorded:
-        return
-    if difference := base_difference(recorded, model):
+def refuse_other_base(recorded: Mapping[str, Any], difference: str | None, adapter: str, base: str) -> None:
+    """Raise a `ValueError` where there is a difference between the base that an adapter records and another."""
+    if difference is not None:
         revision = f", revision {recorded['revision']}" if recorded.get("revision") else ""
         raise ValueError(
-            f"`{name}` was trained on another base than this `{type(model).__name__}`: {difference}. Load "
-            f"`{recorded.get('name_or_path') or 'its own base'}`{revision}, or train the adapter again."
+            f"`{adapter}` was trained on another base than {base}: {difference}. Load "
+            f"`{recorded.get('name_or_path') or 'its own base'}`{revision}, or train the adapter again. If only the "
+            "form of the weights differs, `load_adapter(..., check_base=False)` loads it."
         )
 
 
@@ -106,13 +110,13 @@ class Attachment:
         """What is wrong, in words."""
         if not self.attached:
             return "none of its tensors matches a parameter"
-        for names, told in (
+        for names, what in (
             (self.missing, "it lacks tensors, which were drawn at random"),
             (self.unused, "some of its tensors have no place"),
             (self.different, "some of its tensors were changed while loading"),
         ):
             if names:
-                return f"{told} ({len(names)}, such as `{names[0]}`)"
+                return f"{what} ({len(names)}, such as `{names[0]}`)"
         return None
 
 
@@ -139,13 +143,13 @@ def attach(
     load = load_expert_lora if is_lora and not plain else PeftModel.from_pretrained
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # see `Attachment.missing`
             warnings.filterwarnings("ignore", "target_parameters=.* were set but no parameter was matched")
             loaded = load(model, str(folder), **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"`{folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load the base that it is for."
+            f"`{folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load its own base."
         ) from error
     name = kwargs.get("adapter_name", "default")
     stored = load_file(folder / ADAPTER_WEIGHTS)
@@ -175,6 +179,6 @@ def find_base(name: str, revision: str | None, token: bool | str | None = None) 
 
 def _fetched(name: str, revision: str | None, token: bool | str | None, patterns: list[str]) -> Source:
     check_repo_id(name)
-    with told_by_the_hub(name, revision):
+    with raise_hub_error(name, revision):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, token=token))
     return Source(name, snapshot, snapshot.name)

@@ -1,4 +1,4 @@
-"""Publishing an adapter: held against its base first, so that what arrives can be held against it again."""
+"""Publishing an adapter: compared with its base first, so that what arrives can be compared with it again."""
 
 from __future__ import annotations
 
@@ -11,104 +11,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from .adapter_base import BASE_NAME, base_difference, file_hashes, files_difference, read_base, record_base
 from .adapter_folder import ADAPTER_CONFIG, Adapter, read_adapter
-from .adapter_loading import attach, check_base, find_base
-from .base_identity import identify_base, is_mixture, read_base, record_base, write_base
+from .adapter_loading import attach, find_base, refuse_other_base
 from .checkpoint import read_json
-from .fingerprint import FINGERPRINT_NAME, take_fingerprint, write_fingerprint
-from .loading import load_checkpoint
+from .download import read_head
+from .errors import check_repo_id, raise_hub_error
+from .fingerprint import FINGERPRINT_NAME, is_wanted, take_fingerprint, write_fingerprint
+from .loading import load_whole
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def push_adapter(
-    model: PeftModel,
-    repo_id: str,
-    *,
-    adapter_name: str = "default",
-    base: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    license: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    tag: str | None = None,
-    token: bool | str | None = None,
-) -> CommitInfo:
-    """
-    Publish an adapter in one commit, with its card, the record of its base and a fingerprint of what both compute.
-
-    `PeftModel.push_to_hub` is PEFT's: it ends with a stock card, and says nothing that tells one base from another.
-
-    Args:
-        model (`PeftModel`): With the adapter, not merged.
-        repo_id (`str`): `"user/name"`. Created if it does not exist.
-        adapter_name (`str`, defaults to `"default"`): Which of the model's adapters.
-        base (`str`, *optional*):
-            Folder or Hub id of the base; it is loaded once more, for the fingerprint. Defaults to where `model` was
-            loaded from.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Published in the same commit.
-        license (`str`, *optional*): The adapter's licence, such as `"apache-2.0"`.
-        private, revision, create_pr, commit_message, tag, token: See [`push_folder`].
-
-    Returns:
-        [`~huggingface_hub.CommitInfo`]
-
-    Raises:
-        ValueError: the base that is named is not the one in `model`, or cannot be found.
-        PermissionError, HubUnavailableError: see [`push_folder`].
-    """
-    from .model_card import write_model_card
-    from .publish import push_folder
-
+def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") -> Path:
+    """Save one adapter of a model with the record of its base, in `folder` or below; returns where."""
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name={adapter_name!r}` must be one of {', '.join(model.peft_config)}.")
-    with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary, selected_adapters=[adapter_name])
-        folder = Path(temporary, "" if adapter_name == "default" else adapter_name)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, and nobody has written in it
-        record_base(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if license is not None:
-            write_model_card(folder, repo_id, license=license)
-        return push_folder(
-            folder,
-            repo_id,
-            base=base,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            tag=tag,
-            token=token,
-        ).commit
+    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+    folder = folder if adapter_name == "default" else folder / adapter_name
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's stock card
+    record_base(model, folder)
+    return folder
 
 
 def adapter_in_memory(model: PeftModel, record: Mapping[str, Any] | None = None) -> Adapter:
     """The default adapter of a `PeftModel` as [`Adapter`], for its card."""
     with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary, selected_adapters=["default"])
-        record_base(model, temporary)
-        return replace(read_adapter(temporary), record=record or {})
+        return replace(read_adapter(save_adapter(model, Path(temporary))), record=record or {})
 
 
-def stage_adapter(files: Mapping[str, Path], staged: Path, base: str | None, token: bool | str | None) -> None:
+def stage_adapter(
+    files: Mapping[str, Path],
+    staged: Path,
+    base: str | Path | None,
+    token: bool | str | None,
+    fingerprint: bool | None = None,
+) -> None:
     """
-    Copy an adapter's files into `staged` as they are published: the base by its public name and revision, what tells
-    it from others, and the fingerprint of both together.
+    Copy an adapter's files into `staged` as they are published: the base by its public name and revision, with what
+    tells it from others, and the fingerprint of both together.
 
     Args:
-        files (`Mapping[str, Path]`): What of the adapter's folder is published.
+        files (`Mapping[str, Path]`): The files of the adapter's folder that are published.
         staged (`Path`): An empty folder.
-        base (`str`, *optional*): Folder or Hub id; defaults to what the adapter names.
+        base (`str` or `Path`, *optional*): Folder or Hub id; defaults to what the adapter names.
         token (`bool` or `str`, *optional*): Of the Hub.
+        fingerprint (`bool`, *optional*): See [`push`]; it needs the base's weights.
 
     Raises:
         ValueError: no base, another one than the adapter was trained on, or an adapter that does not fit it.
@@ -119,27 +71,41 @@ def stage_adapter(files: Mapping[str, Path], staged: Path, base: str | None, tok
     folder = files[ADAPTER_CONFIG].parent
     config, recorded = dict(read_json(staged / ADAPTER_CONFIG)), read_base(staged)
     name, revision = named_base(folder, base)
-    source = find_base(name, revision, token)
-    model = load_base(source.folder)
-    check_base(model, staged, folder.name)
-    if is_mixture(model):
-        found = identify_base(model, source)
-        write_base(found | {key: recorded[key] for key in ("dtype", "layers", "weights") if key in recorded}, staged)
-    config |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    if Path(name).is_dir():
+        public, hashes = find_base(name, revision).name, file_hashes(name)
+        weight_bytes = sum((Path(name) / file).stat().st_size for file in hashes)
+        revision = None
+    else:
+        check_repo_id(name)
+        with raise_hub_error(name, revision):
+            head = read_head(name, revision, token)
+        weights = [file for file in head.siblings or () if file.lfs and file.rfilename.endswith(".safetensors")]
+        public, hashes = name, {file.rfilename: file.lfs.sha256 for file in weights if file.lfs}
+        weight_bytes, revision = sum(file.size or 0 for file in weights), head.sha
+    refuse_other_base(recorded, files_difference(recorded, hashes), folder.name, f"`{public}`")
+    found = {"name_or_path": public, "revision": revision, "sha256": hashes}
+    (staged / BASE_NAME).write_text(json.dumps({"layers": {}, **recorded, **found}, indent=1), encoding="utf-8")
+    config |= {"base_model_name_or_path": public, "revision": revision}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    if not is_wanted(fingerprint, weight_bytes):
+        (staged / FINGERPRINT_NAME).unlink(missing_ok=True)
+        return
+    model = load_base(find_base(name, revision, token).folder)
+    refuse_other_base(recorded, base_difference(recorded, model), folder.name, f"`{public}`")
+    record_base(model, staged, **found)
     loaded, attachment = attach(model, staged)
-    if told := attachment.fault():
-        raise ValueError(f"`{folder}` does not fit its base `{source.name}`: {told}. Save the adapter again.")
+    if fault := attachment.fault():
+        raise ValueError(f"`{folder}` does not fit its base `{public}`: {fault}. Save the adapter again.")
     write_fingerprint(take_fingerprint(loaded, staged), staged / FINGERPRINT_NAME, folder)
 
 
-def named_base(folder: Path, base: str | None, *, from_hub: bool = False) -> tuple[str, str | None]:
+def named_base(folder: Path, base: str | Path | None, *, from_hub: bool = False) -> tuple[str, str | None]:
     """
     Folder or Hub id, and the revision, of the base of the adapter in `folder`.
 
     Args:
         folder (`Path`): Of the adapter.
-        base (`str`, *optional*): What a person says; wins.
+        base (`str` or `Path`, *optional*): What the caller names; wins.
         from_hub (`bool`, defaults to `False`): Whether somebody else may have written the adapter's files.
 
     Raises:
@@ -150,24 +116,17 @@ def named_base(folder: Path, base: str | None, *, from_hub: bool = False) -> tup
     revision = recorded.get("revision") or config.get("revision")
     revision = revision if isinstance(revision, str) else None
     if base is not None:
-        return base, revision if base == named else None
+        return str(base), revision if str(base) == named else None
     if not isinstance(named, str) or not named:
         raise ValueError(f"`{folder.name}` does not name its base. Give it: `base=` (`--base`), a folder or a Hub id.")
     if from_hub and Path(named).exists():
         raise ValueError(
-            f"The adapter names `{named}` as its base, a folder here and no Hub id. Give the base: `base=` (`--base`)."
+            f"The adapter names `{named}` as its base, a folder here and not a Hub id. Give the base: `base=` "
+            "(`--base`)."
         )
     return named, revision
 
 
 def load_base(folder: Path) -> PreTrainedModel:
-    """
-    The base in float32, whole.
-
-    Raises:
-        ValueError: it lacks weights, or runs by code of its own alone.
-    """
-    model, info = load_checkpoint(folder, torch.float32)
-    if missing := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
-        raise ValueError(f"The base lacks weights that its config asks for, such as `{missing[0]}`. Fetch it again.")
-    return model
+    """The base of an adapter in float32, whole. Raises a `ValueError` where it lacks weights."""
+    return load_whole(folder, torch.float32)

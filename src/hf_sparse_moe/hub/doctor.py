@@ -16,9 +16,9 @@ from transformers.utils import HF_MODULES_CACHE
 from .adapter_folder import is_adapter
 from .adapter_loading import find_base
 from .adapter_publish import named_base
+from .download import pull
 from .findings import FAILED, NOT_CHECKED, PASSED, Finding
 from .fingerprint import TOLERANCE, fingerprint_difference
-from .pull import pull
 
 
 REMOTE_CODE = "runs by its own code"

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub, in one sentence each that holds no token and no signed address."""
+"""What the Hub or the way to it answered, as one sentence that holds no token and no signed address."""
 
 from __future__ import annotations
 
@@ -30,70 +30,69 @@ NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limi
 PERHAPS_DONE = {500, 502, 503, 504}
 LONGEST_REASON = 200
 
-_NO_ID = "`{}` is no Hub id (`user/name`). Check its spelling, or the path where a folder was meant."
 _BUSY = {
-    409: "it is busy with another commit",
+    409: "another commit is being made",
     412: "somebody else kept pushing to it in between",
-    429: "it was asked too often",
+    429: "too many requests were sent",
 }
 _UPLOAD = re.compile(r"Error while uploading '(.+)' to the Hub")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+")
 
 
 class HubUnavailableError(ConnectionError):
-    """The Hub could not do it now: nothing is wrong with what was asked for, and asking again may succeed."""
+    """The Hub could not do it now: nothing is wrong with the request, and sending it again may succeed."""
 
 
 @contextmanager
-def told_by_the_hub(repo_id: str, revision: str | None = None, writes: bool = False) -> Iterator[None]:
+def raise_hub_error(repo_id: str, revision: str | None = None, writes: bool = False) -> Iterator[None]:
     """
-    Say what the Hub or the way to it answered in one sentence.
+    Turn an error of the Hub, or of the connection to it, into one of three with a single sentence.
 
     Args:
-        repo_id (`str`): What was asked for.
-        revision (`str`, *optional*): The same.
+        repo_id (`str`): The repository that is read or written.
+        revision (`str`, *optional*): Its branch, tag or commit.
         writes (`bool`, defaults to `False`): Whether it is written to.
 
     Raises:
         ValueError: there is no such repository or revision, or the Hub refuses what was sent.
-        PermissionError: the token is missing, wrong, or may not.
-        HubUnavailableError: offline, a connection that is cut, a limit, a fault of the Hub.
+        PermissionError: the token is missing, wrong, or lacks the right.
+        HubUnavailableError: offline, a connection that is cut, a rate limit, a fault of the Hub.
     """
     try:
         yield
     except HFValidationError:
-        raise ValueError(_NO_ID.format(repo_id)) from None
+        check_repo_id(repo_id)
+        raise
     except OfflineModeIsEnabled:
         raise HubUnavailableError(
-            f"`{repo_id}` is on the Hub, but this machine is told to stay offline (`HF_HUB_OFFLINE`). Unset that, or "
+            f"`{repo_id}` is on the Hub, but this machine is set to stay offline (`HF_HUB_OFFLINE`). Unset that, or "
             "use what is in the cache."
         ) from None
     except (HTTPError, OSError, RuntimeError) as error:
-        fault = _from_the_hub(error)
-        if fault is None:
+        answer = _hub_answer(error)
+        if answer is None:
             raise
         # No cause is kept: it would show addresses, some of them signed.
-        upload = _UPLOAD.search(str(error)) if isinstance(error, RuntimeError) else None
-        if upload is not None:
-            raise _unavailable(repo_id, f"its storage did not take `{upload[1]}` ({_answer(fault)})") from None
-        raise _told(fault, repo_id, revision, writes) from None
+        raise _translate(answer, repo_id, revision, writes, _UPLOAD.search(str(error))) from None
 
 
-def with_retries(ask: Callable[[], Result]) -> Result:
-    """What `ask` returns, called again where the Hub was busy or did not answer; only for what may be done twice."""
+def retried(ask: Callable[[], Result], may_pass: Callable[[HTTPError], bool] | None = None) -> Result:
+    """
+    What `ask` returns, called again where the Hub was busy or did not answer. For the few requests that
+    `huggingface_hub` sends once only: creating a repository, a branch or a tag, and the commit itself.
+
+    Args:
+        ask (`Callable`): Something that may be done twice.
+        may_pass (`Callable`, *optional*): Whether an error is worth another attempt. Defaults to [`is_passing`].
+    """
     for attempt in range(1, ATTEMPTS):
         try:
             return ask()
         except HTTPError as error:
-            if not is_passing(error):
+            if not (may_pass or is_passing)(error):
                 raise
-        pause(attempt)
+        time.sleep(FIRST_PAUSE * 2**attempt)
     return ask()
-
-
-def pause(attempt: int) -> None:
-    """Wait before another attempt."""
-    time.sleep(FIRST_PAUSE * 2**attempt)
 
 
 def is_passing(error: HTTPError) -> bool:
@@ -103,16 +102,18 @@ def is_passing(error: HTTPError) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The Hub's answer, or None where the connection ended before there was one."""
+    """The HTTP status; None where the connection ended before there was an answer."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` for what is no Hub id."""
+    """Raise a `ValueError` for a name that cannot be a Hub id."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(_NO_ID.format(repo_id)) from None
+        raise ValueError(
+            f"`{repo_id}` is not a Hub id (`user/name`). Check the spelling, or the path if you meant a folder."
+        ) from None
 
 
 def redact(text: str) -> str:
@@ -123,26 +124,30 @@ def redact(text: str) -> str:
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
 
 
-def _from_the_hub(error: BaseException) -> BaseException | None:
-    """What the Hub answered: an upload wraps it in a RuntimeError, a download in other errors."""
+def _hub_answer(error: BaseException) -> BaseException | None:
+    """The error of the Hub inside `error`: an upload wraps it in a RuntimeError, a download in other errors."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, HTTPError | OfflineModeIsEnabled):
             return seen
         seen = seen.__cause__
-    message = str(error)
-    return error if isinstance(error, EntryNotFoundError) or "Consistency check failed" in message else None
+    is_ours = isinstance(error, EntryNotFoundError) or "Consistency check failed" in str(error)
+    return error if is_ours else None
 
 
-def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool) -> Exception:
+def _translate(
+    error: BaseException, repo_id: str, revision: str | None, writes: bool, upload: re.Match[str] | None
+) -> Exception:
     status, hub = status_of(error), f"The Hub ({constants.ENDPOINT})"
-    reason = _reason(error)
-    login = "Run `hf auth login`, or set `HF_TOKEN`"
+    answer = type(error).__name__ if status is None else f"status {status}"
+    reason, login = _reason(error), "Run `hf auth login`, or set `HF_TOKEN`"
+    if upload is not None:
+        return _unavailable(repo_id, f"its storage did not take `{upload[1]}` ({answer})")
     if status == 401 and re.search(r"(?i)invalid (credentials|user token)", reason):
         refused = f"refused to let you write to `{repo_id}`" if writes else f"refused to show you `{repo_id}`"
         return PermissionError(
-            f"{hub} {refused}: your token is wrong or expired (status 401), and a wrong token is refused even where "
-            "none is needed. Run `hf auth login`, or unset `HF_TOKEN`."
+            f"{hub} {refused}: your token is wrong or expired (status 401). A wrong token is refused even where none "
+            "is needed. Run `hf auth login`, or unset `HF_TOKEN`."
         )
     if isinstance(error, GatedRepoError):
         return PermissionError(
@@ -164,22 +169,17 @@ def _told(error: BaseException, repo_id: str, revision: str | None, writes: bool
         return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
     if status in (401, 403):
         return PermissionError(f"{hub} refuses to show `{repo_id}` (status {status}: {reason}). {login}.")
-    if status is not None and status not in NOT_DONE | PERHAPS_DONE and not 500 <= status < 600:
+    if status is not None and status not in NOT_DONE | PERHAPS_DONE and status < 500:
         return ValueError(f"{hub} refuses this for `{repo_id}` (status {status}: {reason}).")
-    what = "it had a fault of its own" if status else "it could not be reached, or the connection was cut"
-    return _unavailable(repo_id, f"{_BUSY.get(status or 0, what)} ({_answer(error)})")
+    fault = "it had a fault of its own" if status else "it could not be reached, or the connection was cut"
+    return _unavailable(repo_id, f"{_BUSY.get(status or 0, fault)} ({answer})")
 
 
 def _unavailable(repo_id: str, what: str) -> HubUnavailableError:
     return HubUnavailableError(
-        f"The Hub ({constants.ENDPOINT}) did not get done with `{repo_id}`: {what}. Run the same again: what was "
-        "finished is not sent twice."
+        f"The Hub ({constants.ENDPOINT}) did not finish with `{repo_id}`: {what}. Run the same command again: files "
+        "that arrived are not sent twice."
     )
-
-
-def _answer(error: BaseException) -> str:
-    status = status_of(error)
-    return type(error).__name__ if status is None else f"status {status}"
 
 
 def _reason(error: BaseException) -> str:

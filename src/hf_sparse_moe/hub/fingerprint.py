@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.upcycling.receipt import probe_inputs, source_files
 
-from .base_identity import without_adapter
+from .adapter_base import without_adapter
 from .findings import FAILED, NOT_CHECKED, PASSED, Finding
-from .loading import load_checkpoint
+from .loading import compute_in_float32, load_whole
 
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ FINGERPRINT_NAME = "fingerprint.json"
 SAMPLES = 256
 # Of the largest output: float32 on another processor rounds otherwise, a wrong weight changes far more.
 TOLERANCE = 1e-4
+# Larger weights are not loaded by a push that does not ask for it.
+LARGEST_BY_DEFAULT = 4 * 2**30
 
 
 @torch.no_grad()
@@ -38,13 +40,18 @@ def probe_output(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     return model(**inputs)[0]
 
 
+def is_wanted(fingerprint: bool | None, weight_bytes: int) -> bool:
+    """What `fingerprint` of [`push`] means for weights of this size: None is up to 4 GiB."""
+    return weight_bytes <= LARGEST_BY_DEFAULT if fingerprint is None else fingerprint
+
+
 def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Any]:
     """
     What [`fingerprint_difference`] compares: evenly spaced outputs, and the hashes of the files that made them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Loaded from `folder` in float32, so that the sum's order matters least.
+            Loaded from `folder`, computing in float32, so that the order of sums matters least.
         folder (`Path`): With the weights and the config.
     """
     output = probe_output(model)
@@ -58,28 +65,33 @@ def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[s
     }
 
 
-def make_fingerprint(folder: Path, target: Path) -> None:
+def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
     """
-    Write the fingerprint of a checkpoint to `target`. Loads the model in float32, unless the folder has a fingerprint
-    of these very files.
+    Write the fingerprint of a checkpoint to `target`: that in the folder, if it is of these very files, or a new one,
+    for which the model is loaded as it is stored and computes in float32.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        target (`Path`): The file to write.
+        take (`bool`, defaults to `True`): Whether to take a new one.
+
+    Returns:
+        `bool`: whether there is one.
 
     Raises:
         ValueError: the weights do not fill the model, or compute NaN, so that there is nothing to vouch for.
     """
     fingerprint = read_fingerprint(folder)
     if fingerprint is None or fingerprint.get("files") != source_files(folder):
-        model, info = load_checkpoint(folder, torch.float32)
-        unfilled = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
-        if unfilled:
-            raise ValueError(
-                f"`{folder}` lacks weights that its config asks for, such as `{unfilled[0]}`. Save the model again."
-            )
-        fingerprint = take_fingerprint(model, folder)
+        if not take:
+            return False
+        fingerprint = take_fingerprint(compute_in_float32(load_whole(folder, "auto")), folder)
     write_fingerprint(fingerprint, target, folder)
+    return True
 
 
 def write_fingerprint(fingerprint: dict[str, Any], target: Path, folder: Path) -> None:
-    """Write it to `target`; raises a `ValueError` where what lies in `folder` computes NaN."""
+    """Write it to `target`. Raises a `ValueError` where the checkpoint in `folder` computes NaN."""
     if not all(math.isfinite(value) for value in fingerprint["outputs"]):
         raise ValueError(
             f"`{folder}` computes numbers that are not finite, so it is not published. Run "

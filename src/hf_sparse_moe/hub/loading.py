@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture, sensible_config, weight_files
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
+
+from .adapter_base import is_mixture
 
 
 def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -38,6 +43,46 @@ def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[Pr
             ignore_mismatched_sizes=True,  # told as a finding, with the rest
         )
     return model.eval(), info
+
+
+def load_whole(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """As [`load_checkpoint`]; raises a `ValueError` where weights are missing."""
+    model, info = load_checkpoint(folder, dtype)
+    if missing := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+        raise ValueError(
+            f"`{folder.name}` lacks weights that its config asks for, such as `{missing[0]}`. Save the model again."
+        )
+    return model
+
+
+@torch.no_grad()
+def compute_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Have a model compute in float32 while its experts, nearly all of its size, stay as they are stored: those of a
+    layer are widened while that layer runs. Changes `model`, which can then be used for inference only.
+    """
+    stored: set[int] = set()
+    for layer in find_mixture_layers(model) if is_mixture(model) else ():
+        stored |= {id(weight) for weight in layer.experts.parameters()}
+        narrow: list[torch.Tensor] = []
+        layer.experts.register_forward_pre_hook(partial(_widen, narrow))
+        layer.experts.register_forward_hook(partial(_restore, narrow), always_call=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in stored:
+            tensor.data = tensor.float()
+    return model
+
+
+def _widen(narrow: list[torch.Tensor], module: nn.Module, inputs: Any) -> None:
+    for weight in module.parameters():
+        narrow.append(weight.data)
+        weight.data = weight.float()
+
+
+def _restore(narrow: list[torch.Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+    for weight, data in zip(module.parameters(), narrow, strict=True):
+        weight.data = data
+    narrow.clear()
 
 
 def class_of(config: PreTrainedConfig, source: Source) -> Any:

@@ -1,34 +1,35 @@
-"""Publishing a mixture in one commit, so that a repository never holds half of one."""
+"""Publishing in one commit, so that a repository never holds half of a model."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedTokenizerBase, TrainerState
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
-from hf_sparse_moe.checkpoints.source import Source, read_config
-from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.checkpoints.source import Source, named_architecture, read_config
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 
 from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
-from .adapter_publish import stage_adapter
+from .adapter_publish import save_adapter, stage_adapter
 from .checkpoint import Checkpoint, read_checkpoint
-from .errors import ATTEMPTS, NOT_DONE, check_repo_id, is_passing, pause, status_of, told_by_the_hub, with_retries
+from .errors import NOT_DONE, check_repo_id, is_passing, raise_hub_error, retried, status_of
 from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
-from .fingerprint import FINGERPRINT_NAME, make_fingerprint
+from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
 from .model_card import render_model_card
 from .publishable import publishable_files
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # What an earlier push may have left that this model does not have: `from_pretrained` prefers an old single file to new
 # shards, and the others describe the weights beside them.
@@ -42,13 +43,13 @@ SUPERSEDABLE = re.compile(
 
 
 @dataclass(frozen=True)
-class Published:
+class PushReport:
     """
-    What a push did.
+    What [`push`] did.
 
     Args:
         commit ([`~huggingface_hub.CommitInfo`]): Its `oid` pins what was published.
-        files (`list[str]`): What the repository now has of the folder.
+        files (`list[str]`): The files that the repository now has of it.
         left_out (`list[str]`): What of the folder was not published.
     """
 
@@ -56,42 +57,72 @@ class Published:
     files: list[str]
     left_out: list[str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values: the commit's id and its address, or that of the pull request."""
+        url = self.commit.pr_url or str(self.commit)
+        return {"commit": self.commit.oid, "url": url, "files": self.files, "left_out": self.left_out}
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
+
+def push(
+    what: PreTrainedModel | PeftModel | Trainer | str | Path,
+    repo_id: str | None = None,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
+    adapter_name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    evaluation: Mapping[str, Any] | TrainerState | None = None,
+    license: str | None = None,
+    language: str | Iterable[str] | None = None,
+    tags: str | Iterable[str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     tag: str | None = None,
+    max_shard_size: int | str = "50GB",
+    fingerprint: bool | None = None,
     token: bool | str | None = None,
-) -> Published:
+) -> PushReport:
     """
-    Publish the checkpoint or adapter in a folder as one commit, which also deletes weight files that it supersedes.
+    Publish a model or an adapter with its code, card and receipt as one commit, which also deletes the weight files
+    that it supersedes.
 
-    The model is loaded once, for its fingerprint: outputs that [`doctor`] compares wherever the checkpoint arrives;
-    with an adapter its base is, which is fetched for that.
-    Pickles, training states and whatever else is no part of a checkpoint are left out. The folder stays as it is. The
-    card is rendered from it, and keeps what a person wrote in the folder's README.md or the Hub's. Large files that
-    reached the Hub in a call that was interrupted are not sent again.
+    Pickles, training states, links that lead elsewhere and whatever else is not part of a checkpoint are left out. The
+    card is rendered from the checkpoint and keeps what a person wrote in the folder's README.md or the Hub's. An
+    adapter is compared with its base before anything is sent. After a failure the head is read again, so that a commit
+    whose answer was lost is not made twice; large files that arrived are not sent again.
 
     Args:
-        folder (`str` or `Path`): Of a saved model, or of an adapter that PEFT saved.
-        repo_id (`str`): `"user/name"`. Created if it does not exist.
-        base (`str`, *optional*):
-            Folder or Hub id of an adapter's base. Defaults to the one that the adapter names.
+        what (`PreTrainedModel`, `PeftModel`, `Trainer`, `str` or `Path`):
+            A mixture or a stock model, an adapter, a trainer of either, or the folder of a saved model or adapter; a
+            folder stays as it is. Every process of a training calls it with the trainer, so that weights
+            which are spread over them are gathered; other models that are sharded must be consolidated first.
+        repo_id (`str`):
+            `"user/name"`, or a name in your own namespace. Created if it does not exist. A trainer's defaults to its
+            `hub_model_id`.
+        base (`str` or `Path`, *optional*): Folder or Hub id of an adapter's base. Defaults to the one that it names.
+        adapter_name (`str`, defaults to `"default"`): Which adapter of a `PeftModel`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Published in the same commit, with a model in memory.
+        evaluation (`dict` or `TrainerState`, *optional*): Measured results for the card, see [`render_model_card`].
+        license (`str`, *optional*): Such as `"apache-2.0"`.
+        language (`str` or `Iterable[str]`, *optional*): Codes, such as `"en"`.
+        tags (`str` or `Iterable[str]`, *optional*): Further tags of the card.
         private (`bool`, *optional*): For a new repository. Defaults to the namespace's own setting.
         revision (`str`, *optional*): A branch, created from main if it does not exist. Defaults to main.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of writing to the branch.
         commit_message (`str`, *optional*): Defaults to `"Upload <class>"`, or `"Upload adapter"`.
+        commit_description (`str`, *optional*): Text below the message.
         tag (`str`, *optional*): A name for the commit.
+        max_shard_size (`int` or `str`, defaults to `"50GB"`): Of one weight file, for a model in memory.
+        fingerprint (`bool`, *optional*):
+            Whether to publish outputs on a fixed sequence, which [`doctor`] compares wherever the checkpoint arrives.
+            The weights are loaded for it once, as they are stored; of an adapter its base is fetched and loaded.
+            Defaults to True for weights up to 4 GiB.
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
     Returns:
-        [`Published`]
+        [`PushReport`]; None on the other processes of a training.
 
     Raises:
         ValueError: no checkpoint, weights in a pickle, a sharded training state, a token in a file, a tag that names
@@ -100,178 +131,155 @@ def push_folder(
         PermissionError: the token is missing, wrong, or may not write there.
         HubUnavailableError: the Hub could not do it now.
     """
-    folder = Path(folder)
-    files, left_out = publishable_files(folder)
+    if isinstance(what, Trainer):
+        repo_id, token = repo_id or hub_model_id(what), token or what.args.hub_token
+        revision = revision or what.args.hub_revision
+        private = what.args.hub_private_repo if private is None else private
+    if repo_id is None:
+        raise ValueError('`repo_id` is missing. Say where to publish: `push(model, "user/name")`.')
     check_repo_id(repo_id)
-    if base is not None and not is_adapter(folder):
-        raise ValueError(f"`base={base!r}` is given, but `{folder}` holds a model and no adapter. Leave it out.")
-    title = "Upload adapter"
-    with tempfile.TemporaryDirectory() as temporary, told_by_the_hub(repo_id, revision, writes=True):
+    with (
+        _as_folder(what, adapter_name, tokenizer, max_shard_size) as folder,
+        tempfile.TemporaryDirectory() as temporary,
+        raise_hub_error(repo_id, revision, writes=True),
+    ):
+        if folder is None:
+            return cast("PushReport", None)
+        files, left_out = publishable_files(folder)
         staged = Path(temporary)
-        published: Adapter | Checkpoint | None
-        if is_adapter(folder):
-            stage_adapter(files, staged, base, token)
-            published = read_adapter(staged)
-        else:
-            title = f"Upload {_architecture(folder)}"
-            make_fingerprint(folder, staged / FINGERPRINT_NAME)
-            published = read_checkpoint(folder) if _is_mixture(folder) else None
+        published, title = _stage(folder, files, staged, base, token, fingerprint)
+        files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         api = HfApi(token=token)
-        repo_id = _prepare(api, repo_id, private, revision)
+        repo_id = retried(partial(api.create_repo, repo_id, private=private, exist_ok=True)).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            retried(partial(api.create_branch, repo_id, branch=revision, exist_ok=True))
         card = None
         if published is not None:
-            write_evaluation_results(evaluation_entries(published.record), staged)
             local = [files["README.md"].read_bytes().decode()] if "README.md" in files else []
-            card = lambda remote: render_model_card(published, repo_id, previous=[*local, *remote])  # noqa: E731
-        files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
-        commit = _commit(
+            tags = [tags] if isinstance(tags, str) else tags
+            told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
+            render = partial(render_model_card, published, repo_id, **told)
+            card = lambda remote: render(previous=[*local, *remote])  # noqa: E731
+        if tag is not None:
+            _check_tag(api, repo_id, tag, retried(partial(api.model_info, repo_id, revision=revision)).sha)
+        write = partial(
+            _commit,
             api,
             repo_id,
             files,
+            card,
+            commit_message=commit_message or title,
+            commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message or title,
-            commit_description=None,
-            tag=tag,
-            card=card,
         )
-    return Published(commit, sorted({*files, *(["README.md"] if card else [])}), left_out)
+        commit = retried(write, partial(_may_pass, create_pr))
+        if tag is not None:
+            _check_tag(api, repo_id, tag, commit.oid)  # it may name the head, which is no longer the commit
+            retried(partial(api.create_tag, repo_id, tag=tag, revision=commit.oid, exist_ok=True))
+            _check_tag(api, repo_id, tag, commit.oid)  # another push may have made it in between
+    return PushReport(commit, sorted({*files, *(["README.md"] if card else [])}), left_out)
 
 
-def push_to_hub(
-    model: SparseMoePreTrainedModel,
-    repo_id: str,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    evaluation: Mapping[str, Any] | TrainerState | None = None,
-    license: str | None = None,
-    tags: Iterable[str] | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
-) -> CommitInfo:
-    """
-    Publish weights, config, code, receipt, fingerprint and model card as one commit, which also deletes the weight
-    files that it supersedes. The head is read again after a failure, so that a commit whose answer was lost is not
-    made twice.
+def hub_model_id(trainer: Trainer) -> str:
+    """Where a trainer publishes."""
+    return trainer.hub_model_id or trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name
 
-    Of the repository's card, what a person wrote stays (see [`render_model_card`]). It does not gather a model whose
-    weights are spread over several processes.
 
-    Args:
-        model (`SparseMoePreTrainedModel`): A model of this package.
-        repo_id (`str`): `"user/name"`, or a name in your own namespace. Created if it does not exist.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Published in the same commit.
-        evaluation (`dict` or `TrainerState`, *optional*): Measured results for the card, see [`render_model_card`].
-        license (`str`, *optional*): The model's licence, such as `"apache-2.0"`.
-        tags (`Iterable[str]`, *optional*): Further tags of the card.
-        commit_message (`str`, *optional*): Defaults to `"Upload <class>"`.
-        commit_description (`str`, *optional*): Text below the message.
-        private (`bool`, *optional*): For a new repository. Defaults to the namespace's own setting.
-        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
-        revision (`str`, *optional*): A branch, created from main if it does not exist. Defaults to main.
-        create_pr (`bool`, defaults to `False`): Open a pull request instead of writing to the branch.
-        max_shard_size (`int` or `str`, defaults to `"50GB"`): Size of one weight file, at most.
+@contextmanager
+def _as_folder(
+    what: Any, adapter_name: str, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str
+) -> Iterator[Path | None]:
+    """The folder of what is pushed, a temporary one where it is in memory; None where another process saves it."""
+    if isinstance(what, str | Path):
+        yield Path(what)
+        return
+    if isinstance(what, Trainer):
+        from .trainer_push import saved_trainer
 
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: the commit; its `oid` pins what was published.
-
-    Raises:
-        PermissionError: the token is missing, wrong, or may not write there.
-        ValueError: the model wrote no weights, or the Hub refuses the card.
-        HubUnavailableError: the Hub could not do it now.
-    """
-    with tempfile.TemporaryDirectory() as temporary, told_by_the_hub(repo_id, revision, writes=True):
+        with saved_trainer(what) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if not any(folder.glob("*.safetensors")):
+        if isinstance(what, PreTrainedModel):
+            what.save_pretrained(folder, max_shard_size=max_shard_size)
+            if not any(folder.glob("*.safetensors")):
+                raise ValueError(
+                    f"`{type(what).__name__}` saved no weights, so nothing was published. If it is sharded over "
+                    "processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
+                )
+        elif hasattr(what, "peft_config"):
+            folder = save_adapter(what, folder, adapter_name)
+        else:
             raise ValueError(
-                f"`model` ({type(model).__name__}) saved no weights, so nothing was published to `{repo_id}`. If "
-                "it is sharded over processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
+                f"`what` is a {type(what).__name__}, which cannot be pushed. Pass a model, an adapter, a trainer or a "
+                "folder."
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        make_fingerprint(folder, folder / FINGERPRINT_NAME)
-        api = HfApi(token=token)
-        repo_id = _prepare(api, repo_id, private, revision)
-        checkpoint = read_checkpoint(folder)
-        card = partial(render_model_card, checkpoint, repo_id, evaluation=evaluation, license=license, tags=tags)
-        return _commit(
-            api,
-            repo_id,
-            {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()},
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"Upload {type(model).__name__}",
-            commit_description=commit_description,
-            card=lambda remote: card(previous=remote),
-        )
+        yield folder
 
 
-def _architecture(folder: Path) -> str:
-    architectures = read_config(Source(folder.resolve().name, folder, None)).architectures
-    return architectures[0] if architectures else folder.resolve().name
-
-
-def _is_mixture(folder: Path) -> bool:
-    return read_config(Source(folder.resolve().name, folder, None)).model_type.startswith("sparse_moe_")
-
-
-def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Create what does not exist yet; returns the full id."""
-    repo_id = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    if revision is not None and not revision.startswith("refs/pr/"):
-        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    return repo_id
+def _stage(
+    folder: Path,
+    files: dict[str, Path],
+    staged: Path,
+    base: str | Path | None,
+    token: bool | str | None,
+    fingerprint: bool | None,
+) -> tuple[Adapter | Checkpoint | None, str]:
+    """Write what is published besides the folder's files into `staged`; returns the card's subject and a title."""
+    published: Adapter | Checkpoint | None = None
+    if is_adapter(folder):
+        stage_adapter(files, staged, base, token, fingerprint)
+        published, title = read_adapter(staged), "Upload adapter"
+    else:
+        if base is not None:
+            raise ValueError(
+                f"`base={str(base)!r}` is given, but `{folder}` holds a model, not an adapter. Remove it."
+            )
+        name = folder.resolve().name
+        config = read_config(Source(name, folder, None))
+        title = f"Upload {named_architecture(config) or name}"
+        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if not make_fingerprint(folder, staged / FINGERPRINT_NAME, is_wanted(fingerprint, weight_bytes)):
+            files.pop(FINGERPRINT_NAME, None)  # of other weights
+        if isinstance(config, SparseMoeConfig):
+            published = read_checkpoint(folder)
+    if published is not None:
+        write_evaluation_results(evaluation_entries(published.record), staged)
+    return published, title
 
 
 def _commit(
     api: HfApi,
     repo_id: str,
     files: Mapping[str, Path],
-    *,
-    commit_message: str,
-    commit_description: str | None,
-    revision: str | None,
-    create_pr: bool,
-    tag: str | None = None,
-    card: Callable[[list[str]], str] | None = None,
+    card: Callable[[list[str]], str] | None,
+    **options: Any,
 ) -> CommitInfo:
-    tagged = None if tag is None else _tagged(api, repo_id, tag, revision)
-    for attempt in range(1, ATTEMPTS + 1):
-        head = with_retries(lambda: api.model_info(repo_id, revision=revision))
-        present = {sibling.rfilename for sibling in head.siblings or ()}
-        _check_kind(repo_id, files, present)
-        written = {} if card is None else {"README.md": card(_remote_card(api, repo_id, head.sha, present)).encode()}
-        try:
-            # Files that the head holds already are left out, so where an earlier attempt did succeed this is a no-op.
-            commit = api.create_commit(
-                repo_id,
-                _operations({**files, **written}, present=present),
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head.sha,
-            )
-            break
-        except HTTPError as error:
-            if attempt == ATTEMPTS or not _worth_another_try(error, create_pr):
-                raise
-            reason = f"status {status_of(error)}" if status_of(error) else type(error).__name__
-            logger.info(f"Attempt {attempt} to commit to {repo_id} failed ({reason}); reading its head again.")
-        pause(attempt)
-    if tagged not in (None, commit.oid):
-        raise ValueError(
-            f"`{repo_id}` now has commit {commit.oid}, but its tag `{tag}` names {tagged}. Choose another."
-        )
-    if tag is not None and tagged is None:
-        with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
-    return commit
+    """Commit on the head as it is now. Files that it holds already are left out, so that a second call is a no-op."""
+    head = api.model_info(repo_id, revision=options["revision"])
+    present = {sibling.rfilename for sibling in head.siblings or ()}
+    _check_kind(repo_id, files, present)
+    written: dict[str, Path | bytes] = {**files}
+    if card is not None:
+        remote = []
+        if "README.md" in present:
+            path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
+            remote = [Path(path).read_bytes().decode()]
+        written["README.md"] = card(remote).encode()
+    superseded = sorted(name for name in present - set(written) if SUPERSEDABLE.fullmatch(name))
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in written.items()]
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in superseded]
+    return api.create_commit(repo_id, [*operations, *deletions], parent_commit=head.sha, **options)
+
+
+def _may_pass(create_pr: bool, error: HTTPError) -> bool:
+    """Whether to commit again, on a new head: a 404 says that the old one is gone."""
+    # A lost answer may hide a pull request that exists: the head of its base cannot tell, and a second is worse.
+    return status_of(error) in NOT_DONE | {404} or (is_passing(error) and not create_pr)
 
 
 def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> None:
@@ -285,33 +293,12 @@ def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> N
             )
 
 
-def _tagged(api: HfApi, repo_id: str, tag: str, revision: str | None) -> str | None:
-    """The commit that has the tag; it may be the head, which a call that is run again has tagged."""
-    references = with_retries(lambda: api.list_repo_refs(repo_id)).tags
-    commit = next((reference.target_commit for reference in references if reference.name == tag), None)
-    if commit is not None and commit != with_retries(lambda: api.model_info(repo_id, revision=revision)).sha:
+def _check_tag(api: HfApi, repo_id: str, tag: str, commit: str | None) -> None:
+    """Raise a `ValueError` where the tag names another commit than this one."""
+    tags = retried(partial(api.list_repo_refs, repo_id)).tags
+    tagged = next((reference.target_commit for reference in tags if reference.name == tag), None)
+    if tagged not in (None, commit):
         raise ValueError(
-            f"`{repo_id}` has the tag `{tag}` already, on commit {commit}, and people may rely on it. Choose another."
+            f"`{repo_id}` has the tag `{tag}` already, on commit {tagged}, and people may rely on it. Choose another "
+            f"tag for {commit}."
         )
-    return commit
-
-
-def _remote_card(api: HfApi, repo_id: str, commit: str | None, present: set[str]) -> list[str]:
-    """The card that the commit would replace: what a person wrote there is kept."""
-    if "README.md" not in present:
-        return []
-    path = with_retries(lambda: api.hf_hub_download(repo_id, "README.md", revision=commit))
-    return [Path(path).read_bytes().decode()]
-
-
-def _worth_another_try(error: HTTPError, create_pr: bool) -> bool:
-    # A lost answer may hide a pull request that exists: the head of its base cannot tell, and a second is worse.
-    return status_of(error) in NOT_DONE if create_pr else is_passing(error)
-
-
-def _operations(
-    files: Mapping[str, Path | bytes], *, present: set[str]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    superseded = sorted(name for name in present - set(files) if SUPERSEDABLE.fullmatch(name))
-    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-    return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in superseded)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,10 +10,11 @@ from hf_sparse_moe.checkpoints.folder import COMPANIONS
 from hf_sparse_moe.checkpoints.source import Source, tensor_names, weight_files
 
 from .adapter_folder import ADAPTER_WEIGHTS, is_adapter
+from .checkpoint import mapping, read_json
 
 
 PUBLISHED = ("*.json", "*.md", "*.txt", "*.jinja", "*.yaml", "*.png", "*.svg", *COMPANIONS)
-PUBLISHED_FOLDERS = (".eval_results",)
+RESULTS_FOLDER = ".eval_results"
 # Pickles run code when they are read; they may be named as anything, so this is a list of what people meet.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -32,25 +32,26 @@ def publishable_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
         ValueError: no checkpoint, weights in a pickle or sharded over processes alone, or a file with a token in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"`{folder}` is no folder. Pass the folder of a saved model.")
-    weights = [path.name for path in _weights(folder)]
+        raise ValueError(f"`{folder}` is not a folder. Pass the folder of a saved model.")
+    weights = _weights(folder)
+    chosen = {*weights, *_code(folder)}
     if len(weights) > 1:
-        weights.append("model.safetensors.index.json")
-    code = _code(folder)
+        chosen.add("model.safetensors.index.json")
     files: dict[str, Path] = {}
     left_out = []
     for path in sorted(folder.iterdir()):
-        name = path.name
-        if path.is_dir() and not path.is_symlink() and name in PUBLISHED_FOLDERS:
-            inside = [inner for inner in sorted(path.glob("*.yaml")) if _is_own(inner, folder)]
-            files |= {f"{name}/{inner.name}": inner for inner in inside}
-        elif (name in weights or name in code or _is_published(name)) and _is_own(path, folder):
-            files[name] = path
+        if path.name == RESULTS_FOLDER and path.is_dir() and not path.is_symlink():
+            files |= {f"{path.name}/{inner.name}": inner for inner in sorted(path.glob("*.yaml")) if is_own(inner)}
+        elif (path.name in chosen or _is_published(path.name)) and is_own(path):
+            files[path.name] = path
         else:
-            left_out.append(f"{name}/" if path.is_dir() else name)
+            left_out.append(f"{path.name}/" if path.is_dir() else path.name)
+    for name in weights:
+        if name not in files:
+            raise ValueError(f"`{folder / name}` is a link that leads out of its folder. Put the file there itself.")
     for name, path in files.items():
         if name not in weights and _TOKEN.search(path.read_bytes()):
-            raise ValueError(f"`{path}` holds what looks like a token of the Hub. Take it out, and revoke the token.")
+            raise ValueError(f"`{path}` holds what looks like a token of the Hub. Remove it, and revoke the token.")
     return files, left_out
 
 
@@ -59,10 +60,16 @@ def is_pickle(name: str) -> bool:
     return any(fnmatch(name.rpartition("/")[2].lower(), pattern) for pattern in PICKLES)
 
 
-def _is_own(path: Path, folder: Path) -> bool:
-    """A file that is in the folder, or in the Hub's cache that the folder is a snapshot of: no link to elsewhere."""
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    return path.is_file() and any(path.resolve().is_relative_to(home) for home in homes)
+def is_own(path: Path) -> bool:
+    """
+    A regular file in its folder, or in the Hub's cache where the folder is a snapshot in it: no link that leads
+    elsewhere, no fifo, no device.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        homes.append(folder.parent.parent / "blobs")
+    return path.is_file() and real.parent in homes
 
 
 def _is_published(name: str) -> bool:
@@ -71,28 +78,16 @@ def _is_published(name: str) -> bool:
     return not (stale_index or hidden or is_pickle(name)) and any(fnmatch(name, pattern) for pattern in PUBLISHED)
 
 
-def _weights(folder: Path) -> list[Path]:
-    if not (folder / "config.json").is_file():
-        if is_adapter(folder) and (folder / ADAPTER_WEIGHTS).is_file():
-            tensor_names(folder / ADAPTER_WEIGHTS)
-            return [folder / ADAPTER_WEIGHTS]
-    elif found := weight_files(Source(folder.resolve().name, folder, None)):
+def _weights(folder: Path) -> list[str]:
+    if is_adapter(folder):
+        found = [path for path in (folder / ADAPTER_WEIGHTS,) if path.is_file()]
+    else:
+        is_model = (folder / "config.json").is_file()
+        found = weight_files(Source(folder.resolve().name, folder, None)) if is_model else []
+    if found:
         for path in found:
             tensor_names(path)
-        return found
-    _refuse_training_state(folder)
-    if any(is_pickle(path.name) for path in folder.iterdir()):
-        raise ValueError(
-            f"`{folder}` has its weights in a pickle, which may run code when it is read, and none is published. Load "
-            "the model and `save_pretrained` it, which writes safetensors."
-        )
-    raise ValueError(
-        f"`{folder}` is no checkpoint: a `config.json` with `*.safetensors`, or an adapter. Pass the folder of a "
-        "saved model."
-    )
-
-
-def _refuse_training_state(folder: Path) -> None:
+        return [path.name for path in found]
     deepspeed = any(folder.glob("global_step*")) or (folder / "zero_to_fp32.py").is_file()
     if deepspeed or next(folder.rglob("*.distcp"), None) is not None:
         raise ValueError(
@@ -100,14 +95,20 @@ def _refuse_training_state(folder: Path) -> None:
             "processes, and no weights of a whole model. Run "
             f"`hf-sparse-moe consolidate {folder} CONSOLIDATED`, and push that folder."
         )
+    if any(is_pickle(path.name) for path in folder.iterdir()):
+        raise ValueError(
+            f"`{folder}` has its weights in a pickle, which may run code when it is read, and none is published. Load "
+            "the model and `save_pretrained` it, which writes safetensors."
+        )
+    raise ValueError(
+        f"`{folder}` is not a checkpoint: it needs a `config.json` with `*.safetensors`, or an adapter. Pass the "
+        "folder of a saved model."
+    )
 
 
 def _code(folder: Path) -> set[str]:
     """The Python files that the config's `auto_map` leads to."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return set()
-    auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})
+    auto_map = mapping(read_json(folder / "config.json").get("auto_map"))
     wanted = [f"{value.partition('.')[0]}.py" for value in auto_map.values() if isinstance(value, str)]
     found: set[str] = set()
     while wanted:

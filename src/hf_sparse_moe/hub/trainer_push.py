@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,13 @@ from transformers.utils import logging
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
+from .adapter_base import is_mixture, record_base
 from .adapter_folder import Adapter
 from .adapter_publish import adapter_in_memory
-from .base_identity import is_mixture, record_base
 from .checkpoint import PICTURE_NAME, ROUTING_NAME, Checkpoint, checkpoint_in_memory, read_json
-from .errors import HubUnavailableError
-from .model_card import render_model_card, write_model_card, write_readme
-from .publish import push_folder
+from .model_card import render_model_card, write_readme
+from .publish import PushReport, hub_model_id, push
+from .publishable import is_own
 from .training_record import ModelCardCallback
 
 
@@ -33,12 +35,12 @@ logger = logging.get_logger(__name__)
 
 def add_model_card(trainer: Trainer, callback: ModelCardCallback | None = None) -> ModelCardCallback:
     """
-    Have a trainer record its training, and publish with the card that tells it.
+    Have a trainer record its training, and publish with the card that describes it.
 
     The stock `Trainer.push_to_hub` writes a card of its own over ours and uploads `training_args.bin`, a pickle, and
-    no callback can keep it from that. So on this one trainer `push_to_hub` becomes [`push_trainer`],
-    `create_model_card` writes our card, and the pushes of `TrainingArguments(push_to_hub=True)` go the same way. The
-    class `Trainer` stays as it is.
+    no callback can keep it from that. So on this one trainer `push_to_hub` becomes [`push`], `create_model_card`
+    writes our card, and the pushes of `TrainingArguments(push_to_hub=True)` go the same way. Those during the training
+    take no fingerprint, and one that fails is a warning. The class `Trainer` stays as it is.
 
     Args:
         trainer (`Trainer`):
@@ -61,78 +63,39 @@ def add_model_card(trainer: Trainer, callback: ModelCardCallback | None = None) 
     callback = callback or ModelCardCallback()
     trainer.add_callback(callback)
     trainer.__dict__ |= {
-        "push_to_hub": partial(push_trainer, trainer),
+        "push_to_hub": partial(_push_to_hub, trainer),
         "create_model_card": partial(create_model_card, trainer),
         "_push_from_checkpoint": partial(_push_from_checkpoint, trainer, callback),
     }
     return callback
 
 
-def push_trainer(
-    trainer: Trainer,
-    commit_message: str | None = "End of training",
-    blocking: bool = True,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-    *,
-    create_pr: bool = False,
-    license: str | None = None,
-    language: str | Iterable[str] | None = None,
-    tags: Iterable[str] | None = None,
-) -> CommitInfo | None:
+@contextmanager
+def saved_trainer(trainer: Trainer) -> Iterator[Path | None]:
     """
-    Publish a trainer's model, tokenizer and card in one commit. Called by every process of the training, so that
-    weights which are spread over them are gathered; pickles and logs are not published.
-
-    Args:
-        trainer (`Trainer`): With one of this package's models, or an adapter of a mixture.
-        commit_message (`str`, *optional*): As `Trainer.push_to_hub` takes it.
-        blocking (`bool`): It waits for the commit; False is refused.
-        token (`str`, *optional*): Defaults to `hub_token` of the training arguments.
-        revision (`str`, *optional*): Defaults to `hub_revision` of the training arguments.
-        private (`bool`, *optional*): Defaults to `hub_private_repo` of the training arguments.
-        create_pr (`bool`, defaults to `False`): Open a pull request.
-        license (`str`, *optional*): See [`render_model_card`].
-        language (`str` or `Iterable[str]`, *optional*): The same.
-        tags (`Iterable[str]`, *optional*): The same.
-
-    Returns:
-        [`~huggingface_hub.CommitInfo`], on the main process.
+    What a trainer publishes, in a folder of its own that is removed in the end; None but on the main process. All of
+    them must ask, so that weights which are spread over them are gathered.
     """
     model = _check_model(trainer)
-    if not blocking:
-        raise ValueError("`blocking=False` is not allowed: weights and card are one commit, which is waited for.")
-    args = trainer.args
-    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    output = Path(str(args.output_dir))
-    folder = output / "_push"  # fresh, so that no weights of an earlier save can take these ones' place
-    trainer.save_model(str(folder), _internal_call=True)
-    if not trainer.is_world_process_zero():
-        return None
-    try:
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    output = Path(str(trainer.args.output_dir))
+    output.mkdir(parents=True, exist_ok=True)
+    # A new name each time: what lies in the output folder is the user's, or of a push that was killed.
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=output) as temporary:
+        folder = Path(temporary)
+        trainer.save_model(str(folder), _internal_call=True)
+        if not trainer.is_world_process_zero():
+            yield None
+            return
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's, beside an adapter
         for name in ("README.md", ROUTING_NAME, PICTURE_NAME):
-            if (output / name).is_file():
+            if is_own(output / name):
                 shutil.copyfile(output / name, folder / name)
         if callback := _callback_of(trainer):
-            callback.write(args, trainer.state, folder)
+            callback.write(trainer.args, trainer.state, folder)
         if _is_adapted(model):
             record_base(model, folder)
-        repo_id = _repo_id(trainer)
-        write_model_card(folder, repo_id, license=license, language=language, tags=tags)
-        published = push_folder(
-            folder,
-            repo_id,
-            private=args.hub_private_repo if private is None else private,
-            revision=revision or args.hub_revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            token=token or args.hub_token,
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return published.commit
+        yield folder
 
 
 def create_model_card(
@@ -156,12 +119,29 @@ def create_model_card(
         partial(
             render_model_card,
             published,
-            _repo_id(trainer),
+            hub_model_id(trainer),
             license=license,
             language=language,
             tags=[tags] if isinstance(tags, str) else tags,
         ),
     )
+
+
+def _push_to_hub(
+    trainer: Trainer,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **options: Any,
+) -> CommitInfo | None:
+    """[`push`] with the arguments of `Trainer.push_to_hub`."""
+    if not blocking:
+        raise ValueError("`blocking=False` is not supported: weights and card are one commit. Leave it out.")
+    options |= {"token": token, "revision": revision, "private": private}
+    report: PushReport | None = push(trainer, commit_message=commit_message, **options)
+    return report.commit if report else None
 
 
 def _push_from_checkpoint(trainer: Trainer, callback: ModelCardCallback, checkpoint_folder: str) -> None:
@@ -172,24 +152,25 @@ def _push_from_checkpoint(trainer: Trainer, callback: ModelCardCallback, checkpo
     trainer.callback_handler.on_push_begin(args, state, trainer.control)
     callback.write(args, state, checkpoint_folder)
     try:
-        push_folder(
+        push(
             checkpoint_folder,
-            _repo_id(trainer),
+            hub_model_id(trainer),
             private=args.hub_private_repo,
             revision=args.hub_revision,
             commit_message=f"Training in progress, step {state.global_step}",
+            fingerprint=False,
             token=args.hub_token,
         )
-    except HubUnavailableError as error:
-        logger.warning(f"Step {state.global_step} was not published, and the training goes on. {error}")
+    except (OSError, ValueError) as error:
+        logger.warning(f"Step {state.global_step} was not published; the training continues. {error}")
 
 
 def _check_model(trainer: Trainer) -> SparseMoePreTrainedModel | PeftModel:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, SparseMoePreTrainedModel) and not _is_adapted(model):
         raise ValueError(
-            f"`trainer.model` is a {type(model).__name__}, of which this card knows nothing: it is for the classes of "
-            "hf_sparse_moe, and for adapters of mixtures. Use the trainer as it is."
+            f"`trainer.model` is a {type(model).__name__}; this needs a class of hf_sparse_moe, or an adapter of a "
+            "mixture. Use the trainer's own `push_to_hub`."
         )
     return model
 
@@ -201,7 +182,3 @@ def _is_adapted(model: Any) -> bool:
 def _callback_of(trainer: Trainer) -> ModelCardCallback | None:
     callbacks = trainer.callback_handler.callbacks
     return next((callback for callback in callbacks if isinstance(callback, ModelCardCallback)), None)
-
-
-def _repo_id(trainer: Trainer) -> str:
-    return trainer.hub_model_id or trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name

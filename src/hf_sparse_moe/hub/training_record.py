@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hf_sparse_moe
 
-from .base_identity import record_base
+from .adapter_base import record_base
 from .checkpoint import RECORD_NAME, mapping
 
 

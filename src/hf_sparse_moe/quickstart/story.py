@@ -32,7 +32,7 @@ from hf_sparse_moe.checkpoints.families import sparse_config_class
 from hf_sparse_moe.checkpoints.files import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
-from hf_sparse_moe.hub import push_to_hub, render_model_card
+from hf_sparse_moe.hub import push, render_model_card
 from hf_sparse_moe.insight import expert_load_table, plot_expert_load
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_parameters
@@ -142,7 +142,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
         model_name, adapter_name = str(target / "mixture"), str(target / "adapter")
         if options.push_to is not None:
             model_name = options.push_to
-            commit = push_to_hub(mixture, model_name, tokenizer=tokenizer, evaluation=evaluation)
+            commit = push(mixture, model_name, tokenizer=tokenizer, evaluation=evaluation).commit
             story.say(f"Published at {commit.commit_url}")
         story.say(f"On disk: {target} (mixture/ with card, code and receipt, adapter/, experts.png, report.json)")
     with story.chapter("Reload it in a new process, and write on"):
