@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedModel
 
@@ -68,12 +69,11 @@ def identify_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     weight files that it was loaded from, where it was loaded from files that are still there.
     """
     model = without_adapter(model)
-    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
     return {
-        "name_or_path": public_name(name),
-        "revision": None if Path(name or ".").exists() else commit,
+        "name_or_path": public_name(model.config.name_or_path),
+        "revision": None,
         "architecture": type(model).__name__,
-        "sha256": _loaded_files(name, commit),
+        "sha256": _loaded_files(model.config.name_or_path),
         "layers": {
             layer.name: {part: {"shape": list(tensor.shape)} for part, tensor in _tensors(layer)}
             for layer in _layers(model)
@@ -130,14 +130,19 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         return sha_fileobj(file).hex()
 
 
-def _loaded_files(name_or_path: str | None, commit: str | None) -> dict[str, str]:
-    """The hashes of the weight files that a model was loaded from, as its config names them."""
+def _loaded_files(name_or_path: str | None) -> dict[str, str]:
+    """
+    The hashes of the weight files that a model was loaded from, as its config names them. It does not name a revision,
+    so of a Hub id they are known only where the cache has one version of them.
+    """
     if not name_or_path:
         return {}
     if Path(name_or_path).is_dir():
         return file_hashes(name_or_path)
-    config = try_to_load_from_cache(name_or_path, "config.json", revision=commit) if commit else None
-    return file_hashes(Path(config).parent) if isinstance(config, str) else {}
+    repository = repo_folder_name(repo_id=name_or_path, repo_type="model")
+    snapshots = Path(constants.HF_HUB_CACHE, repository, "snapshots").glob("*")
+    versions = [hashes for snapshot in snapshots if (hashes := file_hashes(snapshot))]
+    return versions[0] if versions and all(hashes == versions[0] for hashes in versions) else {}
 
 
 def without_adapter(model: Any) -> PreTrainedModel:

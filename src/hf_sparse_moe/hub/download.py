@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ def _download(repo_id: str, commit: str, wanted: list[str], partial: Path, token
     """Fetch what is not there yet, and hold all of it against the hashes of the Hub; twice where some is damaged."""
     patterns = [glob.escape(name) for name in wanted]
     for _ in range(2):
-        snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns, token=token)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error of ours
+            snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns, token=token)
         verified = HfApi(token=token).verify_repo_checksums(repo_id, revision=commit, local_dir=partial)
         damaged = [mismatch["path"] for mismatch in verified.mismatches]
         for name in (*damaged, *verified.extra_paths):  # those of another commit, which an earlier call fetched
