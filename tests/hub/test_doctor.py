@@ -182,7 +182,7 @@ def test_a_checkpoint_that_fails_ends_with_exit_code_1_and_none_with_2(folder, t
 
 
 def test_a_wrong_path_is_told():
-    with pytest.raises(ValueError, match=r"`no/such/folder` is no Hub id .* the path where a folder was meant"):
+    with pytest.raises(ValueError, match=r"`no/such/folder` is not a Hub id .* the path if you meant a folder"):
         doctor("no/such/folder")
 
 
