@@ -133,6 +133,18 @@ def test_from_memory(client, hub_server, repo_id, base, choice):
     assert client.cli("doctor", repo_id).code == 0
 
 
+def test_a_link_beside_an_adapter_stays_here(client, hub_server, repo_id, base, folder, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    pushed = client.cli("push", folder, repo_id, "--base", BASE, "--no-fingerprint")
+    assert (pushed.code, "left out: LICENSE" in pushed.out) == (0, True), pushed
+    assert {"LICENSE", "fingerprint.json"}.isdisjoint(hub_server.hub.files(repo_id))
+    assert hub_server.count("GET", "^/cdn/") == 0  # the base is known by what the Hub says of its files
+    recorded = json.loads(hub_server.hub.read(repo_id, "adapter_base.json"))
+    weights = hub_server.hub.repos[BASE].resolve("main").files["model.safetensors"]
+    assert recorded["sha256"] == {"model.safetensors": weights.sha256}
+
+
 def test_a_base_that_moved_on_is_told_before_anything_is_sent(client, hub_server, repo_id, base, tmp_path):
     other = Path(shutil.copytree(base, tmp_path / "other"))
     model = load(other)

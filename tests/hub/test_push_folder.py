@@ -1,6 +1,7 @@
 """`hf-sparse-moe push`: what is sent, what never is, and what stays where something goes wrong."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -73,6 +74,23 @@ def test_a_tag_is_never_moved(client, hub_server, repo_id, folder):
     assert hub_server.hub.repos[repo_id].tags == tagged
 
 
+def test_a_tag_that_another_push_made_in_between_is_told(client, hub_server, repo_id, folder):
+    def intervene():
+        repo = hub_server.hub.repos[repo_id]
+        repo.tags["v1"] = repo.commits[repo.resolve("main").sha].parent
+
+    hub_server.faults.append(Fault("POST", "/tag/", action=intervene))
+    pushed = client.cli("push", folder, repo_id, "--tag", "v1")
+    assert (pushed.code, "has the tag `v1` already" in pushed.err) == (2, True), pushed
+    assert titles(hub_server, repo_id)[0] == "Upload SparseMoeEncoderForMaskedLM"
+
+
+def test_a_head_that_is_gone_at_the_commit_is_read_again(client, hub_server, repo_id, folder):
+    hub_server.faults.append(Fault("POST", "/commit/", status=404, code="RevisionNotFound"))
+    assert client.cli("push", folder, repo_id).code == 0
+    assert len(titles(hub_server, repo_id)) == 2
+
+
 def test_a_pull_request_leaves_main_alone(client, hub_server, repo_id, folder):
     pushed = client.cli("push", folder, repo_id, "--create-pr")
     assert "/discussions/1" in pushed.out
@@ -97,6 +115,13 @@ def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id
 
     (tmp_path / "secret.txt").write_text("mine")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "blobs").mkdir()  # no cache of the Hub, though it looks like one from `folder/..`
+    (tmp_path / "blobs" / "key").write_text("mine")
+    (folder / "LICENSE").symlink_to("../blobs/key")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.yaml").write_text("mine")
+    (folder / ".eval_results").symlink_to(tmp_path / "results")
+    os.mkfifo(folder / "pipe.txt")
     (folder / ".env").write_text("PASSWORD=1")
     (folder / "train.py").write_text("raise RuntimeError")
     (folder / "model.safetensors.old").write_text("")
@@ -107,10 +132,21 @@ def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id
     pushed = client.cli("push", folder, repo_id)
     assert pushed.code == 0, pushed
     assert not ran.exists()
-    kept = {"link.txt", ".env", "train.py", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    kept = {
+        "link.txt",
+        "LICENSE",
+        "pipe.txt",
+        ".env",
+        "train.py",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    }
     kept |= {"tokenizer.pkl", "model.safetensors.old", "model-00009-of-00009.safetensors"}
     assert not kept & hub_server.hub.files(repo_id)
-    for name in (*kept, "checkpoint-5/"):
+    assert ".eval_results/mine.yaml" not in hub_server.hub.files(repo_id)
+    for name in (*kept, "checkpoint-5/", ".eval_results/"):
         assert name in pushed.out
 
 
@@ -137,6 +173,29 @@ def test_a_folder_without_whole_weights_is_refused(client, hub_server, repo_id, 
     pushed = client.cli("push", folder, repo_id)
     assert (pushed.code, pushed.out, said.format(folder) in pushed.err) == (2, "", True), pushed
     assert not hub_server.requests
+
+
+def test_weights_that_are_a_link_or_a_pipe_are_refused(client, hub_server, repo_id, folder, tmp_path):
+    weights = next(folder.glob("model-00001*"))
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    pushed = client.cli("push", folder, repo_id)
+    assert (pushed.code, "leads out of its folder" in pushed.err) == (2, True), pushed
+    weights.unlink()
+    os.mkfifo(weights)
+    assert client.cli("push", folder, repo_id).code == 2
+    assert not hub_server.requests
+
+
+def test_the_fingerprint_is_left_out_where_it_is_not_wanted(client, hub_server, repo_id, folder):
+    assert client.cli("push", folder, repo_id).code == 0
+    assert "fingerprint.json" in hub_server.hub.files(repo_id)
+    (folder / "fingerprint.json").write_bytes(hub_server.hub.read(repo_id, "fingerprint.json"))
+    assert client.cli("push", folder, repo_id, "--no-fingerprint").code == 0
+    assert "fingerprint.json" in hub_server.hub.files(repo_id)  # it is of these very files
+    save_mixture(folder, train=True, max_shard_size=SHARD)
+    assert client.cli("push", folder, repo_id, "--no-fingerprint").code == 0
+    assert "fingerprint.json" not in hub_server.hub.files(repo_id)
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(client, hub_server, repo_id, folder):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.hashes import sha256_of
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, without_wrapper
 
-from .checkpoint import mapping, read_json
+from .checkpoint import mapping
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def read_base(folder: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: a file that [`record_base`] did not write.
     """
-    recorded = read_json(folder / BASE_NAME)
+    recorded = read_json(folder / BASE_NAME, optional=True)
     try:
         for tensors in recorded["layers"].values() if recorded else ():
             for described in tensors.values():
@@ -126,8 +127,7 @@ def file_hashes(folder: str | Path) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
+    return sha256_of(path)
 
 
 def _loaded_files(name_or_path: str | None) -> dict[str, str]:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparse_moe.adapters.expert_config import FILE as SETTINGS_NAME
-from hf_sparse_moe.checkpoints.source import tensor_names
+from hf_sparse_moe.checkpoints.files import read_json, tensor_names
 
 from .adapter_base import base_experts, read_base
-from .checkpoint import RECORD_NAME, mapping, read_json
+from .checkpoint import RECORD_NAME, mapping
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -101,7 +101,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     check_adapter(folder, str(folder))
-    config, settings = read_json(folder / ADAPTER_CONFIG), read_json(folder / SETTINGS_NAME)
+    config, settings = read_json(folder / ADAPTER_CONFIG), read_json(folder / SETTINGS_NAME, optional=True)
     base, tensors = read_base(folder), load_file(folder / ADAPTER_WEIGHTS)
     factors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # of each module: nesting, then A and B
     others: dict[str, int] = {}
@@ -125,7 +125,9 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"({type(error).__name__}). Save or fetch it again."
         ) from error
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-    return Adapter(config, settings, base, read_json(folder / RECORD_NAME), experts, others, ", ".join(dtypes))
+    return Adapter(
+        config, settings, base, read_json(folder / RECORD_NAME, optional=True), experts, others, ", ".join(dtypes)
+    )
 
 
 def _adapted(

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.adapters import load_expert_lora
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.source import Source
 
 from .adapter_base import base_difference, read_base
-from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
-from .checkpoint import read_json
+from .adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from .errors import check_repo_id, raise_hub_error
 
 
@@ -139,7 +139,7 @@ def attach(
         raise ValueError('An adapter needs PEFT. Run: pip install "hf-sparse-moe[peft]"')
     from peft import PeftModel, get_peft_model_state_dict
 
-    is_lora = read_json(folder / "adapter_config.json").get("peft_type") == "LORA"
+    is_lora = read_json(folder / ADAPTER_CONFIG).get("peft_type") == "LORA"
     load = load_expert_lora if is_lora and not plain else PeftModel.from_pretrained
     try:
         with warnings.catch_warnings():

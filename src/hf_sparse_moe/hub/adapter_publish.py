@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.files import read_json
+
 from .adapter_base import BASE_NAME, base_difference, file_hashes, files_difference, read_base, record_base
 from .adapter_folder import ADAPTER_CONFIG, Adapter, read_adapter
 from .adapter_loading import attach, find_base, refuse_other_base
-from .checkpoint import read_json
 from .download import read_head
 from .errors import check_repo_id, raise_hub_error
 from .fingerprint import FINGERPRINT_NAME, is_wanted, take_fingerprint, write_fingerprint

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from hf_sparse_moe.insight.anatomy import model_without_weights, read_config
+from hf_sparse_moe.checkpoints.config import read_mixture_config
+from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
+from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.insight.pictures import plot_expert_load
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.routing.statistics import RoutingStatistics
@@ -75,16 +77,20 @@ def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpo
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"`{folder}` is no folder. Pass the folder of a saved mixture.")
-    model = model_without_weights(read_config(str(folder)))
+        raise ValueError(f"`{folder}` is not a folder. Pass the folder of a saved mixture.")
+    model = model_without_weights(read_mixture_config(folder))
     dtype = str(model.config.dtype or "").removeprefix("torch.")
     if with_weights:
-        tensors = dict(_headers(folder))
-        if not tensors:
+        try:
+            tensors = TensorFiles(sorted(folder.glob("*.safetensors")))
+        except NotStreamableError as error:
+            raise ValueError(f"`{folder}` has weights that torch cannot read: {error}.") from error
+        if not tensors.names:
             raise ValueError(f"`{folder}` has no *.safetensors, so there is nothing to write a card about.")
-        _check_shapes(folder, model, {name: shape for name, (shape, _) in tensors.items()})
-        dtype = ", ".join(sorted({dtype for _, dtype in tensors.values()}))
-    receipt, record, routing = (read_json(folder / name) for name in (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME))
+        _check_shapes(folder, model, {name: tensors.shape(name) for name in tensors.names})
+        dtype = ", ".join(sorted({str(tensors.dtype(name)).removeprefix("torch.") for name in tensors.names}))
+    names = (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME)
+    receipt, record, routing = (read_json(folder / name, optional=True) for name in names)
     return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
 
 
@@ -108,22 +114,6 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def _headers(folder: Path) -> Iterator[tuple[str, tuple[list[int], str]]]:
-    """Name, shape and dtype of each tensor in the folder's safetensors files."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    tensor = file.get_slice(name)
-                    dtype = tensor.get_dtype()
-                    yield name, (tensor.get_shape(), _DTYPES.get(dtype, dtype))
-        except SafetensorError as error:
-            raise ValueError(f"`{path}` is no safetensors file ({error}). Save or download it again.") from error
-
-
 def _check_shapes(folder: Path, model: SparseMoePreTrainedModel, shapes: Mapping[str, list[int]]) -> None:
     expected: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     for name, shape in shapes.items():
@@ -136,13 +126,3 @@ def _check_shapes(folder: Path, model: SparseMoePreTrainedModel, shapes: Mapping
     stored = {id(expected[name]) for name in shapes}  # tied tensors are stored once
     if missing := next((name for name, tensor in expected.items() if id(tensor) not in stored), None):
         raise ValueError(f"`{folder}` does not fit together: its weights lack `{missing}`. Save the model again.")
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """What a file beside the weights says; nothing where there is none, or no mapping in it."""
-    if not path.is_file():
-        return {}
-    try:
-        return mapping(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"`{path}` is no JSON ({error}). Repair it, or delete it.") from error

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import glob
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from hf_sparse_moe.checkpoints.folder import check_free_space, check_target
+from hf_sparse_moe.checkpoints.folder import check_free_space, check_target, new_folder
 from hf_sparse_moe.checkpoints.source import Source, weight_files
 
 from .adapter_folder import ADAPTER_WEIGHTS
@@ -83,9 +79,9 @@ def pull(
         HubUnavailableError: the Hub could not do it now, or a file arrived damaged.
     """
     check_repo_id(repo_id)
-    path = check_target(output)
+    check_target(output)
     if constants.is_offline_mode():
-        return _copy_from_cache(repo_id, path, revision)
+        return _copy_from_cache(repo_id, Path(output), revision)
     with raise_hub_error(repo_id, revision):
         info = read_head(repo_id, revision, token)
         commit, sizes = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -95,10 +91,10 @@ def pull(
                 f"`{repo_id}` has no safetensors, and weights in a pickle are not fetched: they may run code when "
                 "they are read. Ask its owner for safetensors."
             )
-        with _partial_folder(path) as partial:
-            missing = sum(sizes[name] for name in wanted if not (partial / name).is_file())
-            check_free_space(partial, missing, output)
-            _download(repo_id, commit, wanted, partial, token)
+        with new_folder(output, journal={"pull": repo_id}, keep_failed=True) as folder:
+            missing = sum(sizes[name] for name in wanted if not (folder / name).is_file())
+            check_free_space(folder, missing, output)
+            _download(repo_id, commit, wanted, folder, token)
     return PullReport(Path(output), commit, wanted, sorted(filter(is_pickle, sizes)))
 
 
@@ -137,56 +133,24 @@ def _wanted(names: Iterable[str], repo_id: str) -> list[str]:
     return sorted(name for name in seen.values() if not is_pickle(name) and name not in NO_CHECKPOINT_FILES)
 
 
-def _download(repo_id: str, commit: str, wanted: list[str], partial: Path, token: bool | str | None) -> None:
+def _download(repo_id: str, commit: str, wanted: list[str], folder: Path, token: bool | str | None) -> None:
     """Fetch what is not there yet, and hold all of it against the hashes of the Hub; twice where some is damaged."""
     patterns = [glob.escape(name) for name in wanted]
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error of ours
-            snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns, token=token)
-        verified = HfApi(token=token).verify_repo_checksums(repo_id, revision=commit, local_dir=partial)
+            snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
+        verified = HfApi(token=token).verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
         damaged = [mismatch["path"] for mismatch in verified.mismatches]
         for name in (*damaged, *verified.extra_paths):  # those of another commit, which an earlier call fetched
-            (partial / name).unlink()
+            (folder / name).unlink()
         if not damaged:
-            shutil.rmtree(partial / CLIENT_FOLDER, ignore_errors=True)
+            shutil.rmtree(folder / CLIENT_FOLDER, ignore_errors=True)
             return
     raise HubUnavailableError(
         f"`{damaged[0]}` of `{repo_id}` arrived damaged twice: its hash is not the one that the Hub announces. It was "
         "removed. Run the same command again."
     )
-
-
-@contextmanager
-def _partial_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, which takes that name at the end, and stays for the next call at a failure."""
-    partial = path.with_name(f".{path.name}.pull")
-    try:
-        if partial.is_symlink():
-            partial.unlink()
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"`{path}` cannot be created ({error.strerror}). Choose a folder where you may write."
-        ) from error
-    lock = FileLock(partial.with_name(f"{partial.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise OSError(f"Another process is fetching `{path}`. Wait for it, or choose another folder.") from None
-    try:
-        yield partial
-        os.replace(partial, path)
-        Path(lock.lock_file).unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            f"The disk of `{path}` is full. Free some space and run the same command again: files that arrived are "
-            "not fetched twice."
-        ) from error
-    finally:
-        lock.release()
 
 
 def _is_whole(snapshot: Path) -> bool:
@@ -197,7 +161,7 @@ def _is_whole(snapshot: Path) -> bool:
         return False
 
 
-def _copy_from_cache(repo_id: str, path: Path, revision: str | None) -> PullReport:
+def _copy_from_cache(repo_id: str, output: Path, revision: str | None) -> PullReport:
     try:
         snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -209,18 +173,16 @@ def _copy_from_cache(repo_id: str, path: Path, revision: str | None) -> PullRepo
         )
     files = {file.relative_to(snapshot).as_posix(): file.resolve() for file in snapshot.rglob("*") if file.is_file()}
     wanted = _wanted(files, repo_id)
-    with _partial_folder(path) as partial:
-        check_free_space(partial, sum(files[name].stat().st_size for name in wanted), path)
-        shutil.rmtree(partial)
+    with new_folder(output, needed_bytes=sum(files[name].stat().st_size for name in wanted)) as folder:
         for name in wanted:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files[name], partial / name)
-            if not _has_announced_hash(files[name].name, partial / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files[name], folder / name)
+            if not _has_announced_hash(files[name].name, folder / name):
                 raise HubUnavailableError(
                     f"`{name}` of `{repo_id}` is damaged in the cache of this machine (`{files[name]}`). Delete it, "
                     "and fetch it again while the machine is online."
                 )
-    return PullReport(path, snapshot.name, wanted, sorted(filter(is_pickle, files)))
+    return PullReport(output, snapshot.name, wanted, sorted(filter(is_pickle, files)))
 
 
 def _has_announced_hash(announced: str, path: Path) -> bool:

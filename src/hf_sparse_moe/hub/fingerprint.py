@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
-from hf_sparse_moe.upcycling.receipt import probe_inputs, source_files
+from hf_sparse_moe.upcycling.receipt import probe_inputs
 
 from .adapter_base import without_adapter
 from .findings import FAILED, NOT_CHECKED, PASSED, Finding
@@ -103,10 +105,10 @@ def write_fingerprint(fingerprint: dict[str, Any], target: Path, folder: Path) -
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
     """The folder's fingerprint, or None where there is none or something else in its place."""
     try:
-        value = json.loads((folder / FINGERPRINT_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        value = read_json(folder / FINGERPRINT_NAME)
+    except ValueError:
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("outputs"), list) else None
+    return value if isinstance(value.get("outputs"), list) else None
 
 
 def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture, sensible_config, weight_files
+from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture, weight_files
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
@@ -30,11 +31,10 @@ def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[Pr
     Raises:
         ValueError: no checkpoint, or none of a class that this package or transformers has.
     """
-    source = find_source(str(folder))
+    source = find_source(folder)
     weight_files(source)
+    model_class = class_of(read_config(source), source)
     with sensible_config(source):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = class_of(config, source)
         model, info = model_class.from_pretrained(
             folder,
             dtype=dtype,

@@ -15,7 +15,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
-from hf_sparse_moe.checkpoints.source import Source, named_architecture, read_config
+from hf_sparse_moe.checkpoints.config import read_config
+from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 
 from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
@@ -239,9 +240,8 @@ def _stage(
             raise ValueError(
                 f"`base={str(base)!r}` is given, but `{folder}` holds a model, not an adapter. Remove it."
             )
-        name = folder.resolve().name
-        config = read_config(Source(name, folder, None))
-        title = f"Upload {named_architecture(config) or name}"
+        config = read_config(folder)
+        title = f"Upload {named_architecture(config) or folder.resolve().name}"
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if not make_fingerprint(folder, staged / FINGERPRINT_NAME, is_wanted(fingerprint, weight_bytes)):
             files.pop(FINGERPRINT_NAME, None)  # of other weights

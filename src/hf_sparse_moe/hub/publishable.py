@@ -6,15 +6,15 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hf_sparse_moe.checkpoints.folder import COMPANIONS
-from hf_sparse_moe.checkpoints.source import Source, tensor_names, weight_files
+from hf_sparse_moe.checkpoints.files import COMPANIONS, is_own, read_json, read_text, tensor_names
+from hf_sparse_moe.checkpoints.source import Source, weight_files
 
 from .adapter_folder import ADAPTER_WEIGHTS, is_adapter
-from .checkpoint import mapping, read_json
+from .checkpoint import mapping
 
 
-PUBLISHED = ("*.json", "*.md", "*.txt", "*.jinja", "*.yaml", "*.png", "*.svg", *COMPANIONS)
-RESULTS_FOLDER = ".eval_results"
+RESULTS = ".eval_results/*.yaml"
+PUBLISHED = ("*.json", "*.md", "*.txt", "*.jinja", "*.yaml", "*.png", "*.svg", RESULTS, *COMPANIONS)
 # Pickles run code when they are read; they may be named as anything, so this is a list of what people meet.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -37,18 +37,17 @@ def publishable_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     chosen = {*weights, *_code(folder)}
     if len(weights) > 1:
         chosen.add("model.safetensors.index.json")
-    files: dict[str, Path] = {}
-    left_out = []
-    for path in sorted(folder.iterdir()):
-        if path.name == RESULTS_FOLDER and path.is_dir() and not path.is_symlink():
-            files |= {f"{path.name}/{inner.name}": inner for inner in sorted(path.glob("*.yaml")) if is_own(inner)}
-        elif (path.name in chosen or _is_published(path.name)) and is_own(path):
-            files[path.name] = path
-        else:
-            left_out.append(f"{path.name}/" if path.is_dir() else path.name)
+    found = sorted(
+        {path for pattern in (*PUBLISHED, *chosen) for path in folder.glob(pattern) if is_own(path, folder)}
+    )
+    named = {path.relative_to(folder).as_posix(): path for path in found}
+    files = {name: path for name, path in named.items() if name in chosen or _is_published(name)}
     for name in weights:
         if name not in files:
             raise ValueError(f"`{folder / name}` is a link that leads out of its folder. Put the file there itself.")
+    published = {name.partition("/")[0] for name in files}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in published]
+    left_out = [f"{path.name}/" if path.is_dir() else path.name for path in others]
     for name, path in files.items():
         if name not in weights and _TOKEN.search(path.read_bytes()):
             raise ValueError(f"`{path}` holds what looks like a token of the Hub. Remove it, and revoke the token.")
@@ -60,22 +59,10 @@ def is_pickle(name: str) -> bool:
     return any(fnmatch(name.rpartition("/")[2].lower(), pattern) for pattern in PICKLES)
 
 
-def is_own(path: Path) -> bool:
-    """
-    A regular file in its folder, or in the Hub's cache where the folder is a snapshot in it: no link that leads
-    elsewhere, no fifo, no device.
-    """
-    folder, real = path.parent.resolve(), path.resolve()
-    homes = [folder]
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        homes.append(folder.parent.parent / "blobs")
-    return path.is_file() and real.parent in homes
-
-
 def _is_published(name: str) -> bool:
     stale_index = name.endswith(".safetensors.index.json")  # that of the weights in use is named
-    hidden = name.startswith(".")
-    return not (stale_index or hidden or is_pickle(name)) and any(fnmatch(name, pattern) for pattern in PUBLISHED)
+    hidden = name.startswith(".") and not fnmatch(name, RESULTS)
+    return not (stale_index or hidden or is_pickle(name))
 
 
 def _weights(folder: Path) -> list[str]:
@@ -108,12 +95,12 @@ def _weights(folder: Path) -> list[str]:
 
 def _code(folder: Path) -> set[str]:
     """The Python files that the config's `auto_map` leads to."""
-    auto_map = mapping(read_json(folder / "config.json").get("auto_map"))
+    auto_map = mapping(read_json(folder / "config.json", optional=True).get("auto_map"))
     wanted = [f"{value.partition('.')[0]}.py" for value in auto_map.values() if isinstance(value, str)]
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
         if name not in found and _CODE_FILE.fullmatch(name) and (folder / name).is_file():
             found.add(name)
-            wanted += [f"{module}.py" for module in _CODE.findall((folder / name).read_text(encoding="utf-8"))]
+            wanted += [f"{module}.py" for module in _CODE.findall(read_text(folder / name))]
     return found

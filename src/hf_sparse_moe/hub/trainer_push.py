@@ -15,15 +15,15 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_sparse_moe.checkpoints.files import is_own, read_json
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .adapter_base import is_mixture, record_base
 from .adapter_folder import Adapter
 from .adapter_publish import adapter_in_memory
-from .checkpoint import PICTURE_NAME, ROUTING_NAME, Checkpoint, checkpoint_in_memory, read_json
+from .checkpoint import PICTURE_NAME, ROUTING_NAME, Checkpoint, checkpoint_in_memory
 from .model_card import render_model_card, write_readme
 from .publish import PushReport, hub_model_id, push
-from .publishable import is_own
 from .training_record import ModelCardCallback
 
 
@@ -89,7 +89,7 @@ def saved_trainer(trainer: Trainer) -> Iterator[Path | None]:
             return
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's, beside an adapter
         for name in ("README.md", ROUTING_NAME, PICTURE_NAME):
-            if is_own(output / name):
+            if is_own(output / name, output):
                 shutil.copyfile(output / name, folder / name)
         if callback := _callback_of(trainer):
             callback.write(trainer.args, trainer.state, folder)
@@ -111,7 +111,9 @@ def create_model_card(
     record = None if callback is None else callback.record(trainer.args, trainer.state)
     model = _check_model(trainer)
     if isinstance(model, SparseMoePreTrainedModel):
-        published: Checkpoint | Adapter = checkpoint_in_memory(model, record, read_json(folder / ROUTING_NAME))
+        published: Checkpoint | Adapter = checkpoint_in_memory(
+            model, record, read_json(folder / ROUTING_NAME, optional=True)
+        )
     else:
         published = adapter_in_memory(model, record)
     write_readme(
