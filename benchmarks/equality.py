@@ -17,10 +17,12 @@ then on the weights are others.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import warnings
@@ -38,15 +40,19 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 import hf_sparse_moe
+
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+
 from recipe.launch import check_engine, join_deepspeed
 
 
-STEPS, SEQUENCES, VOCABULARY = 20, 8, 96
+STEPS, QUICK_STEPS, SEQUENCES, VOCABULARY = 20, 5, 8, 96
 ROOT = Path(__file__).parents[1]
 PATIENCE = 1800.0  # seconds for the trainings of one engine
 # Ranks are forked from a process that has imported these and started no thread, so that it alone pays for the imports.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["transformers.trainer", "recipe.launch"])
+PROCESSES.set_forkserver_preload(["transformers.trainer", "hf_sparse_moe.models.modeling_sparse_moe"])
 
 
 # Tensor parallelism needs an architecture that has a plan for it, Accelerate's FSDP2 one whose weights are not tied:
@@ -109,6 +115,7 @@ class Training(NamedTuple):
     variant: str
     batch: int
     accumulation: int
+    steps: int
 
 
 # ---- the training, in one process or as one rank of several -------------------------------------------------------
@@ -226,8 +233,8 @@ def train(start: Path, training: Training, out: Path) -> dict[str, Any]:
         stand_in_for_gpus()
     arguments = hf.TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=training.batch,
-        gradient_accumulation_steps=training.accumulation, max_steps=STEPS, learning_rate=3e-3, logging_steps=1,
-        report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
+        gradient_accumulation_steps=training.accumulation, max_steps=training.steps, learning_rate=3e-3,
+        logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
         **engine_arguments(engine), **variant.arguments,
     )  # fmt: skip
     join_deepspeed(arguments)
@@ -288,6 +295,7 @@ def run_as_rank(rank: int, ranks: int, port: int, start: Path, trainings: list[T
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    gc.freeze()  # accelerate collects garbage around each training: what was imported is none
     results = {training: train(start, training, out / "trainer") for training in trainings}
     if rank == 0:
         torch.save({tuple(training): result for training, result in results.items()}, out / "results.pt")
@@ -320,14 +328,14 @@ def launch(start: Path, trainings: list[Training], ranks: int) -> dict[Training,
         return {Training(*key): result for key, result in torch.load(out / "results.pt").items()}
 
 
-def spread(family: str, engine: str, variant: str) -> tuple[Training, Training]:
+def spread(family: str, engine: str, variant: str, steps: int) -> tuple[Training, Training]:
     """A training on an engine, and its like in one process."""
     replicas, accumulation = ENGINES[engine].replicas, VARIANTS[variant].accumulation
     batch = SEQUENCES // (replicas * accumulation)
-    many = Training(family, engine, variant, batch, accumulation)
+    many = Training(family, engine, variant, batch, accumulation, steps)
     if VARIANTS[variant].scope == "global_batch":
-        return many, Training(family, "one", variant, batch * replicas, accumulation)
-    return many, Training(family, "one", variant, batch, accumulation * replicas)
+        return many, Training(family, "one", variant, batch * replicas, accumulation, steps)
+    return many, Training(family, "one", variant, batch, accumulation * replicas, steps)
 
 
 def compare(many: dict[str, Any], one: dict[str, Any], gradient_steps: int) -> tuple[float, float]:
@@ -350,10 +358,10 @@ def choose(engines: list[str], families: list[str], variants: list[str], quick: 
     return cells
 
 
-def measure(cells: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+def measure(cells: list[tuple[str, str, str]], steps: int = STEPS) -> list[dict[str, Any]]:
     """One row a training."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}  # the ranks inherit it
-    pairs = [spread(*cell) for cell in cells]
+    pairs = [spread(*cell, steps) for cell in cells]
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder)
         save_start(start)
@@ -403,13 +411,13 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=available, choices=[name for name in ENGINES if name != "one"])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="one family a cell, each in its turn")
+    parser.add_argument("--quick", action="store_true", help="one family a cell, each in its turn, and fewer steps")
     parser.add_argument("--json", help="where to write the rows as well")
     args = parser.parse_args()
     cells = choose([name for name in args.engines if name != "one"], args.families, args.variants, args.quick)
     if not cells:
         parser.error(f"none of `--families {' '.join(args.families)}` is trained by `{' '.join(args.engines)}`")
-    rows = measure(cells)
+    rows = measure(cells, QUICK_STEPS if args.quick else STEPS)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     print(table(rows))

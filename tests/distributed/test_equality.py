@@ -1,6 +1,6 @@
 """
 Training on several processes gives the numbers of one: `benchmarks/equality.py --quick`, in which every engine meets
-every variant with one family, and each family in its turn. Its whole table takes three times as long.
+every variant with one family, and each family in its turn. Its whole table takes ten times as long.
 """
 
 import json
@@ -29,7 +29,7 @@ needs_deepspeed = pytest.mark.skipif(
     [
         pytest.param(["ddp", "fsdp2", "fsdp2_native", "ep2"], 2, id="torch"),
         pytest.param(["zero2", "zero3"], 2, id="deepspeed", marks=needs_deepspeed),
-        pytest.param(["ep4", "tp"], 4, id="four_processes"),
+        pytest.param(["ep4", "tp"], 4, id="four_processes", marks=pytest.mark.conformance),
     ],
 )
 def test_several_processes_train_as_one(engines, processes, tmp_path):

@@ -64,7 +64,7 @@ def test_evaluation(name):
     assert_evaluation_is_the_same(name, "grouped_mm")
 
 
-@pytest.mark.slow
+@pytest.mark.conformance
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [*((name, "grouped_mm") for name in OTHERS), *((name, "batched_mm") for name in ONE_A_FAMILY)],
@@ -79,6 +79,6 @@ def test_training_step(name):
     assert_training_step_is_the_same(name, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.conformance  # a minute for a C++ compiler
 def test_training_step_with_generated_code():
     assert_training_step_is_the_same("llama", "inductor")

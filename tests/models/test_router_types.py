@@ -99,8 +99,9 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, marks=pytest.mark.conformance), True], ids=["evaluation", "training"]
+)
 @pytest.mark.parametrize(("name", "kind"), [*COMPILED, ("t5", "expert choice"), ("t5", "hash")])
 def test_one_graph(name, kind, training, fresh_compiler):
     """`fullgraph=True` of every router, also of those that drop or choose tokens: shapes depend on no value."""
