@@ -234,8 +234,8 @@ def train(start: Path, training: Training, out: Path) -> dict[str, Any]:
     arguments = hf.TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=training.batch,
         gradient_accumulation_steps=training.accumulation, max_steps=training.steps, learning_rate=3e-3,
-        logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
-        **engine_arguments(engine), **variant.arguments,
+        logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
+        dataloader_pin_memory=False, **engine_arguments(engine), **variant.arguments,
     )  # fmt: skip
     join_deepspeed(arguments)
     options = {} if engine.distributed is None else {"distributed_config": DistributedConfig(**engine.distributed)}
