@@ -5,7 +5,8 @@ What does a process hold while it gets its part of a mixture? Its own memory, be
 
 Writes a dense checkpoint and the mixture of 925 MiB that it becomes (Qwen3-like, 16 experts, float32) into a temporary
 folder. One, two and four processes (gloo, CPU) load the mixture with `from_pretrained(distributed_config=...)`, and
-make it of the dense checkpoint with `upcycle_into_shards`. Needs Linux, 1.2 GiB of disk and 3 GiB of memory.
+make it of the dense checkpoint with `upcycle(distributed_config=...)`. Needs Linux, 1.2 GiB of disk and 3 GiB of
+memory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
-from hf_sparse_moe import SparseMoeDecoderForCausalLM, stream_upcycle, upcycle
-from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
+from hf_sparse_moe import SparseMoeDecoderForCausalLM, upcycle
 
 
 MIB = 2**20
@@ -40,7 +40,7 @@ LAYOUTS: list[dict[str, int]] = [
     {"fsdp_size": 2, "tp_size": 2},
 ]
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_sparse_moe.distributed.upcycling", "transformers.models.qwen3.modeling_qwen3"])
+PROCESSES.set_forkserver_preload(["hf_sparse_moe.upcycling", "transformers.models.qwen3.modeling_qwen3"])
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def make_checkpoints(folder: Path, layers: int) -> float:
         tie_word_embeddings=False,
     )
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "dense")
-    stream_upcycle(folder / "dense", folder / "mixture", num_experts=EXPERTS, method="noise")
+    upcycle(folder / "dense", EXPERTS, method="noise", output=folder / "mixture")
     return sum(file.stat().st_size for file in (folder / "mixture").glob("*.safetensors")) / MIB
 
 
@@ -131,7 +131,7 @@ def get_part(folder: Path, layout: dict[str, int], way: str) -> hf.PreTrainedMod
         return SparseMoeDecoderForCausalLM.from_pretrained(folder / "mixture", **shared)
     if not layout:
         return upcycle(str(folder / "dense"), num_experts=EXPERTS, method="noise")
-    return upcycle_into_shards(folder / "dense", sizes, num_experts=EXPERTS, method="noise")
+    return upcycle(folder / "dense", EXPERTS, method="noise", distributed_config=sizes)
 
 
 def anonymous_mib() -> float:

@@ -36,11 +36,11 @@ transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pr
 """
 UPCYCLE = """
 import json, resource, sys, time
-from hf_sparse_moe.upcycling.streaming import stream_upcycle
+from hf_sparse_moe import upcycle
 source, target, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 imported = resource.getrusage(resource.RUSAGE_SELF)
 start = time.perf_counter()
-stream_upcycle(source, target, **arguments)
+upcycle(source, output=target, **arguments)
 seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
 cpu = used.ru_utime + used.ru_stime - imported.ru_utime - imported.ru_stime
 peaks = {"imported": imported.ru_maxrss * 1024, "peak": used.ru_maxrss * 1024}

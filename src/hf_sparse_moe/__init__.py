@@ -27,9 +27,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from .distributed.consolidation import (
         consolidate as consolidate,
     )
-    from .distributed.upcycling import (
-        upcycle_into_shards as upcycle_into_shards,
-    )
     from .hub import (
         ModelCardCallback as ModelCardCallback,
         add_model_card as add_model_card,
@@ -91,7 +88,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from .upcycling import (
         expand as expand,
         plan as plan,
-        stream_upcycle as stream_upcycle,
         upcycle as upcycle,
         verify as verify,
     )
@@ -108,7 +104,6 @@ _HOMES = {
         "select_experts",
     ),
     ".distributed.consolidation": ("consolidate",),
-    ".distributed.upcycling": ("upcycle_into_shards",),
     ".hub": (
         "ModelCardCallback",
         "add_model_card",
@@ -168,7 +163,6 @@ _HOMES = {
     ".upcycling": (
         "expand",
         "plan",
-        "stream_upcycle",
         "upcycle",
         "verify",
     ),
@@ -176,13 +170,16 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
-# Names of version 0.1, which work for one more release: old name -> (module, new name).
+# Names of version 0.1, which work for one more release: old name -> (module, new name). Where the arguments changed,
+# the module holds a function of the old name that takes the old ones.
 _RENAMED: dict[str, tuple[str, str]] = {
     "explain": (".models.feed_forward", "explain_layouts"),
     "push_adapter": (".hub", "push"),
     "push_folder": (".hub", "push"),
     "push_to_hub": (".hub", "push"),
     "push_trainer": (".hub", "push"),
+    "stream_upcycle": (".upcycling.mixtures", "upcycle"),
+    "upcycle_into_shards": (".upcycling.mixtures", "upcycle"),
 }
 
 # The same for folders: old name -> the folders that hold now what it held.
@@ -200,9 +197,10 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name in _RENAMED:
-        module, new_name = _RENAMED[name]
+        home, new_name = _RENAMED[name]
         warn(f"`hf_sparse_moe.{name}` is now `hf_sparse_moe.{new_name}`.", FutureWarning, stacklevel=2)
-        return getattr(import_module(module, __name__), new_name)
+        module = import_module(home, __name__)
+        return getattr(module, name if hasattr(module, name) else new_name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

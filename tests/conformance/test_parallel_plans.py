@@ -19,7 +19,7 @@ from conformance.measuring import EXACT, HEADS
 from conformance.table import each_row
 from conformance.tiny_configs import tiny_config
 from hf_sparse_moe.checkpoints.families import sparse_class
-from hf_sparse_moe.upcycling.upcycle import make_recipe, mixture_config
+from hf_sparse_moe.upcycling.recipe import make_recipe, mixture_config
 from tiny_models import tiny_sparse
 
 

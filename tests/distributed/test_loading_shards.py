@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_sparse_moe import SparseMoeDecoderForCausalLM, upcycle
-from hf_sparse_moe.distributed.upcycling import upcycle_into_shards
 from processes import in_processes
 from tiny_models import tiny_dense
 
@@ -50,7 +49,7 @@ def check_parts(folder: Path, ranks: int) -> None:
     """As a rank: the parts together are the bits of the mixture that one process made."""
     for number, case in enumerate(CASES[ranks]):
         name, arguments = arguments_of(case)
-        model = upcycle_into_shards(folder / name, DistributedConfig(**case[1]), **arguments)
+        model = upcycle(folder / name, distributed_config=DistributedConfig(**case[1]), **arguments)
         whole = torch.load(folder / f"{number}.pt")
         assert model.receipt == whole.pop("receipt")
         state = model.state_dict()
@@ -128,9 +127,9 @@ def refuse_in_turn(folder: Path) -> None:
     """As one of two ranks, with experts that two do not divide, and files of weights that are none."""
     sizes = DistributedConfig(fsdp_size=2, ep_size=2)
     with pytest.raises(ValueError, match="`num_experts=3` cannot be shared out over `ep_size=2`"):
-        upcycle_into_shards(folder, sizes, num_experts=3)
+        upcycle(folder, distributed_config=sizes, num_experts=3)
     with pytest.raises(ValueError, match="truncated or corrupt"):
-        upcycle_into_shards(folder, sizes, num_experts=4)
+        upcycle(folder, distributed_config=sizes, num_experts=4)
 
 
 def test_experts_that_ranks_do_not_divide_are_refused_before_weights_are_read(tmp_path):
@@ -142,6 +141,6 @@ def test_experts_that_ranks_do_not_divide_are_refused_before_weights_are_read(tm
 def test_what_needs_the_dense_model_is_refused(tmp_path):
     tiny_dense("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"`sources` needs the model itself.*`hf-sparse-moe upcycle` first"):
-        upcycle_into_shards(tmp_path, DistributedConfig(), method="branches", sources=[str(tmp_path)])
+        upcycle(tmp_path, distributed_config=DistributedConfig(), method="branches", sources=[str(tmp_path)])
     with pytest.raises(ValueError, match="is for 2 processes"):
-        upcycle_into_shards(tmp_path, DistributedConfig(fsdp_size=2))
+        upcycle(tmp_path, distributed_config=DistributedConfig(fsdp_size=2))

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 import hf_sparse_moe
-from hf_sparse_moe import expand, explain_export, stream_upcycle, upcycle
+from hf_sparse_moe import expand, explain_export, upcycle
 from hf_sparse_moe.adapters import expert_lora_config
 from hf_sparse_moe.checkpoints.folder import write_checkpoint
 from hf_sparse_moe.models.routing import active_record
@@ -216,7 +216,7 @@ def test_upcycling_in_memory_and_streaming_give_the_same_bits(name, kind, tmp_pa
     tiny_dense(name).save_pretrained(tmp_path / "dense")
     arguments = {"method": "noise", "num_experts": 4, "num_experts_per_tok": 2, **ROUTERS[kind]}
     arguments["num_shared_experts"] = 0  # `graft` and `partition` alone fill shared experts
-    stream_upcycle(tmp_path / "dense", tmp_path / "streamed", max_shard_size="20KB", **arguments)
+    upcycle(tmp_path / "dense", output=tmp_path / "streamed", max_shard_size="20KB", **arguments)
     sparse = upcycle(str(tmp_path / "dense"), **arguments)
     write_checkpoint(sparse, tmp_path / "saved", tmp_path / "dense", max_shard_size="20KB")
     assert_same_checkpoint(tmp_path / "streamed", tmp_path / "saved")

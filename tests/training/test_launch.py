@@ -9,7 +9,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from hf_sparse_moe.distributed.upcycling import check_distributed_config
+from hf_sparse_moe.upcycling.streaming import check_distributed_config
 from recipe.launch import check_processes, check_tied_weights
 from tiny_models import tiny_sparse
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cli_client import run_cli
 from hf_sparse_moe.checkpoints.source import find_source, load_dense
-from hf_sparse_moe.upcycling import stream_upcycle
+from hf_sparse_moe.upcycling import upcycle
 from tiny_models import tiny_dense
 
 
@@ -178,4 +178,4 @@ def test_more_layers_than_tensors(layers, attack, tmp_path):
 
     attack(spoil)
     with pytest.raises(ValueError, match=f"num_hidden_layers={layers}"):
-        stream_upcycle(tmp_path / "source", tmp_path / "target")
+        upcycle(tmp_path / "source", output=tmp_path / "target")

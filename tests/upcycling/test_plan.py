@@ -5,7 +5,7 @@ import torch
 
 from hf_sparse_moe import upcycle
 from hf_sparse_moe.models.size import count_flops_per_token
-from hf_sparse_moe.upcycling.plan import RULE_OF_THUMB, plan
+from hf_sparse_moe.upcycling.planning import RULE_OF_THUMB, plan
 from tiny_models import FAMILIES, tiny_dense
 
 
@@ -20,13 +20,13 @@ def test_plan_is_what_upcycle_makes(family, arguments, tmp_path):
     dense.config.save_pretrained(tmp_path)  # weights are not needed
     report = plan(tmp_path, 4, 2, **arguments)
     sparse = upcycle(dense, 4, 2, **arguments)
-    assert report["parameters"] == sparse.receipt["parameters"]
-    assert report["flops_per_token"]["mixture"] == sparse.receipt["flops_per_token"]
-    assert report["config"].to_dict()["num_experts"] == 4
-    assert report["exact"] == sparse.receipt["exact"]
+    assert report.parameters == sparse.receipt["parameters"]
+    assert report.flops_per_token["mixture"] == sparse.receipt["flops_per_token"]
+    assert report.config.to_dict()["num_experts"] == 4
+    assert report.exact == sparse.receipt["exact"]
     state = {key: tensor for key, tensor in sparse.state_dict().items() if key not in sparse.all_tied_weights_keys}
     persistent = dict(sparse.named_parameters())
-    assert report["checkpoint_bytes"] == sum(state[key].numel() * 4 for key in state if key in persistent)
+    assert report.checkpoint_bytes == sum(state[key].numel() * 4 for key in state if key in persistent)
 
 
 def test_dense_operations_are_those_of_one_expert_without_router(tmp_path):
@@ -34,28 +34,28 @@ def test_dense_operations_are_those_of_one_expert_without_router(tmp_path):
     one = plan(tmp_path, 4, 1)
     sparse = upcycle(tiny_dense("llama"), 4, 1)
     router = 2 * sum(block.gate.weight.numel() for block in sparse.sparse_blocks)
-    assert one["flops_per_token"]["dense"] == count_flops_per_token(sparse) - router
+    assert one.flops_per_token["dense"] == count_flops_per_token(sparse) - router
 
 
 def test_decoding_reads_more_experts_in_larger_batches(tmp_path):
     tiny_dense("llama").config.save_pretrained(tmp_path)
     report = plan(tmp_path, 8, 2)
-    flops, slowdown = report["flops_per_token"], list(report["decode_slowdown"].values())
+    flops, slowdown = report.flops_per_token, list(report.decode_slowdown.values())
     assert slowdown[0] == pytest.approx(flops["mixture"] / flops["dense"])
     assert slowdown == sorted(slowdown)
     everything = plan(tmp_path, 8, 8)
-    assert slowdown[-1] == pytest.approx(everything["decode_slowdown"][1], rel=1e-3)
+    assert slowdown[-1] == pytest.approx(everything.decode_slowdown[1], rel=1e-3)
 
 
 def test_memory_of_training(tmp_path):
     tiny_dense("llama").config.save_pretrained(tmp_path)
     report = plan(tmp_path, 4, 2, dtype=torch.bfloat16)
-    total = report["parameters"]["total"]
-    assert report["training_bytes"]["AdamW, float32"] == 16 * total
-    assert report["training_bytes"]["AdamW, bfloat16, float32 master"] == 16 * total
-    assert report["training_bytes"]["8-bit Adam, bfloat16"] == 6 * total
-    assert report["training_bytes"]["SGD, float32"] == 8 * total
-    assert report["checkpoint_bytes"] == 2 * total
+    total = report.parameters["total"]
+    assert report.training_bytes["AdamW, float32"] == 16 * total
+    assert report.training_bytes["AdamW, bfloat16, float32 master"] == 16 * total
+    assert report.training_bytes["8-bit Adam, bfloat16"] == 6 * total
+    assert report.training_bytes["SGD, float32"] == 8 * total
+    assert report.checkpoint_bytes == 2 * total
 
 
 def test_source_of_the_rule_is_named():

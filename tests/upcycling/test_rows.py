@@ -1,17 +1,18 @@
 """Matrices made in blocks of rows, and normal numbers by their position, are the same however they are made."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from hf_sparse_moe.upcycling.drawing import normal_rows
 from hf_sparse_moe.upcycling.rows import (
     BLOCK_ELEMENTS,
     blocks,
     by_rows,
     fill,
     mean_and_std,
+    normal_rows,
     single_threaded_workers,
     with_rows,
 )
@@ -76,6 +77,9 @@ def test_the_number_of_threads_does_not_matter(count):
         with single_threaded_workers() as threads:
             fill(made, noisy, threads)
             assert threads.submit(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == count  # the rest of the process keeps its threads
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == count
             assert mean_and_std(noisy) == mean_and_std(made)
         assert torch.get_num_threads() == count
     finally:

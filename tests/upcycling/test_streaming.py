@@ -17,7 +17,6 @@ from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import new_folder, write_checkpoint
 from hf_sparse_moe.checkpoints.reader import TensorFiles
 from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
-from hf_sparse_moe.upcycling.streaming import stream_upcycle
 from processes import in_processes, kill_at_file
 from tiny_models import tiny_dense
 
@@ -75,7 +74,7 @@ def assert_same_checkpoint(streamed, saved):
 def both_ways(folder, tmp_path, max_shard_size="20KB", **arguments):
     arguments = {"num_experts": 4, **arguments}
     streamed, saved = tmp_path / "streamed", tmp_path / "saved"
-    stream_upcycle(folder, streamed, max_shard_size=max_shard_size, **arguments)
+    upcycle(folder, output=streamed, max_shard_size=max_shard_size, **arguments)
     write_checkpoint(upcycle(str(folder), **arguments), saved, folder, max_shard_size=max_shard_size)
     assert_same_checkpoint(streamed, saved)
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -163,31 +162,31 @@ def test_tied_weights_stored_twice(dense, tmp_path):
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr("hf_sparse_moe.upcycling.streaming.logger.warning", lines.append)
+    monkeypatch.setattr("hf_sparse_moe.upcycling.mixtures.logger.warning", lines.append)
     return lines
 
 
 def test_what_cannot_be_streamed_is_upcycled_in_memory(dense, tmp_path, log):
     folder = dense("gpt2")
     add_head(folder, 2)
-    receipt = stream_upcycle(folder, tmp_path / "a", 4)
+    receipt = upcycle(folder, 4, output=tmp_path / "a").receipt
     assert receipt["equality"]["max_abs_difference"] < 1e-4
     assert "differ" in log.pop()
     data = [torch.arange(5, 45).reshape(2, 20)]
-    stream_upcycle(folder, tmp_path / "b", 4, method="partition", partition="activation", data=data)
+    upcycle(folder, 4, output=tmp_path / "b", method="partition", partition="activation", data=data)
     assert "`data`" in log.pop()
-    stream_upcycle(folder, tmp_path / "c", method="branches", sources=[str(folder), str(folder)])
+    upcycle(output=tmp_path / "c", method="branches", sources=[str(folder), folder])
     assert "`sources`" in log.pop()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    stream_upcycle(folder, tmp_path / "d", 4, allow_pickle=True)
+    upcycle(folder, 4, output=tmp_path / "d", allow_pickle=True)
     assert "no safetensors" in log.pop()
     assert not log
 
 
 def test_mixture_loads_and_computes_what_the_dense_model_computes(dense, tmp_path):
     folder = dense("llama")
-    stream_upcycle(folder, tmp_path / "out", 4, max_shard_size="20KB")
+    upcycle(folder, 4, output=tmp_path / "out", max_shard_size="20KB")
     ids = torch.arange(5, 25).reshape(1, 20)
     models = [hf.AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "out")]
     torch.testing.assert_close(*[model(ids).logits for model in models], rtol=1e-5, atol=1e-5)
@@ -200,7 +199,7 @@ def stream(source, target, kill_at=None, **arguments):
     """To run in a process of its own, killed at the `kill_at`-th file in the folder where it works."""
     if kill_at is not None:
         kill_at_file(target.with_name(f".{target.name}."), kill_at)
-    stream_upcycle(source, target, 8, method="drop", max_shard_size="4KB", **arguments)
+    upcycle(source, 8, output=target, method="drop", max_shard_size="4KB", **arguments)
 
 
 def journal_of(folder):
@@ -236,7 +235,7 @@ def interrupted(dense, tmp_path, monkeypatch):
     def interrupt():
         monkeypatch.setattr("hf_sparse_moe.upcycling.streaming.copy_companions", stop)
         with pytest.raises(KeyboardInterrupt):
-            stream_upcycle(folder, target, 4, max_shard_size="20KB")
+            upcycle(folder, 4, output=target, max_shard_size="20KB")
         monkeypatch.undo()
 
     def stop(*_):
@@ -252,9 +251,9 @@ def test_resume_only_with_the_same_arguments(interrupted, tmp_path):
     folder, target = interrupted
     before = sorted(tmp_path.glob(".out.*/**/*"))
     with pytest.raises(ValueError, match=r"`seed` was 0 and is 1.*without `resume`"):
-        stream_upcycle(folder, target, 4, seed=1, max_shard_size="20KB", resume=True)
+        upcycle(folder, 4, output=target, seed=1, max_shard_size="20KB", resume=True)
     with pytest.raises(ValueError, match=r"`max_shard_size` was '20KB'"):
-        stream_upcycle(folder, target, 4, resume=True)
+        upcycle(folder, 4, output=target, resume=True)
     assert sorted(tmp_path.glob(".out.*/**/*")) == before
 
 
@@ -263,12 +262,12 @@ def test_resume_only_with_the_same_source(interrupted):
     state = load_file(folder / "model.safetensors")
     save_file({key: tensor + 1 for key, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"`model.safetensors` was '[0-9a-f]{64}'"):
-        stream_upcycle(folder, target, 4, max_shard_size="20KB", resume=True)
+        upcycle(folder, 4, output=target, max_shard_size="20KB", resume=True)
 
 
 def test_without_resume_it_starts_afresh(interrupted, tmp_path):
     folder, target = interrupted
-    stream_upcycle(folder, target, 4, seed=1, max_shard_size="1MB")
+    upcycle(folder, 4, output=target, seed=1, max_shard_size="1MB")
     assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
     assert not list(tmp_path.glob(".*"))
 
@@ -278,7 +277,7 @@ def test_two_writers_of_one_target(dense, tmp_path):
     with new_folder(target) as work:
         (work / "here").write_text("first")
         with pytest.raises(OSError, match="Another process is writing"):
-            stream_upcycle(folder, target, 4)
+            upcycle(folder, 4, output=target)
         assert (work / "here").exists()
 
 
@@ -303,7 +302,7 @@ def test_source_that_changes_while_read(change, dense, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ShardWriter, "write", change_then_write)
     with pytest.raises(ValueError, match=r"changed while it was read|cut short"):
-        stream_upcycle(folder, tmp_path / "out", 4)
+        upcycle(folder, 4, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
@@ -311,7 +310,7 @@ def test_disk_too_small(dense, tmp_path, monkeypatch):
     folder = dense("llama")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(OSError, match=r"needs 0\.. MB and its disk has 0\.0 MB left"):
-        stream_upcycle(folder, tmp_path / "out", 4)
+        upcycle(folder, 4, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
@@ -321,11 +320,11 @@ def test_missing_and_misshapen_weights(dense, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**state, name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"`{name}` has the shape \[3, 3\]"):
-        stream_upcycle(folder, tmp_path / "out", 4)
+        upcycle(folder, 4, output=tmp_path / "out")
     del state[name]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks weights.*{name}"):
-        stream_upcycle(folder, tmp_path / "out", 4)
+        upcycle(folder, 4, output=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 

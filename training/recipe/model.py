@@ -23,9 +23,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hf_sparse_moe import SparseMoeConfig, upcycle
 from hf_sparse_moe.checkpoints.families import sparse_class, sparse_config_class
 from hf_sparse_moe.checkpoints.source import find_source
-from hf_sparse_moe.distributed.upcycling import check_distributed_config, upcycle_into_shards
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.size import count_parameters
+from hf_sparse_moe.upcycling.streaming import check_distributed_config
 
 
 logger = logging.getLogger("recipe")
@@ -180,10 +180,8 @@ def load_model(
                 f"`--distributed_config` makes the shards of `{path}` with the head that it has, and this task needs "
                 "another. Pass a mixture of it, made by `hf-sparse-moe upcycle`."
             )
-        if sharing:
-            model = upcycle_into_shards(path, revision=args.model_revision, **sharing, **options)
-        elif has_the_head:
-            model = upcycle(path, revision=args.model_revision, **options)
+        if has_the_head:
+            model = upcycle(path, revision=args.model_revision, **sharing, **options)
         else:  # the dense model gets the task's head first
             folder = find_source(path, args.model_revision).folder
             dense = auto_class.from_pretrained(folder, dtype=args.dtype, use_safetensors=True, **head_fields)
@@ -198,7 +196,7 @@ def load_model(
 
 
 def _sharing(args: ModelArguments, config: PreTrainedConfig, vocab_size: int) -> dict[str, DistributedConfig]:
-    """What `from_pretrained` and `upcycle_into_shards` take to put the weights straight into shards."""
+    """What `from_pretrained` and `upcycle` take to put the weights straight into shards."""
     if args.distributed_config is None:
         return {}
     if args.model_name_or_path is None:

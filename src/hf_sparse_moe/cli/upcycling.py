@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +35,7 @@ from .options import (
 
 
 @command(
-    epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16`\n\n"
+    epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16 --gpus 8`\n\n"
     "`hf-sparse-moe plan ./llama --method split --num-experts 64 --num-experts-per-tok 8 --set granularity=8 --json`"
 )
 def plan(
@@ -48,15 +47,22 @@ def plan(
     settings: SettingsOption = [],  # noqa: B006 (typer copies it)
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Also compare how a training can be shared out over so many GPUs.")
+    ] = None,
+    tokens_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Tokens that a GPU sees in an optimizer step, for what it sends.")
+    ] = 4096,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate what a mixture would cost to store, train and serve. Reads the config alone and writes nothing."""
     from hf_sparse_moe.stock import explain_export
     from hf_sparse_moe.upcycling import plan as make_plan
 
-    method_and_layers = {"method": method, "layers": layers, "dtype": to_dtype(dtype), "revision": revision}
-    report = make_plan(source, num_experts, num_experts_per_tok, **method_and_layers, **to_settings(settings))
-    report["exports"] = explain_export(report.pop("config")).possible
+    arguments = {"method": method, "layers": layers, "dtype": to_dtype(dtype), "revision": revision}
+    arguments |= {"gpus": gpus, "tokens_per_gpu": tokens_per_gpu, **to_settings(settings)}
+    planned = make_plan(source, num_experts, num_experts_per_tok, **arguments)
+    report = {**planned.to_dict(), "exports": explain_export(planned.config).possible}
     if as_json:
         print_json(report)
     else:
@@ -82,6 +88,12 @@ def _print_plan(report: dict[str, Any], console: Console) -> None:
         memory.add_row(name, _gigabytes(count))
     console.print(facts, highlight=False)
     console.print(memory)
+    if report["layouts"]:
+        layouts = Table("per GPU", "weights", "gradients", "AdamW states", "sent in a step")
+        for layout in report["layouts"]:
+            sizes = (_gigabytes(layout[name]) for name in ("weights", "gradients", "states", "moved"))
+            layouts.add_row(layout["name"], *sizes)
+        console.print(layouts)
     console.print(report["rule_of_thumb"], highlight=False)
 
 
@@ -120,15 +132,15 @@ def upcycle(
     Writes weights, config, code, tokenizer, generation config, license and receipt into a new folder that
     `AutoModelFor...from_pretrained` loads. Works tensor by tensor: neither model is ever in memory.
     """
-    from hf_sparse_moe.upcycling import stream_upcycle
+    from hf_sparse_moe.upcycling import upcycle as make_mixture
 
-    receipt = stream_upcycle(
+    report = make_mixture(
         source,
-        output,
         num_experts,
         num_experts_per_tok,
         method,
         seed,
+        output=output,
         layers=layers,
         dtype=to_dtype(dtype),
         revision=revision,
@@ -138,16 +150,15 @@ def upcycle(
         show_progress=sys.stderr.isatty(),
         **to_settings(settings),
     )
-    architecture = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     if as_json:
-        print_json({"path": str(output), "class": architecture, "receipt": receipt})
+        print_json(report.to_dict())
         return
-    parameters = receipt["parameters"]
+    parameters = report.receipt["parameters"]
     console = Console()
-    console.print(f"[bold]{escape(str(output))}[/]: {architecture}", highlight=False)
+    console.print(f"[bold]{escape(str(output))}[/]: {report.architecture}", highlight=False)
     console.print(
         f"parameters {parameters['dense']:,} dense -> {parameters['total']:,}, {parameters['active']:,} active\n"
-        f"{describe_difference(receipt['equality'])}",
+        f"{describe_difference(report.receipt['equality'])}",
         highlight=False,
     )
 
@@ -170,11 +181,11 @@ def verify(
     evaluation = None if text is None else _batches(text, source, revision)
     report = measure(source, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
     if as_json:
-        print_json(report)
+        print_json(report.to_dict())
     else:
-        verdict = "[green]verified[/]" if report["passed"] else "[red]not verified[/]"
-        Console().print("\n".join([verdict, *map(escape, report["findings"])]), highlight=False)
-    if not report["passed"]:
+        verdict = "[green]verified[/]" if report.passed else "[red]not verified[/]"
+        Console().print("\n".join([verdict, *map(escape, report.findings)]), highlight=False)
+    if not report.passed:
         raise typer.Exit(1)
 
 

@@ -1,11 +1,19 @@
 """Dense checkpoints become mixtures."""
 
-from .expand import expand
+from .expansion import expand
 from .initialization import INITIALIZATION_METHODS
-from .plan import plan
-from .streaming import stream_upcycle
-from .upcycle import upcycle
-from .verify import verify
+from .mixtures import UpcycleReport, upcycle
+from .planning import UpcyclePlan, plan
+from .verification import Verification, verify
 
 
-__all__ = ["INITIALIZATION_METHODS", "expand", "plan", "stream_upcycle", "upcycle", "verify"]
+__all__ = [
+    "INITIALIZATION_METHODS",
+    "UpcyclePlan",
+    "UpcycleReport",
+    "Verification",
+    "expand",
+    "plan",
+    "upcycle",
+    "verify",
+]

@@ -12,8 +12,7 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.routers import ROUTER_INIT_STD
 
 from .clustering import balanced_k_means
-from .drawing import normal_rows
-from .rows import Matrix, Rows, by_rows, mean_and_std, with_rows
+from .rows import Matrix, Rows, by_rows, mean_and_std, normal_rows, with_rows
 
 
 @dataclass
@@ -42,6 +41,10 @@ class FeedForwardWeights:
     def parts(self) -> int:
         """How many times `up` holds each unit."""
         return 2 if self.gated else 1
+
+    @property
+    def matrices(self) -> tuple[Any, Any, Any, Any]:
+        return self.up, self.down, self.up_bias, self.down_bias
 
     def map(self, function: Callable[..., Matrix], *others: FeedForwardWeights) -> FeedForwardWeights:
         """The same function of each matrix, and of what the others have in its place."""

@@ -1,4 +1,4 @@
-"""Matrices that are made a block of rows at a time, when asked for, by several threads."""
+"""Matrices that are made a block of rows at a time, when they are asked for, by several threads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from threading import Barrier
 
+import numpy as np
 import torch
 
 
 BLOCK_ELEMENTS = 2**18  # some copies of a block fit in a processor's cache
+DRAWS_IN_A_WORD = 4  # 16 random bits choose a quantile
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,64 @@ def mean_and_std(matrix: Matrix) -> tuple[float, float]:
     return mean, max(0.0, squares / count - mean**2) ** 0.5
 
 
+@lru_cache(maxsize=64)
+def _scaled_quantiles(mean: float, std: float, dtype: torch.dtype) -> torch.Tensor:
+    return (_quantiles() * std + mean).to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _quantiles() -> torch.Tensor:
+    """The 65,536 equally likely values that stand for the standard normal distribution, mean 0 and deviation 1."""
+    centres = (torch.arange(2**16, dtype=torch.float64, device="cpu") + 0.5) / 2**16
+    quantiles = torch.special.ndtri(centres)
+    return (quantiles / quantiles.square().mean().sqrt()).float()
+
+
+def normal_rows(shape: torch.Size, dtype: torch.dtype, mean: float, std: float, seed: int) -> Rows:
+    """
+    A matrix of normal numbers that depend on the seed and their position alone, so that any thread can draw any of
+    them. Sixteen bits of a PCG64 stream choose one of 65,536 quantiles: several times as fast as
+    `torch.Tensor.normal_`. Up to 3.5 deviations the quantiles lie closer than bfloat16 numbers do; the last is at 4.3.
+
+    Args:
+        shape, dtype: Of the matrix. Another dtype is another rounding of the same numbers.
+        mean, std (`float`): Of the distribution.
+        seed (`int`): At least 0. Element i of the matrix is draw i of the seed's stream.
+    """
+    width = prod(shape[1:])
+
+    def draw(rows: slice) -> torch.Tensor:
+        begin, end = rows.start * width, rows.stop * width
+        word, skipped = divmod(begin, DRAWS_IN_A_WORD)
+        words = np.random.PCG64(seed).advance(word).random_raw(-(-end // DRAWS_IN_A_WORD) - word)
+        chosen = words.view(np.uint16)[skipped : skipped + end - begin].astype(np.int32)
+        values = _scaled_quantiles(mean, std, dtype)
+        return values.index_select(0, torch.from_numpy(chosen)).reshape(rows.stop - rows.start, *shape[1:])
+
+    return Rows(shape, dtype, draw)
+
+
 @contextmanager
-def single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
+def single_threaded_workers(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """
-    Threads, as many as torch would use, for blocks of rows. Within the context torch's own functions use one thread
-    each: more would fight over the cores, and their number would change the last bits of sums.
+    Threads, as many as torch uses or `count`, in each of which torch's own functions use one thread: more would fight
+    over the cores, and their number would change the last bits of sums. The caller's thread keeps its number.
     """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)  # which threads that begin later take over
-    threads = ThreadPoolExecutor(count)
+    before = torch.get_num_threads()
+    count = count or before
+    started = Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes over the number at its first use of it
+        started.wait()
+
+    threads = ThreadPoolExecutor(count, initializer=start)
     try:
+        for _ in range(count):
+            threads.submit(int)
+        started.wait()
+        torch.set_num_threads(before)  # for threads that begin later
         yield threads
     finally:
         threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)

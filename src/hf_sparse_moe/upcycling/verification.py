@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +25,41 @@ from .receipt import output_difference
 TOLERANCE = 1e-5
 
 
+@dataclass(frozen=True)
+class Verification:
+    """
+    What [`verify`] measured.
+
+    Args:
+        passed (`bool`): Whether the mixture is what its receipt says.
+        findings (`tuple[str, ...]`): A sentence for each check.
+        promise (`str`): When the method keeps the function, in its own words.
+        measured (`dict`): The difference to the dense model in `"float32"` and `"as_stored"`.
+        recorded (`dict`, *optional*): The receipt's measurement, where it holds one.
+        loss (`dict`, *optional*): The task loss of both models, where there was `evaluation`.
+    """
+
+    passed: bool
+    findings: tuple[str, ...]
+    promise: str
+    measured: dict[str, dict[str, Any]]
+    recorded: dict[str, Any] | None
+    loss: dict[str, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "findings": list(self.findings)}
+
+
 def verify(
-    checkpoint: str | Path,
+    source: str | Path,
     dense: str | Path,
     *,
     evaluation: Iterable[Any] | None = None,
     revision: str | None = None,
     dense_revision: str | None = None,
-) -> dict[str, Any]:
+    token: bool | str | None = None,
+) -> Verification:
     """
     Measure the largest and mean difference between a mixture and its dense model on the receipt's probe, and compare
     with the receipt: its numbers, its promise of equality, its hashes of the source.
@@ -39,60 +67,61 @@ def verify(
     Both models are loaded, and measured in the mixture's own dtype, as the receipt was, and in float32.
 
     Args:
-        checkpoint (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
+        source (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
         dense (`str` or `Path`): Folder or Hub id of the dense checkpoint that it was made of.
         evaluation (`Iterable`, *optional*): Batches of text, with `labels` or of token ids alone, to measure the task
             loss of both models on.
         revision, dense_revision (`str`, *optional*): Branch, tag or commit of Hub ids.
+        token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
 
     Returns:
-        `dict`: `passed`; `findings`, a sentence each; `measured` and `recorded`; `promise`, the method's own words;
-        `loss`, of both models, where there is `evaluation`.
+        [`Verification`]: `report.passed` and `report.findings` first of all.
 
     Raises:
-        ValueError: no mixture, no receipt, or a dense checkpoint of another architecture.
+        ValueError: not a mixture, no receipt, or a dense checkpoint of another architecture.
 
     Example:
         ```python
         report = verify("qwen3-8x", "Qwen/Qwen3-0.6B")
-        assert report["passed"], report["findings"]
+        assert report.passed, report.findings
         ```
     """
-    sparse = _load_sparse(find_source(str(checkpoint), revision))
-    source = find_source(str(dense), dense_revision)
+    sparse = _load_sparse(find_source(source, revision, token=token))
+    dense_source = find_source(dense, dense_revision, token=token)
     receipt = sparse.receipt
-    if receipt is None or "arguments" not in receipt:
-        raise ValueError(f"`{checkpoint}` has no receipt of an upcycling, so there is nothing to verify it by.")
+    method = INITIALIZATION_METHODS.get(((receipt or {}).get("arguments") or {}).get("method", ""))
+    if receipt is None or method is None:
+        raise ValueError(f"`{source}` has no receipt of an upcycling, so there is nothing to verify it by.")
     stored_dtype = sparse.dtype  # what the dense weights were rounded to
-    dense_model = load_dense(source, stored_dtype)
+    dense_model = load_dense(dense_source, stored_dtype)
     if type(dense_model).__name__ != receipt["source"]["architecture"]:
         raise ValueError(
-            f"`{dense}` is a {type(dense_model).__name__}, but `{checkpoint}` was made of a "
+            f"`{dense}` is a {type(dense_model).__name__}, but `{source}` was made of a "
             f"{receipt['source']['architecture']}. Pass the dense checkpoint that the receipt names."
         )
     # First as stored: `float` leaves a model's float32 buffers as they are, the way back would not.
     as_stored = output_difference(dense_model, sparse)
     exactly = output_difference(dense_model.float(), sparse.float())
     recorded = receipt["equality"] if "max_abs_difference" in receipt["equality"] else None
-    method, config = INITIALIZATION_METHODS[receipt["arguments"]["method"]], cast(SparseMoeConfig, sparse.config)
+    config = cast(SparseMoeConfig, sparse.config)
     findings = [
         _equality(exactly, method.is_exact(config), method.exact, stored_dtype),
         _reproduction(as_stored, recorded),
-        _hashes(receipt["source"]["sha256"], source_files(source.folder)),
+        _hashes(receipt["source"]["sha256"], source_files(dense_source.folder)),
     ]
     loss = None
     if evaluation is not None:
         loss = task_losses({"dense": dense_model, "mixture": sparse}, evaluation)
         numbers = f"dense {loss['dense']:.4f}, mixture {loss['mixture']:.4f}"
         findings.append((True, f"Task loss on the text given, mean of {loss['labels']} labels: {numbers}."))
-    return {
-        "passed": all(kept for kept, _ in findings),
-        "findings": [sentence for _, sentence in findings],
-        "promise": method.exact,
-        "measured": {"float32": exactly, "as_stored": as_stored},
-        "recorded": recorded,
-        "loss": loss,
-    }
+    return Verification(
+        passed=all(kept for kept, _ in findings),
+        findings=tuple(sentence for _, sentence in findings),
+        promise=method.exact,
+        measured={"float32": exactly, "as_stored": as_stored},
+        recorded=recorded,
+        loss=loss,
+    )
 
 
 def _load_sparse(source: Source) -> SparseMoePreTrainedModel:

@@ -1,12 +1,15 @@
-"""A mixture with E experts becomes one with a multiple of E."""
+"""`expand`: a mixture with E experts becomes one with a multiple of E."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+
+from .conversion import load_mixture
 
 
 @torch.no_grad()
@@ -27,10 +30,10 @@ def expand(
             root mean square of the rows.
 
     Raises:
-        ValueError: no mixture, or a factor below 2.
+        ValueError: not a mixture, one with adapters, or a factor below 2.
     """
     if not isinstance(model, SparseMoePreTrainedModel):
-        raise ValueError(f"`{type(model).__name__}` is no mixture of this library. Upcycle it first.")
+        raise ValueError(f"`{type(model).__name__}` is not a mixture of this package. Upcycle it first.")
     if factor < 2:
         raise ValueError(f"`factor={factor}` is not allowed: it must be at least 2.")
     if model.config.router_type == "hash":
@@ -60,9 +63,9 @@ def expand(
         state[f"{name}.gate.weight"] = torch.cat([rows, *copies])
         if block.gate.e_score_correction_bias is not None:
             state[f"{name}.gate.e_score_correction_bias"] = block.gate.e_score_correction_bias.cpu().repeat(factor)
-    expanded = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
-    if expanded.can_generate():
-        expanded.generation_config = model.generation_config
+    generation_config = getattr(model, "generation_config", None)
+    expanded: Any = load_mixture(type(model), config, state, model.dtype, generation_config)
+    expanded = expanded.to(model.device)
     expanded.receipt = {
         "expanded": {"factor": factor, "seed": seed, "router_noise": router_noise, "from": model.receipt}
     }

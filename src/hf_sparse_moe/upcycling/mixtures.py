@@ -1,0 +1,282 @@
+"""`upcycle`: a dense model in, a mixture out; in memory, on disk or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging
+
+from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
+from hf_sparse_moe.checkpoints.reader import NotStreamableError
+from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+
+from .branches import check_branches, make_trunk, router_centroids
+from .conversion import LoadedTensors, SparseLayer, plan_conversion
+from .measuring import task_losses, unit_activations
+from .receipt import describe_source, make_receipt, name_of
+from .recipe import Layers, Recipe, make_recipe
+from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
+from .transfer import WatchedSource
+
+
+logger = logging.get_logger(__name__)
+
+MAX_SHARD_SIZE = "4GB"
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """
+    What `upcycle` wrote.
+
+    Args:
+        path (`Path`): The folder.
+        architecture (`str`): The mixture's class.
+        receipt (`dict`): How it was made. Where it was streamed, it holds no measured difference to the dense model,
+            which was never loaded: see [`verify`].
+    """
+
+    path: Path
+    architecture: str
+    receipt: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"path": str(self.path), "class": self.architecture, "receipt": self.receipt}
+
+
+def upcycle(
+    source: PreTrainedModel | str | Path | None = None,
+    num_experts: int | None = None,
+    num_experts_per_tok: int = 2,
+    method: str = "copy",
+    seed: int = 0,
+    *,
+    output: str | Path | None = None,
+    distributed_config: DistributedConfig | None = None,
+    layers: Layers = "all",
+    data: Iterable[Any] | None = None,
+    evaluation: Iterable[Any] | None = None,
+    sources: Sequence[PreTrainedModel | str | Path] = (),
+    prompts: Sequence[Iterable[Any]] | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    dtype: str | torch.dtype = "auto",
+    allow_pickle: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    resume: bool = False,
+    show_progress: bool = False,
+    **options_and_fields,
+) -> Any:
+    """
+    Make a mixture of experts of a dense model, with the same head.
+
+    With `method="copy"` the mixture computes what the dense model computes. The receipt, `model.receipt`, says how it
+    was made and is saved beside the weights. The dense model is left as it is. The same seed gives the same bits in
+    memory, on disk and in shards.
+
+    Args:
+        source (`PreTrainedModel`, `str` or `Path`): A dense text model, or the folder or Hub id of one. With
+            `method="branches"`, the model that the branches were fine-tuned from; optional.
+        num_experts (`int`, *optional*): Routed experts of a layer. Defaults to 8, or to the number of `sources`.
+        num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
+        method (`str`, defaults to `"copy"`): How the experts start: a key of `INITIALIZATION_METHODS`.
+        seed (`int`, defaults to 0): Of all that is drawn at random; the same seed gives the same bits.
+        output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the mixture to,
+            tensor by tensor: memory holds two layers' dense weights, whatever the checkpoint's size. The folder
+            appears when it is complete, with the tokenizer and licence of the source. What cannot be streamed (a model
+            in memory, a pickle, a method that measures on data, weights that loading transforms) is upcycled in memory
+            first, and the log says so.
+        distributed_config (`DistributedConfig`, *optional*): Make a model that is shared out over the processes by
+            FSDP2, expert and tensor parallelism; every process calls `upcycle`, and makes the experts, or parts of
+            experts, that it keeps. Needs a checkpoint that can be streamed.
+        layers (`str`, `list[int]` or `dict`, defaults to `"all"`): Which layers become sparse: `"all"`, `"none"`,
+            `"every_N"`, `"first_N"`, `"last_N"`, or positions; for an encoder-decoder also one of these a side, as
+            `{"encoder": "all", "decoder": "none"}`.
+        data (`Iterable`, *optional*): Batches of token ids, for methods that measure activations.
+        evaluation (`Iterable`, *optional*): Batches of held-out text, with `labels` or of token ids alone; the receipt
+            then holds the task loss on them before and after.
+        sources (`list`, *optional*): With `method="branches"`, the dense models that become the experts.
+        prompts (`list`, *optional*): With `method="branches"`, for each of `sources` batches of token ids of its own
+            text; the router starts from them. Without, it starts at random.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the dense one.
+        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
+        max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`; a larger tensor gets
+            a file of its own.
+        resume (`bool`, defaults to `False`): With `output`, continue an interrupted call from its finished shards. The
+            source's files and the arguments must be the same; where there is nothing to resume, start.
+        show_progress (`bool`, defaults to `False`): With `output`, a bar with rate and time left, on stderr.
+        **options_and_fields: Options of the method, such as `drop_ratio=0.5`, and fields of the family's config, such
+            as `router_aux_loss_coef=0.01`.
+
+    Returns:
+        [`SparseMoePreTrainedModel`] in evaluation mode, on the CPU or the dense model's device, or sharded with
+        `distributed_config`; with `output`, an [`UpcycleReport`].
+
+    Raises:
+        ValueError: an unknown method, option or field, a source that cannot be read or changes while it is read, an
+            architecture without a known feed-forward, a model with adapters, or a `resume` with other arguments.
+        OSError: `output` is taken, or its disk is too small.
+
+    Example:
+        ```python
+        model = upcycle("gpt2", num_experts=8, num_experts_per_tok=2)
+        model.save_pretrained("gpt2-8x")
+
+        upcycle("Qwen/Qwen3-0.6B", num_experts=8, output="qwen3-8x")
+
+        sizes = DistributedConfig(fsdp_size=8, ep_size=8)
+        model = upcycle("Qwen/Qwen3-0.6B", num_experts=64, distributed_config=sizes)
+        ```
+    """
+    if source is None and method != "branches":
+        raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
+    if output is not None and distributed_config is not None:
+        raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
+    if output is not None:
+        check_target(output)
+    recipe, fields = make_recipe(method, seed, options_and_fields)
+    num_experts = num_experts if num_experts is not None else len(sources) or 8
+    fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
+    if distributed_config is not None:
+        check_distributed_config(distributed_config, num_experts)
+    needs = {"data": data, "evaluation": evaluation, "sources": sources or None, "prompts": prompts}
+    needs["source"] = None if isinstance(source, str | Path) else type(source).__name__
+    load = _Loader(revision, token, dtype, allow_pickle)
+    if output is not None or distributed_config is not None:
+        try:
+            for name, value in needs.items():
+                if value is not None:
+                    raise NotStreamableError(f"`{name}` needs the model itself")
+            found = find_source(source, revision, allow_pickle, token)  # type: ignore[arg-type]
+            watched = WatchedSource(found)
+            conversion = plan_from_disk(found, recipe, fields, layers, load.dtype)
+        except NotStreamableError as reason:
+            if output is None:
+                raise ValueError(
+                    f"`{source}` cannot be upcycled part by part: {reason}. Make the mixture with `hf-sparse-moe "
+                    "upcycle` first, and load that with `from_pretrained(..., distributed_config=...)`."
+                ) from reason
+            logger.warning(f"The mixture is made in memory, not streamed: {reason}.")
+        else:
+            if output is None:
+                return load_shards(conversion, found, watched, distributed_config)  # type: ignore[arg-type]
+            receipt = write_mixture(conversion, found, watched, output, max_shard_size, resume, show_progress)
+            return UpcycleReport(Path(output), type(conversion.sparse).__name__, receipt)
+    branches, base = [load(each) for each in sources], None if source is None else load(source)
+    sparse = _upcycle_in_memory(recipe, fields, layers, load.dtype, base, branches, data, prompts, evaluation)
+    if output is None:
+        return sparse
+    folder = base.source.folder if base and base.source else None
+    write_checkpoint(sparse, output, folder, max_shard_size=max_shard_size)
+    return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt or {})
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A dense model, and where it was read from."""
+
+    model: PreTrainedModel
+    source: Source | None
+
+
+class _Loader:
+    """Dense models, given as such or as folders or Hub ids."""
+
+    def __init__(self, revision: str | None, token: bool | str | None, dtype: str | torch.dtype, allow_pickle: bool):
+        self._revision, self._token, self._asked_dtype, self._allow_pickle = revision, token, dtype, allow_pickle
+        chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype != "auto" and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+            raise ValueError(
+                f'`dtype={dtype!r}` is not allowed: it must be "auto" or a floating-point dtype of torch.'
+            )
+        self.dtype: torch.dtype | None = None if dtype == "auto" else chosen
+
+    def __call__(self, source: PreTrainedModel | str | Path) -> _Dense:
+        if isinstance(source, PreTrainedModel):
+            return _Dense(source, None)
+        if not isinstance(source, str | Path):
+            raise ValueError(
+                f"`{type(source).__name__}` is neither a model of transformers nor a folder or Hub id. Of a PEFT "
+                "model pass `model.merge_and_unload()`."
+            )
+        found = find_source(source, self._revision, self._allow_pickle, self._token)
+        return _Dense(load_dense(found, self._asked_dtype, self._allow_pickle), found)
+
+
+def _upcycle_in_memory(
+    recipe: Recipe,
+    fields: dict[str, Any],
+    layers: Layers,
+    dtype: torch.dtype | None,
+    given: _Dense | None,
+    branches: list[_Dense],
+    data: Iterable[Any] | None,
+    prompts: Sequence[Iterable[Any]] | None,
+    evaluation: Iterable[Any] | None,
+) -> SparseMoePreTrainedModel:
+    models = [branch.model for branch in branches]
+    if recipe.method == "branches":
+        check_branches(models, [name_of(branch.model, branch.source) for branch in branches])
+        if fields["num_experts"] != len(branches):
+            raise ValueError(
+                f"`num_experts={fields['num_experts']}` is not allowed: `sources` names {len(branches)} branches."
+            )
+        dense = _Dense(make_trunk(models, given.model if given else None, recipe.options["trunk"]), None)
+    else:
+        assert given is not None
+        dense = given
+    tensors = LoadedTensors(dense.model)
+    conversion = plan_conversion(dense.model, tensors, dtype or dense.model.dtype, recipe, fields, layers)
+    measured = _measure(dense.model, conversion.layers, data, models, prompts)
+    sparse: Any = conversion.load(measured, getattr(dense.model, "generation_config", None))
+    sparse = sparse.to(dense.model.device)
+    sparse.receipt = make_receipt(dense.model, sparse, dense.source, recipe, conversion.fields)
+    if evaluation is not None:
+        sparse.receipt["loss"] = task_losses({"dense": dense.model, "mixture": sparse}, evaluation)
+    if branches:
+        sparse.receipt["branches"] = [describe_source(branch.model, branch.source) for branch in branches]
+    return sparse
+
+
+def _measure(
+    dense: PreTrainedModel,
+    layers: list[SparseLayer],
+    data: Iterable[Any] | None,
+    branches: Sequence[PreTrainedModel],
+    prompts: Sequence[Iterable[Any]] | None,
+) -> Callable[[SparseLayer], dict[str, Any]]:
+    """What a method gets for each layer besides the dense weights, as [`LayerContext`] takes it."""
+    if prompts is not None and len(prompts) != len(branches):
+        raise ValueError(f"`prompts` has {len(prompts)} entries for {len(branches)} `sources`. Give one each.")
+    activations = None if data is None else unit_activations(dense, layers, data)
+    centroids = None if prompts is None else router_centroids(dense, layers, prompts)
+    tensors = [LoadedTensors(branch) for branch in branches]
+
+    def of(layer: SparseLayer) -> dict[str, Any]:
+        return {
+            "activations": None if activations is None else activations[layer.position],
+            "centroids": None if centroids is None else centroids[layer.position],
+            "branches": [layer.weights(each.reader()) for each in tensors],
+        }
+
+    return of
+
+
+def stream_upcycle(source: str | Path, target: str | Path, *args, **kwargs) -> dict[str, Any]:
+    """The name of `upcycle(..., output=target)` in version 0.1; returns the receipt."""
+    return upcycle(source, *args, output=target, **kwargs).receipt
+
+
+def upcycle_into_shards(source: str | Path, distributed_config: DistributedConfig, *args, **kwargs) -> Any:
+    """The name of `upcycle(..., distributed_config=distributed_config)` in version 0.1."""
+    return upcycle(source, *args, distributed_config=distributed_config, **kwargs)
