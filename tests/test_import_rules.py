@@ -13,8 +13,8 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 # neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
 STOREYS = (
     {"models"},
-    {"_register", "experts", "checkpoints"},
-    {"routing"},
+    {"experts", "checkpoints"},
+    {"_register", "routing"},
     {"insight", "upcycling", "adapters"},
     {"stock"},
     {"hub"},

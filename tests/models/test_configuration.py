@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import hf_sparse_moe
 from hf_sparse_moe.models.size import meta_model
-from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, tiny_config, tiny_sparse
+from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, tiny_config, tiny_dense, tiny_sparse
 
 
 FAMILIES = list(CONFIG_CLASSES)
@@ -173,6 +173,14 @@ def test_the_dense_config_that_was_passed_is_left_alone():
     config.vocab_size = 50
     hf.AutoModelForSequenceClassification.from_config(config)
     assert dense.to_dict() == before
+    direct = hf_sparse_moe.SparseMoeEncoderConfig(dense_config=dense, num_labels=5)
+    direct.vocab_size = 60
+    hf.AutoModelForSequenceClassification.from_config(direct)
+    assert dense.to_dict() == before
+    model = tiny_dense("bert")
+    before = model.config.to_dict()
+    hf_sparse_moe.upcycle(model, num_experts=2)
+    assert model.config.to_dict() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

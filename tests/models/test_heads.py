@@ -1,5 +1,7 @@
 """A checkpoint of one head loads into every other head of its family, and only the new head is fresh."""
 
+import inspect
+
 import pytest
 import torch
 import transformers as hf
@@ -60,3 +62,18 @@ def test_the_bare_model_computes_the_hidden_states_of_the_language_model(name, t
     outputs = model(**inputs, output_hidden_states=True)
     states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
     torch.testing.assert_close(bare(**inputs).last_hidden_state, states[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_question_answering_takes_what_its_family_takes_and_two_ends_for_labels(family):
+    """By its arguments Trainer knows which columns of a data set it may keep."""
+    model = tiny_sparse(family, hf.AutoModelForQuestionAnswering)
+    own = inspect.signature(model.forward).parameters
+    family_arguments = inspect.signature(type(model).__mro__[1].forward).parameters
+    assert own.keys() == (family_arguments.keys() | {"start_positions", "end_positions"}) - {"self", "labels"}
+    inputs = tiny_inputs(model, labels=False)
+    ends = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    outputs = model(**inputs, **ends)
+    expected = model.dense(**inputs, **ends)
+    torch.testing.assert_close(outputs.loss, expected.loss)
+    assert model(**inputs).loss is None

@@ -116,4 +116,4 @@ def test_what_is_not_finite_is_told_by_the_routing():
     routing = gate(hidden)
     assert routing.non_finite.tolist() == [False, True, True, True]
     assert routing.router_logits.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    assert RoutingEvent(None, routing._replace(finite=None, router_logits=logits)).routing.non_finite.sum() == 3
+    assert RoutingEvent(None, routing._replace(raw_logits=None, router_logits=logits)).routing.non_finite.sum() == 3

@@ -178,3 +178,30 @@ def test_the_folder_of_the_dense_checkpoint_stays_at_home(tmp_path):
     dense.save_pretrained(tmp_path / "secret-folder")
     upcycle(str(tmp_path / "secret-folder"), num_experts=2).save_pretrained(tmp_path / "sparse")
     assert "secret-folder" not in (tmp_path / "sparse" / "config.json").read_text()
+
+
+def test_a_head_of_one_s_own_does_not_enter_the_code_map_of_others(tmp_path):
+    base = type(tiny_sparse("llama")).__mro__[1]
+
+    class OwnHead(base):  # a notebook's
+        dense_auto_class, output_class = hf.AutoModelForCausalLM, type(tiny_sparse("llama")).output_class
+
+    OwnHead.register_for_auto_class("AutoModelForCausalLM")
+    assert OwnHead in base.__subclasses__()
+    model = tiny_sparse("llama")
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_sparse_moe.SparseMoeDecoderForCausalLM"
+    assert {value.partition(".")[0] for value in auto_map.values()} == {
+        "configuration_sparse_moe",
+        "modeling_sparse_moe",
+    }
+    assert len(auto_map) == 6
+
+
+def test_saving_to_the_hub_goes_where_it_was_told(tmp_path, monkeypatch):
+    model, told = tiny_sparse("llama"), {}
+    monkeypatch.setattr(type(model), "publisher", staticmethod(lambda model, repo_id, **kwargs: told.update(kwargs)))
+    asked = {"revision": "draft", "tags": ["mine"], "private": True, "commit_message": "one", "token": "x"}
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model", max_shard_size="1MB", **asked)
+    assert told == asked | {"max_shard_size": "1MB"}

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .masks import NO_CONTEXT, TokenContext
-from .routing import Routing, finite_rows
+from .routing import Routing
 
 
 ROUTER_INIT_STD = 0.02  # small rows: every expert starts about equally likely
@@ -123,8 +123,8 @@ class SparseMoeTopKRouter(nn.Module):
 
     def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        [`logits`] in float32, with jitter in training, and which rows are finite. What is not finite becomes 0, so
-        that the choice stays defined.
+        [`logits`] in float32, with jitter in training: those with 0 for what is not finite, so that the choice stays
+        defined, and the raw ones.
         """
         device = hidden_states_TH.device.type
         # Each step of `generate` asks every router: what it need not do costs as much as its product.
@@ -134,7 +134,7 @@ class SparseMoeTopKRouter(nn.Module):
                 noise = torch.empty_like(router_input).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
                 router_input = router_input * noise
             logits = self.logits(router_input)
-        return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), finite_rows(logits)
+        return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), logits
 
     def enabled_scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
         """[`router_scores`], those of disabled experts 0."""
@@ -148,14 +148,14 @@ class SparseMoeTopKRouter(nn.Module):
             hidden_states_TH (`torch.Tensor` of shape `(T, H)`): The tokens, pads included.
             context (`TokenContext`, *optional*): What else is known of them.
         """
-        router_logits, finite = self.compute_logits(hidden_states_TH)
+        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
         scores = self.enabled_scores(router_logits)
         top_k_index = self.choose(scores)
         kept = None
         if self.training and self.capacity_factor is not None:
             chosen = scores.gather(-1, top_k_index)
             kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, context.mask)
-        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept, finite=finite)
+        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept, raw_logits=raw_logits)
 
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """`(T, K)`: the experts of each token."""
@@ -224,7 +224,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     """
 
     def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
-        router_logits, finite = self.compute_logits(hidden_states_TH)
+        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
         sequences, length = context.num_sequences, len(router_logits) // context.num_sequences
         scores_BSE = self.enabled_scores(router_logits).unflatten(0, (sequences, length))
         mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)
@@ -243,7 +243,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
         expert = torch.arange(self.num_experts, device=best.indices.device).expand_as(best.indices)
         weights = best.values.reshape(-1, 1).masked_fill(~kept, 0.0) * self.routed_scaling_factor
         token_index = (best.indices + first_token).reshape(-1)
-        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, token_index, finite)
+        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, token_index, raw_logits)
 
     def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
         scores_TE = self.enabled_scores(router_logits_TE)

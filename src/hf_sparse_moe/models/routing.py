@@ -27,8 +27,8 @@ class Routing(NamedTuple):
         kept (`torch.BoolTensor`, *optional*): Of the same shape; False for an assignment that was dropped.
         token_index (`torch.LongTensor` of shape `(R,)`, *optional*): Where the experts chose: the token of each of R
             assignments. Index, weights and `kept` then have the shape `(R, 1)`.
-        finite (`torch.BoolTensor` of shape `(T,)`, *optional*): False where the router computed NaN or infinity. None
-            where `router_logits` are as the router computed them.
+        raw_logits (`torch.FloatTensor` of shape `(T, E)`, *optional*): The logits as the router computed them, NaN and
+            infinity among them. None where `router_logits` are those.
     """
 
     router_logits: torch.Tensor
@@ -36,13 +36,12 @@ class Routing(NamedTuple):
     top_k_index: torch.Tensor
     kept: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
-    finite: torch.Tensor | None = None
+    raw_logits: torch.Tensor | None = None
 
     @property
     def non_finite(self) -> torch.Tensor:
         """`(T,)`: the tokens for which the router computed NaN or infinity."""
-        finite = finite_rows(self.router_logits) if self.finite is None else self.finite
-        return ~finite
+        return ~finite_rows(self.router_logits if self.raw_logits is None else self.raw_logits)
 
 
 def finite_rows(router_logits_TE: torch.Tensor) -> torch.Tensor:

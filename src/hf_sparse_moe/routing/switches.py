@@ -232,7 +232,7 @@ class _Replay:
             )
         device = routing.router_logits.device
         choice = Routing._make(None if value is None else value.to(device) for value in choice)
-        choice = choice._replace(finite=routing.finite)
+        choice = choice._replace(raw_logits=routing.raw_logits)
         disabled = getattr(self.gate, "disabled_experts", None)
         if disabled is not None and disabled[choice.top_k_index].any():
             raise ValueError(f"`recorded` sends tokens to experts of layer {self.place} that are disabled.")

@@ -68,7 +68,7 @@ class TrainingEvents:
     def _add(self, layer: MixtureLayer, routing: Routing) -> None:
         if not self._is_training:
             return
-        routing = routing._replace(router_logits=routing.router_logits.detach())
+        routing = Routing._make(None if value is None else value.detach() for value in routing)
         self._events.append(event_of(layer, routing, self._tokens))
         self._pending += routing.router_logits.numel()
         if self._pending >= MAX_PENDING_LOGITS:
