@@ -182,30 +182,30 @@ def test_a_fresh_router_is_initialised(kind):
 REMOTE = """
 import sys, torch
 from transformers import AutoModelForMaskedLM
+for folder in sys.argv[1:]:
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits, f"{folder}/logits.pt")
+    print(type(model.sparse_blocks[0].gate).__name__)
 assert "hf_sparse_moe" not in sys.modules
-folder = sys.argv[1]
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-inputs = torch.load(f"{folder}/inputs.pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, f"{folder}/logits.pt")
-assert "hf_sparse_moe" not in sys.modules
-print(type(model.sparse_blocks[0].gate).__name__)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cosine", "expert choice", "hash", "groups by their best two"])
-def test_without_the_package(kind, tmp_path):
+def test_without_the_package(tmp_path):
     """The code that travels beside the weights holds every router."""
-    model = routed_model("bert", kind)
-    model.save_pretrained(tmp_path)
-    inputs = tiny_inputs(model, labels=False, pads=2)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    run = subprocess.run([sys.executable, "-c", REMOTE, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    models = {}
+    for number, kind in enumerate(("cosine", "expert choice", "hash", "groups by their best two")):
+        folder = tmp_path / str(number)
+        models[folder] = model = routed_model("bert", kind)
+        model.save_pretrained(folder)
+        torch.save(tiny_inputs(model, labels=False, pads=2), folder / "inputs.pt")
+    run = subprocess.run([sys.executable, "-c", REMOTE, *models], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == type(model.sparse_blocks[0].gate).__name__
-    with torch.no_grad():
-        assert_close(torch.load(tmp_path / "logits.pt"), model(**inputs).logits, rtol=1e-5, atol=1e-5)
+    for (folder, model), router in zip(models.items(), run.stdout.split(), strict=True):
+        assert router == type(model.sparse_blocks[0].gate).__name__
+        with torch.no_grad():
+            expected = model(**torch.load(folder / "inputs.pt")).logits
+        assert_close(torch.load(folder / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- upcycling ------------------------------------------------------------------------------------------------

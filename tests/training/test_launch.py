@@ -10,93 +10,69 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_sparse_moe.upcycling.streaming import check_distributed_config
-from recipe.launch import check_processes, check_tied_weights
+from processes import in_processes
+from recipe.launch import check_engine, check_processes, check_same_everywhere, check_tied_weights
 from tiny_models import tiny_sparse
+from training_runs import TRAINING
 
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-BOTH_RANKS = """
-import sys
-
-import torch.distributed as dist
-from transformers import TrainingArguments
-
-from recipe.launch import check_processes, check_same_everywhere
-
-arguments = TrainingArguments(sys.argv[1], use_cpu=sys.argv[2] == "cpu", report_to=[])
-check_processes(arguments)
-if sys.argv[3] == "differ":
-    arguments.max_steps = 10 + arguments.process_index
-check_same_everywhere(arguments)
-dist.barrier()
-"""
+def message_of_a_rank(folder: Path, use_cpu: bool = True, differ: bool = False, fsdp: bool = False) -> None:
+    """Writes, by the rank's number, the sentence that a check of recipe/launch.py ends with."""
+    rank, sentence = os.environ["RANK"], ""
+    options = {"fsdp": "full_shard"} if fsdp else {}
+    try:
+        arguments = TrainingArguments(str(folder / "run"), use_cpu=use_cpu, report_to=[], **options)
+        check_processes(arguments)
+        if differ:
+            arguments.max_steps = 10 + arguments.process_index
+        check_same_everywhere(arguments)
+        if fsdp:
+            check_engine(Trainer(model=tiny_sparse("decoder"), args=arguments))
+    except ValueError as error:
+        sentence = str(error)
+    (folder / rank).write_text(sentence)
 
 
-def run(launcher: tuple[str, ...], *line: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *line], env=environment, capture_output=True, text=True, timeout=120
-    )
+def messages(folder: Path, **options: bool) -> list[str]:
+    """Of two ranks."""
+    assert in_processes(2, message_of_a_rank, folder, **options) == [0, 0]
+    return [(folder / rank).read_text() for rank in "01"]
 
 
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "both_ranks.py"
-    path.write_text(BOTH_RANKS)
-    return str(path)
+def test_ranks_that_agree_go_on(tmp_path):
+    assert messages(tmp_path) == ["", ""]
 
 
-@pytest.mark.slow
-def test_ranks_that_agree_go_on(script, tmp_path):
-    result = run(TORCHRUN, script, str(tmp_path), "cpu", "agree")
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_ranks_with_different_arguments_stop_all_of_them(tmp_path):
+    for message in messages(tmp_path, differ=True):
+        assert "The ranks differ in `--max_steps`: 10 on rank 0, 11 on rank 1." in message
 
 
-@pytest.mark.slow
-def test_ranks_with_different_arguments_stop_all_of_them(script, tmp_path):
-    result = run(TORCHRUN, script, str(tmp_path), "cpu", "differ")
-    assert result.returncode != 0
-    assert "The ranks differ in `--max_steps`: 10 on rank 0, 11 on rank 1." in result.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="with GPUs the processes find each other")
-def test_torchrun_without_gpus_and_without_use_cpu(script, tmp_path):
-    result = run(TORCHRUN, script, str(tmp_path), "gpu", "agree")
-    assert result.returncode != 0
-    assert "2 processes were launched, but each would train alone" in result.stderr
+def test_ranks_without_gpus_and_without_use_cpu(tmp_path):
+    for message in messages(tmp_path, use_cpu=False):
+        assert "2 processes were launched, but each would train alone" in message
+
+
+def test_fsdp_that_would_be_ddp(tmp_path):
+    for message in messages(tmp_path, fsdp=True):
+        assert "FSDP was asked for, but on `cpu` Accelerate runs MULTI_CPU in its place" in message
 
 
 @pytest.mark.slow
-def test_accelerate_that_starts_one_process_for_two(script, tmp_path):
+def test_accelerate_that_starts_one_process_for_two(tmp_path):
+    script = tmp_path / "one_rank.py"
+    script.write_text(
+        "from transformers import TrainingArguments\n"
+        "from recipe.launch import check_processes\n"
+        f"check_processes(TrainingArguments({str(tmp_path)!r}, use_cpu=True, report_to=[]))\n"
+    )
+    path = os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")])
     launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    result = run(launcher, script, str(tmp_path), "cpu", "agree")
+    command = [sys.executable, "-m", *launcher, str(script)]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode != 0
     assert "`accelerate launch` was asked for 2 processes and started 1" in result.stderr
-
-
-@pytest.mark.slow
-def test_fsdp_that_would_be_ddp(tmp_path):
-    program = tmp_path / "fsdp.py"
-    program.write_text(
-        "import sys\n"
-        "from transformers import Trainer, TrainingArguments\n"
-        "from tiny_models import tiny_sparse\n"
-        "from recipe.launch import check_engine\n"
-        "arguments = TrainingArguments(sys.argv[1], use_cpu=True, fsdp='full_shard', report_to=[])\n"
-        "check_engine(Trainer(model=tiny_sparse('decoder'), args=arguments))\n"
-    )
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, str(program), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode != 0
-    assert "FSDP was asked for, but on `cpu` Accelerate runs MULTI_CPU in its place" in result.stderr
 
 
 def test_sizes_that_do_not_make_up_the_processes():
