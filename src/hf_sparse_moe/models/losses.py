@@ -10,7 +10,7 @@ head's own without `num_items_in_batch`, and with it sums over the micro-batches
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,8 @@ from transformers.loss.loss_utils import (
     fixed_cross_entropy,
 )
 
-from .balancing import balance, load_balancing_loss, masked_mean, router_z_loss, sequence_balancing_loss
+from .balancing import GlobalLoad, balance, load_balancing_loss, masked_mean, router_z_loss, sequence_balancing_loss
 from .moe_block import SparseMoeBlock
-from .routers import router_probabilities
 from .routing import RoutingEvent, active_record
 
 
@@ -102,64 +101,60 @@ def span_labels(start_positions: torch.Tensor | None, end_positions: torch.Tenso
 # ---- of the routers ---------------------------------------------------------------------------------------------
 
 
-class RouterLosses(NamedTuple):
-    """Means over the layers; `aux_weight` sums to 1 over a step's micro-batches and ranks."""
-
-    aux_loss: torch.Tensor
-    z_loss: torch.Tensor | None
-    aux_weight: torch.Tensor | float
-
-
-def router_losses(
-    model: Any,
+def load_balancing_losses(
     events: list[RoutingEvent],
-    labels: torch.Tensor | None,
-    num_items_in_batch: Count,
+    probabilities: list[torch.Tensor],
+    balance_scope: str,
     weight: torch.Tensor | float,
-) -> RouterLosses:
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: Count = None,
+    global_load: GlobalLoad | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | float]:
     """
-    Load-balancing loss and z-loss, each computed layer by layer and then averaged; pads do not count.
+    The load-balancing loss of each layer; pads do not count.
 
     Args:
-        model (`SparseMoePreTrainedModel`): Its config chooses the losses; it keeps the load of a global batch.
-        events (`list[RoutingEvent]`): Of its forward pass, one a layer.
-        labels (`torch.Tensor`, *optional*): Those that count, for the weight of a micro-batch.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
+        events (`list[RoutingEvent]`): Of a forward pass, one a layer.
+        probabilities (`list[torch.Tensor]` of shape `(T, E)`): Of each layer, each row summing to 1.
+        balance_scope (`str`): Over which tokens the load is evened.
         weight (`torch.Tensor` or `float`): That of the task loss.
+        labels (`torch.Tensor`, *optional*): Those that count, for the weight of a micro-batch of a global batch.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
+        global_load ([`GlobalLoad`], *optional*): Where the load is that of a global batch.
+
+    Returns:
+        `tuple`: `torch.Tensor` of shape `(L,)`, and a weight that sums to 1 over a step's micro-batches and ranks.
     """
-    config, device = model.config, events[-1].routing.router_logits.device
-    layers = [(event, router_probabilities(event.routing.router_logits, config.scoring_func)) for event in events]
-    z_loss = None
-    if config.router_z_loss_coef > 0:
-        z_losses = [router_z_loss(event.routing.router_logits, event.token_mask) for event in events]
-        z_loss = mean_over_layers(z_losses, device)
-    # A rank may evaluate alone: there the load is its own.
-    if config.balance_scope == "global_batch" and model.training and torch.is_grad_enabled():
-        losses_L, weight = model.global_load.losses(
-            [event.expert_counts(config.num_experts).to(device) for event in events],
-            [masked_mean(probs_TE, event.token_mask).to(device) for event, probs_TE in layers],
-            [event.num_tokens for event in events],
-            labels,
-            num_items_in_batch,
-        )
-        return RouterLosses(losses_L.mean(), z_loss, weight)
-    losses = [balance_loss(event, probs_TE, config.balance_scope) for event, probs_TE in layers]
-    return RouterLosses(mean_over_layers(losses, device), z_loss, weight)
+    device = events[-1].routing.router_logits.device
+    layers = list(zip(events, probabilities, strict=True))
+    if global_load is None:
+        return _stack([_balance_loss(*layer, balance_scope) for layer in layers], device), weight
+    return global_load.losses(
+        [event.expert_counts(probs_TE.shape[-1]).to(device) for event, probs_TE in layers],
+        [masked_mean(probs_TE, event.token_mask).to(device) for event, probs_TE in layers],
+        [event.num_tokens for event in events],
+        labels,
+        num_items_in_batch,
+    )
 
 
-def balance_loss(event: RoutingEvent, probs_TE: torch.Tensor, balance_scope: str) -> torch.Tensor:
-    """The load-balancing loss of one layer, over the tokens of one forward pass or of each of its sequences."""
-    index, mask_T = event.routing.top_k_index, event.token_mask
+def mean_z_loss(events: list[RoutingEvent]) -> torch.Tensor:
+    """The router z-loss, mean over the layers; pads do not count."""
+    losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
+    return _stack(losses, events[-1].routing.router_logits.device).mean()
+
+
+def _balance_loss(event: RoutingEvent, probs_TE: torch.Tensor, balance_scope: str) -> torch.Tensor:
     if event.routing.token_index is not None:
-        return balance(event.expert_counts(probs_TE.shape[-1]), masked_mean(probs_TE, mask_T))
+        return balance(event.expert_counts(probs_TE.shape[-1]), masked_mean(probs_TE, event.token_mask))
     if balance_scope == "sequence":
-        return sequence_balancing_loss(probs_TE, index, event.num_sequences, mask_T)
-    return load_balancing_loss(probs_TE, index, mask_T)
+        return sequence_balancing_loss(probs_TE, event.routing.top_k_index, event.num_sequences, event.token_mask)
+    return load_balancing_loss(probs_TE, event.routing.top_k_index, event.token_mask)
 
 
-def mean_over_layers(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Of layers that may lie on several devices."""
-    return torch.stack([loss.to(device) for loss in losses]).mean()
+    return torch.stack([loss.to(device) for loss in losses])
 
 
 # ---- that leave the balance loss out ----------------------------------------------------------------------------

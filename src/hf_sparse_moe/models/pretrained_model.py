@@ -27,13 +27,15 @@ from .losses import (
     batch_weight,
     has_balance_loss,
     language_model_loss,
+    load_balancing_losses,
+    mean_z_loss,
     refuse_body_alone,
     refuse_loss_without,
-    router_losses,
     router_trains,
 )
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
+from .routers import router_probabilities
 from .routing import RoutingRecord, checkpoint_with_routing, record_when_alone
 
 
@@ -179,7 +181,19 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if record.events:
             counted = labels if labels is None or shifted else self.counted_labels(labels)
             weight = batch_weight(counted, num_items_in_batch)
-            aux_loss, z_loss, aux_weight = router_losses(self, record.events, counted, num_items_in_batch, weight)
+            # A rank may evaluate alone: there the load is its own.
+            is_global = config.balance_scope == "global_batch" and self.training and torch.is_grad_enabled()
+            losses_L, aux_weight = load_balancing_losses(
+                record.events,
+                [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
+                config.balance_scope,
+                weight,
+                counted,
+                num_items_in_batch,
+                self.global_load if is_global else None,
+            )
+            aux_loss = losses_L.mean()
+            z_loss = mean_z_loss(record.events) if config.router_z_loss_coef > 0 else None
             fields["aux_loss"], fields["z_loss"] = aux_loss, z_loss
             if balances and labels is not None:
                 extra = config.router_aux_loss_coef * aux_weight * aux_loss

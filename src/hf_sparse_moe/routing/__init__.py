@@ -1,9 +1,8 @@
 """The routing of any mixture, ours or stock: find it, watch it, balance it, and its health while training."""
 
 from .balance_fix import BalanceFix, fix_balance
-from .leading_callback import add_leading_callback
 from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
-from .routing_monitor import RoutingMonitor
+from .routing_monitor import RoutingMonitor, add_leading_callback
 from .selection_bias import SelectionBiasCallback
 from .statistics import LayerRouting, RoutingStatistics, routing_statistics
 from .switches import disable_experts, record_routing, replay_routing, use_top_k

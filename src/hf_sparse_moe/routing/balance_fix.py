@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from hf_sparse_moe.models.balancing import GlobalLoad, masked_mean, router_z_loss
+from hf_sparse_moe.models.balancing import GlobalLoad
 from hf_sparse_moe.models.configuration_sparse_moe import BALANCE_SCOPES
 from hf_sparse_moe.models.losses import (
-    balance_loss,
     batch_weight,
-    mean_over_layers,
+    load_balancing_losses,
+    mean_z_loss,
     refuse_loss_without,
     shifted_labels,
 )
@@ -190,7 +190,15 @@ class BalanceFix:
             _require_mask(event, given, model.config.is_encoder_decoder)
         labels = counted_labels(model, given)
         weight = batch_weight(labels, given.get("num_items_in_batch"))
-        losses_L, aux_weight = self._load_balancing(events, labels, given, weight, trains)
+        losses_L, aux_weight = load_balancing_losses(
+            events,
+            [event.layer.probabilities(event.routing.router_logits) for event in events],
+            self.balance_scope,
+            weight,
+            labels,
+            given.get("num_items_in_batch"),
+            self.global_load if self.balance_scope == "global_batch" and trains else None,
+        )
         aux_loss = losses_L.mean()
         has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
         as_tuple = isinstance(outputs, tuple)
@@ -198,8 +206,7 @@ class BalanceFix:
         if trains:
             extra = aux_loss * self.router_aux_loss_coef * aux_weight
             if self.router_z_loss_coef > 0:
-                z_losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
-                extra = extra + self.router_z_loss_coef * weight * mean_over_layers(z_losses, losses_L.device)
+                extra = extra + self.router_z_loss_coef * weight * mean_z_loss(events)
             part = aux_loss if self.router_aux_loss_coef > 0 else extra
             refuse_loss_without(part, events[-1].routing.router_logits, LEFT_OUT)
             if loss is not None:
@@ -215,27 +222,6 @@ class BalanceFix:
             if value is not None and name in type(outputs).__dataclass_fields__:
                 outputs[name] = value
         return outputs
-
-    def _load_balancing(
-        self,
-        events: list[RoutingEvent],
-        labels: torch.Tensor | None,
-        given: dict[str, Any],
-        weight: torch.Tensor | float,
-        trains: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The loss of each layer `(L,)`, and its weight, which sums to 1 over a step's micro-batches and ranks."""
-        layers = [(event, event.layer.probabilities(event.routing.router_logits)) for event in events]
-        if self.balance_scope == "global_batch" and trains:
-            return self.global_load.losses(
-                [event.expert_counts(event.layer.num_experts) for event in events],
-                [masked_mean(probs_TE, event.token_mask) for event, probs_TE in layers],
-                [event.num_tokens for event in events],
-                labels,
-                given.get("num_items_in_batch"),
-            )
-        losses = [balance_loss(event, probs_TE, self.balance_scope) for event, probs_TE in layers]
-        return torch.stack([loss.to(losses[-1].device) for loss in losses]), weight
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._parameters, args, strict=False)) | kwargs

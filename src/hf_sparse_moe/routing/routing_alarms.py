@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.utils import logging
@@ -75,6 +75,7 @@ class LayerHealth:
         return 0.0 if self.top_k >= experts else self.routing.max_violation / (experts / self.top_k - 1)
 
 
+@dataclass
 class RoutingAlarms:
     """
     Warns once a layer and kind of trouble, and again only after it has cleared.
@@ -88,20 +89,14 @@ class RoutingAlarms:
         balance_remedy (`str`): What to do about an uneven load.
     """
 
-    def __init__(
-        self,
-        min_evenness: float,
-        max_dominance: float,
-        starvation: float,
-        starvation_logs: int,
-        max_z_loss: float,
-        balance_remedy: str,
-    ):
-        self.min_evenness, self.max_dominance = min_evenness, max_dominance
-        self.starvation, self.starvation_logs = starvation, starvation_logs
-        self.max_z_loss, self.balance_remedy = max_z_loss, balance_remedy
-        self._raised: set[tuple[str, str]] = set()
-        self._starved_logs: dict[str, torch.Tensor] = {}  # by layer, (E,)
+    min_evenness: float
+    max_dominance: float
+    starvation: float
+    starvation_logs: int
+    max_z_loss: float
+    balance_remedy: str
+    _raised: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _starved_logs: dict[str, torch.Tensor] = field(default_factory=dict, init=False)  # by layer, (E,)
 
     def check(self, layers: list[LayerHealth]) -> None:
         """Call it once a log."""

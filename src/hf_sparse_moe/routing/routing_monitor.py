@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput, logging
 
 from hf_sparse_moe.models.routing import RoutingEvent
@@ -16,7 +16,7 @@ from hf_sparse_moe.models.routing import RoutingEvent
 from .mixture_layers import MixtureLayer, find_mixture_layers
 from .routing_alarms import LayerHealth, RoutingAlarms
 from .statistics import ALL, LayerRouting
-from .training_events import TrainingEvents, load_of, wide_dtype
+from .training_events import EventCallback, load_of, wide_dtype
 from .training_losses import LOSSES, weighted_losses
 
 
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 TOKENS, Z_LOSS, CONFIDENCE, NON_FINITE, DROPPED, OFFERED = range(6)
 
 
-class RoutingMonitor(TrainerCallback):
+class RoutingMonitor(EventCallback):
     """
     Logs the health of a mixture's routers beside Trainer's `loss`, and warns when it is poor. Takes our models and
     any stock mixture of transformers.
@@ -100,12 +100,10 @@ class RoutingMonitor(TrainerCallback):
             "starvation_logs": starvation_logs,
             "max_z_loss": max_z_loss,
         }
-        self._routing: TrainingEvents | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self._detach()  # from a training that an error ended
         self._layers = find_mixture_layers(model)
         self._labels = layer_labels(self._layers)
         self._experts = max(layer.num_experts for layer in self._layers)
@@ -117,8 +115,8 @@ class RoutingMonitor(TrainerCallback):
         self._losses = self._totals[len(self._layers) * width :].view(len(LOSSES), 2)
         self._places = {layer: place for place, layer in enumerate(self._layers)}
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._routing = TrainingEvents(model, self._layers, self._add_events, self._add_losses)
-        self._config: Any = getattr(self._routing.model, "config", None)
+        routing = self.watch(model, self._layers, self._add_events, self._add_losses)
+        self._config: Any = getattr(routing.model, "config", None)
         self._alarms = RoutingAlarms(**self.thresholds, balance_remedy=_balance_remedy(self._layers, self._config))
         self._steps = 0
         self._biases_at_start = self._biases() if getattr(self._config, "router_bias_update_speed", 0) > 0 else None
@@ -162,16 +160,6 @@ class RoutingMonitor(TrainerCallback):
         self._warn_of_still_bias(layers)
         if state.is_world_process_zero:
             self._alarms.check(layers)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._routing is not None:
-            self._routing.remove()
-            self._routing = None
 
     def _add_events(self, events: list[RoutingEvent]) -> None:
         key = tuple(self._places[event.layer] for event in events)
@@ -222,6 +210,22 @@ class RoutingMonitor(TrainerCallback):
                 "bias. Give the trainer `callbacks=[SelectionBiasCallback()]`."
             )
         self._biases_at_start = None
+
+
+def add_leading_callback(trainer: Trainer, callback: TrainerCallback) -> None:
+    """
+    Add `callback` ahead of all others.
+
+    `Trainer(callbacks=[...])` and `trainer.add_callback` put a callback behind the progress bar and the integrations
+    of `report_to` (TensorBoard, W&B, ...), which then have sent the logs before it can add to them.
+
+    Args:
+        trainer (`Trainer`): A trainer, of any subclass.
+        callback (`TrainerCallback`): Adds numbers to `logs` in its `on_log`.
+    """
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_sparse_moe.models.routing import RoutingEvent
 
 from .mixture_layers import MixtureLayer, find_mixture_layers
-from .training_events import TrainingEvents, load_of, outermost_mixture, wide_dtype
+from .training_events import EventCallback, load_of, outermost_mixture, wide_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_UPDATE_SPEED = 1e-3  # of arXiv 2408.15664, for configs without a field
 
 
-class SelectionBiasCallback(TrainerCallback):
+class SelectionBiasCallback(EventCallback):
     """
     Loss-free balancing (arXiv 2408.15664): after each optimizer step, every expert's selection bias moves by
     `update_speed * sign(mean load - load)`, so that experts with too many tokens are chosen less.
@@ -52,7 +52,6 @@ class SelectionBiasCallback(TrainerCallback):
         self._speed = 0.0
         self._layers: list[MixtureLayer] = []
         self._counts: dict[MixtureLayer, torch.Tensor] = {}  # (E,) a layer
-        self._routing: TrainingEvents | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -62,7 +61,6 @@ class SelectionBiasCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self._detach()  # from a training that an error ended
         self._layers = _layers_with_bias(model)
         self._speed = self._speed_of(outermost_mixture(model, self._layers))
         _keep_in_float32(self._layers)
@@ -75,7 +73,7 @@ class SelectionBiasCallback(TrainerCallback):
             layer: torch.zeros(layer.num_experts, dtype=wide_dtype(args.device), device=args.device)
             for layer in self._layers
         }
-        self._routing = TrainingEvents(model, self._layers, self._add)
+        self.watch(model, self._layers, self._add)
 
     def on_optimizer_step(
         self,
@@ -89,11 +87,6 @@ class SelectionBiasCallback(TrainerCallback):
             self._update()
         for counts_E in self._counts.values():
             counts_E.zero_()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._detach()
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -122,11 +115,6 @@ class SelectionBiasCallback(TrainerCallback):
                 f"`SelectionBiasCallback(update_speed={DEFAULT_UPDATE_SPEED})`."
             )
         return speed
-
-    def _detach(self) -> None:
-        if self._routing is not None:
-            self._routing.remove()
-            self._routing = None
 
 
 def _layers_with_bias(model: nn.Module) -> list[MixtureLayer]:

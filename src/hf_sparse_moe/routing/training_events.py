@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_sparse_moe.models.balancing import expert_counts
 from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
@@ -93,6 +93,29 @@ class TrainingEvents:
         self._events, self._pending = [], 0
         for events in groups.values():
             self._on_events(events)
+
+
+class EventCallback(TrainerCallback):
+    """A callback that sees the routing of a training, from [`watch`] to its end."""
+
+    _routing: TrainingEvents | None = None
+
+    def watch(self, *args: Any) -> TrainingEvents:
+        """Begin; takes what [`TrainingEvents`] takes."""
+        self.unwatch()
+        self._routing = TrainingEvents(*args)
+        return self._routing
+
+    def unwatch(self) -> None:
+        """End, also what a training that an error ended has left behind."""
+        if self._routing is not None:
+            self._routing.remove()
+        self._routing = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.unwatch()
 
 
 def outermost_mixture(model: nn.Module, layers: list[MixtureLayer]) -> nn.Module:
