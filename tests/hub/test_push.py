@@ -126,10 +126,10 @@ def metadata(hub_server, repo_id):
     return yaml.safe_load(readme.split("---\n")[1]), readme
 
 
-def commits(hub_server, repo_id):
+def commits(hub_server, repo_id, revision="main"):
     """The titles from the head down to the first commit."""
     repo, titles = hub_server.hub.repos[repo_id], []
-    commit = repo.resolve("main")
+    commit = repo.resolve(revision)
     while commit:
         titles.append(commit.title)
         commit = repo.commits.get(commit.parent)
@@ -313,8 +313,12 @@ def test_a_push_without_weights_is_refused_before_anything_is_sent(client, hub_s
     assert not hub_server.requests
 
 
-def test_saving_with_push_to_hub_publishes_our_card(client, hub_server, repo_id):
-    client(push, repo_id=repo_id, while_saving=True, commit_message="while saving")
-    assert commits(hub_server, repo_id) == ["while saving", "initial commit"]
-    assert b"made with hf_sparse_moe" in hub_server.hub.read(repo_id, "README.md")
-    client(load, repo_id=repo_id)
+def test_saving_with_push_to_hub_goes_where_it_was_told(client, hub_server, repo_id):
+    told = {"commit_message": "while saving", "revision": "trained", "tags": ["mine"]}
+    client(push, repo_id=repo_id, while_saving=True, **told)
+    assert commits(hub_server, repo_id, "trained") == ["while saving", "initial commit"]
+    assert commits(hub_server, repo_id) == ["initial commit"]
+    card = hub_server.hub.read(repo_id, "README.md", "trained").decode()
+    assert "made with hf_sparse_moe" in card
+    assert "mine" in yaml.safe_load(card.split("---\n")[1])["tags"]
+    client(load, repo_id=repo_id, revision="trained")

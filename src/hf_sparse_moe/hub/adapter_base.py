@@ -52,12 +52,8 @@ def read_base(folder: Path) -> Mapping[str, Any]:
 
 def record_base(model: Any, folder: str | Path, **fields: Any) -> None:
     """
-    Write `adapter_base.json` beside an adapter; nothing for a base without experts.
-
-    Args:
-        model (`PeftModel`): The base, with the adapter or alone.
-        folder (`str` or `Path`): Of the adapter.
-        **fields: What is known better than the model says it: `name_or_path`, `revision`, `sha256`.
+    Write `adapter_base.json` beside an adapter of `model`; nothing for a base without experts. `fields` are what is
+    known better than the model says it: `name_or_path`, `revision`, `sha256`.
     """
     if is_mixture(model):
         recorded = json.dumps(identify_base(model) | fields, indent=1)
@@ -84,12 +80,8 @@ def identify_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 
 def base_difference(recorded: Mapping[str, Any], model: PreTrainedModel) -> str | None:
     """
-    How `model` differs from the base that was recorded, in words; None where nothing tells them apart. A base that
-    was changed after it was loaded, or whose files have other names, is told by the shapes of its layers alone.
-
-    Args:
-        recorded (`Mapping`): What [`read_base`] returned.
-        model (`PreTrainedModel`): A mixture, alone or inside a `PeftModel`.
+    How `model` differs from the base that [`read_base`] returned, in words; None where nothing tells them apart. A
+    base that was changed in memory, or whose files have other names, is compared by the shapes of its layers alone.
     """
     found, wanted = identify_base(model), mapping(recorded.get("layers"))
     if wanted and not found["layers"]:

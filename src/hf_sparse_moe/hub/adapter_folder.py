@@ -25,49 +25,27 @@ _ALL = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class AdaptedExperts:
-    """
-    The adapter of one sparse layer.
+    """The adapter of one sparse layer."""
 
-    Args:
-        name (`str`): Of its experts module.
-        experts (`list[int]`, *optional*): Those that are adapted; None is all of them.
-        num_experts (`int`): How many the layer has.
-        projections (`list[str]`): Which of "gate", "up" and "down".
-        rank (`int`): Of each expert.
-        trainable (`int`): Numbers that training moves; the file holds zeros for the rest.
-        moved (`list[int]`): The experts that it changes: those whose B is not zero.
-    """
-
-    name: str
-    experts: list[int] | None
-    num_experts: int
-    projections: list[str]
-    rank: int
-    trainable: int
-    moved: list[int]
+    name: str  # of the experts module
+    experts: list[int] | None  # those that are adapted; None is all of them
+    num_experts: int  # of the layer
+    projections: list[str]  # of "gate", "up" and "down"
+    rank: int  # of each expert
+    trainable: int  # numbers that training moves; the file holds zeros for the rest
+    moved: list[int]  # the experts that it changes: their B is not zero
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """
-    An adapter's files. They may come from someone else's repository, and be anything.
+    """An adapter's files. They may come from someone else's repository, and be anything."""
 
-    Args:
-        config (`Mapping`): Of `adapter_config.json`.
-        settings (`Mapping`): Of `expert_lora.json`, which PEFT does not read.
-        base (`Mapping`): Of `adapter_base.json`, see [`record_base`].
-        record (`Mapping`): Of `training_record.json`, which [`ModelCardCallback`] writes.
-        experts (`list[AdaptedExperts]`): What it does to each sparse layer.
-        others (`dict[str, int]`): Numbers in each other module that it adapts, or holds in full.
-        dtype (`str`): Of its tensors.
-    """
-
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    base: Mapping[str, Any]
-    record: Mapping[str, Any]
+    config: Mapping[str, Any]  # adapter_config.json
+    settings: Mapping[str, Any]  # expert_lora.json, which PEFT does not read
+    base: Mapping[str, Any]  # adapter_base.json, see `record_base`
+    record: Mapping[str, Any]  # training_record.json, which `ModelCardCallback` writes
     experts: list[AdaptedExperts] = field(default_factory=list)
-    others: dict[str, int] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)  # numbers in each other module that it adapts
     dtype: str = ""
 
     @property
@@ -86,19 +64,14 @@ def check_adapter(folder: Path, name: str) -> None:
     """Raise a `ValueError` where a folder holds no adapter in safetensors, or a damaged one."""
     if not is_adapter(folder) or not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(
-            f"`{name}` is no adapter: `{ADAPTER_CONFIG}` with `{ADAPTER_WEIGHTS}`. Pass what `save_pretrained` of a "
-            "PeftModel wrote."
+            f"`{name}` is not an adapter: it needs `{ADAPTER_CONFIG}` and `{ADAPTER_WEIGHTS}`. Pass what "
+            "`save_pretrained` of a PeftModel wrote."
         )
     tensor_names(folder / ADAPTER_WEIGHTS)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """
-    Read an adapter; nothing of it is run.
-
-    Raises:
-        ValueError: no adapter, or files that are damaged.
-    """
+    """Read an adapter. Raises a `ValueError` for no adapter, or damaged files."""
     folder = Path(folder)
     check_adapter(folder, str(folder))
     config, settings = read_json(folder / ADAPTER_CONFIG), read_json(folder / SETTINGS_NAME, optional=True)
@@ -150,7 +123,7 @@ def _adapted(
         trainable = 0
         for nesting, pair in nested.items():
             is_up = nesting != "" if len(nested) > 1 else "down" not in projections
-            half = is_up and _has_gate(name, config) and len({"gate", "up"} & set(projections)) == 1
+            half = is_up and "gate_up_proj" in _targets(name, config) and len({"gate", "up"} & set(projections)) == 1
             trainable += pair["A"].numel() + pair["B"].numel() // (2 if half else 1)
         if experts:
             trainable = trainable * len(experts) // num_experts
@@ -162,10 +135,6 @@ def _targets(name: str, config: Mapping[str, Any]) -> set[str]:
     """The parameters of an experts module that the config names, by a suffix or in full."""
     targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     return {parameter for module, _, parameter in targets if f".{name}".endswith(f".{module}")}
-
-
-def _has_gate(name: str, config: Mapping[str, Any]) -> bool:
-    return "gate_up_proj" in _targets(name, config)
 
 
 def _projections(name: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.checkpoints.files import read_json
-from hf_sparse_moe.checkpoints.source import Source
+from hf_sparse_moe.checkpoints.source import Source, find_source
 
 from .adapter_base import base_difference, read_base
 from .adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
@@ -25,9 +25,6 @@ from .errors import check_repo_id, raise_hub_error
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_ADAPTER_FILES = ["*.json", ADAPTER_WEIGHTS]
-_BASE_FILES = ["*.json", "*.safetensors"]
 
 
 def load_adapter(
@@ -67,7 +64,7 @@ def load_adapter(
     """
     folder, name = Path(adapter), str(adapter)
     if not folder.is_dir():
-        folder = _fetched(name, revision, token, _ADAPTER_FILES).folder
+        folder = _fetched(name, revision, token, ["*.json", ADAPTER_WEIGHTS]).folder
     check_adapter(folder, name)
     if check_base:
         recorded = read_base(folder)
@@ -91,20 +88,12 @@ def refuse_other_base(recorded: Mapping[str, Any], difference: str | None, adapt
 
 @dataclass(frozen=True)
 class Attachment:
-    """
-    What became of an adapter's tensors.
+    """What became of an adapter's tensors."""
 
-    Args:
-        attached (`list[str]`): Those that stand in the model as in the file.
-        missing (`list[str]`): Those that the model needs and the file lacks: they were drawn at random.
-        unused (`list[str]`): Those of the file that have no place in the model.
-        different (`list[str]`): Those that hold other numbers in the model than in the file.
-    """
-
-    attached: list[str]
-    missing: list[str]
-    unused: list[str]
-    different: list[str]
+    attached: list[str]  # stand in the model as in the file
+    missing: list[str]  # needed by the model, and drawn at random, for the file lacks them
+    unused: list[str]  # in the file, without a place in the model
+    different: list[str]  # other numbers in the model than in the file
 
     def fault(self) -> str | None:
         """What is wrong, in words."""
@@ -124,16 +113,8 @@ def attach(
     model: PreTrainedModel, folder: Path, *, plain: bool = False, **kwargs: Any
 ) -> tuple[PeftModel, Attachment]:
     """
-    Put the adapter in a folder on a model, and compare what stands there with the file.
-
-    Args:
-        model (`PreTrainedModel`): The base, which is changed in place.
-        folder (`Path`): Of the adapter.
-        plain (`bool`, defaults to `False`): With PEFT's own layers instead of this package's.
-        **kwargs: Of `PeftModel.from_pretrained`.
-
-    Raises:
-        ValueError: it does not fit the model, or PEFT is not installed.
+    Put the adapter in a folder on a model, which is changed in place, and compare what stands there with the file.
+    With `plain`, PEFT's own layers are used instead of this package's. Raises a `ValueError` where it does not fit.
     """
     if find_spec("peft") is None:
         raise ValueError('An adapter needs PEFT. Run: pip install "hf-sparse-moe[peft]"')
@@ -163,18 +144,9 @@ def attach(
 
 
 def find_base(name: str, revision: str | None, token: bool | str | None = None) -> Source:
-    """
-    The base of an adapter: a folder, or what `huggingface_hub` fetches into its cache.
-
-    Raises:
-        ValueError, PermissionError, HubUnavailableError: there is none of that name, or it cannot be fetched.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return _fetched(name, revision, token, _BASE_FILES)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`{folder}` has no config.json. Pass the folder of the adapter's base.")
-    return Source(folder.resolve().name, folder, None)
+    """The base of an adapter: a folder, or what `huggingface_hub` fetches into its cache."""
+    is_here = Path(name).is_dir()
+    return find_source(name) if is_here else _fetched(name, revision, token, ["*.json", "*.safetensors"])
 
 
 def _fetched(name: str, revision: str | None, token: bool | str | None, patterns: list[str]) -> Source:

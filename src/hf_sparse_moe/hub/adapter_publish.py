@@ -55,16 +55,7 @@ def stage_adapter(
     """
     Copy an adapter's files into `staged` as they are published: the base by its public name and revision, with what
     tells it from others, and the fingerprint of both together.
-
-    Args:
-        files (`Mapping[str, Path]`): The files of the adapter's folder that are published.
-        staged (`Path`): An empty folder.
-        base (`str` or `Path`, *optional*): Folder or Hub id; defaults to what the adapter names.
-        token (`bool` or `str`, *optional*): Of the Hub.
-        fingerprint (`bool`, *optional*): See [`push`]; it needs the base's weights.
-
-    Raises:
-        ValueError: no base, another one than the adapter was trained on, or an adapter that does not fit it.
+    Raises a `ValueError` for no base, another one than the adapter was trained on, or an adapter that does not fit it.
     """
     for name, path in files.items():
         (staged / name).parent.mkdir(exist_ok=True)
@@ -102,15 +93,8 @@ def stage_adapter(
 
 def named_base(folder: Path, base: str | Path | None, *, from_hub: bool = False) -> tuple[str, str | None]:
     """
-    Folder or Hub id, and the revision, of the base of the adapter in `folder`.
-
-    Args:
-        folder (`Path`): Of the adapter.
-        base (`str` or `Path`, *optional*): What the caller names; wins.
-        from_hub (`bool`, defaults to `False`): Whether somebody else may have written the adapter's files.
-
-    Raises:
-        ValueError: it names none, or a folder although it came from the Hub.
+    Folder or Hub id, and the revision, of the base of the adapter in `folder`: `base`, or what the adapter names. One
+    that came `from_hub`, so that somebody else wrote its files, may not name a folder here.
     """
     config, recorded = read_json(folder / ADAPTER_CONFIG), read_base(folder)
     named = recorded.get("name_or_path") if recorded.get("revision") else config.get("base_model_name_or_path")

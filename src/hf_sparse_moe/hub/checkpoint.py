@@ -27,24 +27,14 @@ PICTURE_NAME = "expert_load.png"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """
-    A mixture and the files beside its weights. The files may come from someone else's repository, and be anything.
+    """A mixture and the files beside its weights, which may come from someone else's repository, and be anything."""
 
-    Args:
-        model ([`SparseMoePreTrainedModel`]): The mixture; its parameters may lie on the meta device.
-        dtype (`str`): Of the weights; several are joined by commas.
-        receipt (`Mapping`): Of `receipt.json`.
-        record (`Mapping`): Of `training_record.json`, which [`ModelCardCallback`] writes.
-        routing (`Mapping`): Of `routing_statistics.json`, which [`save_routing_statistics`] writes.
-        has_picture (`bool`): Whether `expert_load.png` lies beside them.
-    """
-
-    model: SparseMoePreTrainedModel
-    dtype: str
+    model: SparseMoePreTrainedModel  # its parameters may lie on the meta device
+    dtype: str  # of the weights; several are joined by commas
     receipt: Mapping[str, Any] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
-    routing: Mapping[str, Any] = field(default_factory=dict)
-    has_picture: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)  # of `ModelCardCallback`
+    routing: Mapping[str, Any] = field(default_factory=dict)  # of `save_routing_statistics`
+    has_picture: bool = False  # expert_load.png
 
 
 def checkpoint_in_memory(
@@ -65,15 +55,9 @@ def checkpoint_in_memory(
 
 def read_checkpoint(folder: str | Path, *, with_weights: bool = True) -> Checkpoint:
     """
-    A folder as a [`Checkpoint`]. Of the weights only the headers are read, and held against the config.
-
-    Args:
-        folder (`str` or `Path`): Of a saved mixture.
-        with_weights (`bool`, defaults to `True`):
-            Whether weights must be there; without them their dtype is the config's.
-
-    Raises:
-        ValueError: no mixture, a file that cannot be read, or weights that the config does not describe.
+    A folder as a [`Checkpoint`]. Of the weights only the headers are read, and compared with the config; where they
+    need not be there (`with_weights=False`), their dtype is the config's. Raises a `ValueError` for no mixture, a file
+    that cannot be read, or weights that the config does not describe.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -48,11 +48,6 @@ def raise_hub_error(repo_id: str, revision: str | None = None, writes: bool = Fa
     """
     Turn an error of the Hub, or of the connection to it, into one of three with a single sentence.
 
-    Args:
-        repo_id (`str`): The repository that is read or written.
-        revision (`str`, *optional*): Its branch, tag or commit.
-        writes (`bool`, defaults to `False`): Whether it is written to.
-
     Raises:
         ValueError: there is no such repository or revision, or the Hub refuses what was sent.
         PermissionError: the token is missing, wrong, or lacks the right.
@@ -80,10 +75,7 @@ def retried(ask: Callable[[], Result], may_pass: Callable[[HTTPError], bool] | N
     """
     What `ask` returns, called again where the Hub was busy or did not answer. For the few requests that
     `huggingface_hub` sends once only: creating a repository, a branch or a tag, and the commit itself.
-
-    Args:
-        ask (`Callable`): Something that may be done twice.
-        may_pass (`Callable`, *optional*): Whether an error is worth another attempt. Defaults to [`is_passing`].
+    `may_pass` says whether an error is worth another attempt, by default [`is_passing`].
     """
     for attempt in range(1, ATTEMPTS):
         try:

@@ -35,9 +35,7 @@ LARGEST_BY_DEFAULT = 4 * 2**30
 def probe_output(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The first output (logits, or last hidden states) on the fixed sequence of 32 tokens."""
     inputs = probe_inputs(model.config, model.device)
-    if isinstance(
-        without_adapter(model), SparseMoeEncoderForMultipleChoice
-    ):  # the one head whose inputs are (B, choices, S)
+    if isinstance(without_adapter(model), SparseMoeEncoderForMultipleChoice):  # its inputs are (B, choices, S)
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
     return model(**inputs)[0]
 
@@ -50,11 +48,7 @@ def is_wanted(fingerprint: bool | None, weight_bytes: int) -> bool:
 def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Any]:
     """
     What [`fingerprint_difference`] compares: evenly spaced outputs, and the hashes of the files that made them.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Loaded from `folder`, computing in float32, so that the order of sums matters least.
-        folder (`Path`): With the weights and the config.
+    The model, which was loaded from `folder`, must compute in float32, so that the order of sums matters least.
     """
     output = probe_output(model)
     return {
@@ -69,22 +63,13 @@ def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[s
 
 def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
     """
-    Write the fingerprint of a checkpoint to `target`: that in the folder, if it is of these very files, or a new one,
-    for which the model is loaded as it is stored and computes in float32.
-
-    Args:
-        folder (`Path`): Of the checkpoint.
-        target (`Path`): The file to write.
-        take (`bool`, defaults to `True`): Whether to take a new one.
-
-    Returns:
-        `bool`: whether there is one.
-
-    Raises:
-        ValueError: the weights do not fill the model, or compute NaN, so that there is nothing to vouch for.
+    Write the fingerprint of a checkpoint to the file `target`: that in the folder, if it is of these very files, or
+    else a new one if it may `take` one, for which the model is loaded as it is stored and computes in float32. Returns
+    whether there is one. Raises a `ValueError` for weights that do not fill the model, or compute NaN.
     """
     fingerprint = read_fingerprint(folder)
-    if fingerprint is None or fingerprint.get("files") != source_files(folder):
+    is_good = fingerprint is not None and _are_finite(fingerprint["outputs"])
+    if fingerprint is None or not is_good or fingerprint.get("files") != source_files(folder):
         if not take:
             return False
         fingerprint = take_fingerprint(compute_in_float32(load_whole(folder, "auto")), folder)
@@ -94,7 +79,7 @@ def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
 
 def write_fingerprint(fingerprint: dict[str, Any], target: Path, folder: Path) -> None:
     """Write it to `target`. Raises a `ValueError` where the checkpoint in `folder` computes NaN."""
-    if not all(math.isfinite(value) for value in fingerprint["outputs"]):
+    if not _are_finite(fingerprint["outputs"]):
         raise ValueError(
             f"`{folder}` computes numbers that are not finite, so it is not published. Run "
             f"`hf-sparse-moe doctor {folder}`, which says where."
@@ -114,8 +99,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
 def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> float:
     """The largest difference of two fingerprints, relative to the largest output; infinite for what has no number."""
     there, here = recorded["outputs"], taken["outputs"]
-    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*there, *here))
-    if recorded.get("shape") != taken["shape"] or len(there) != len(here) or not finite:
+    if recorded.get("shape") != taken["shape"] or len(there) != len(here) or not _are_finite([*there, *here]):
         return math.inf
     largest = max(abs(one - other) for one, other in zip(there, here, strict=True))
     return largest / taken["largest"] if taken["largest"] > 0 else largest
@@ -133,6 +117,10 @@ def compare_fingerprint(folder: Path, taken: dict[str, Any]) -> Finding:
     changed = recorded.get("files") != taken["files"]
     why = "the files are not those it was taken of" if changed else "the files are the same"
     return Finding(check, FAILED, f"{told}; {why}.")
+
+
+def _are_finite(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _samples(output: torch.Tensor) -> list[float]:
