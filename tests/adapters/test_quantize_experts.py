@@ -17,6 +17,7 @@ from hf_sparse_moe.adapters import dequantize_experts, load_expert_lora, quantiz
 from hf_sparse_moe.adapters.low_rank import LowRank
 from hf_sparse_moe.adapters.low_rank_experts import grouped_low_rank_experts, low_rank_experts
 from hf_sparse_moe.adapters.quantized_weight import QuantizedWeight
+from pairwise import pairwise
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
 
 
@@ -61,9 +62,7 @@ def test_all_experts_are_packed_and_nothing_else_changes(name, bits):
             assert value.requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bits", BYTES)
-@pytest.mark.parametrize("name", ["decoder", "encoder", "mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+@pairwise("name,bits,backend", ["decoder", "encoder", "mixtral", "qwen3_moe", "olmoe", "gpt_oss"], BYTES, BACKENDS)
 def test_every_backend_computes_with_the_rounded_weights(name, bits, backend):
     model = quantize_experts(mixture(name), bits)
     floats = rounded(model)

@@ -17,15 +17,15 @@ BIAS = {"scoring_func": "sigmoid", "router_aux_loss_coef": 0.0, **RANDOM}
 GLOBAL = {"balance_scope": "global_batch", **RANDOM}
 FULL = {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
 RUNS = [
-    (Run("encoder", fields=GLOBAL), (0,)),
+    pytest.param(Run("encoder", fields=GLOBAL), (0,), marks=pytest.mark.conformance),
     (Run("decoder", fields=BIAS), (0,)),
-    (Run("encoder_decoder", fields=RANDOM), (0,)),
+    pytest.param(Run("encoder_decoder", fields=RANDOM), (0,), marks=pytest.mark.conformance),
     (Run("decoder", lora=True, fields=RANDOM), (0,)),
     (Run("encoder", "ddp", 2, fields=GLOBAL), (0,)),
-    (Run("decoder", "ddp", 2, fields=BIAS), (1,)),
+    pytest.param(Run("decoder", "ddp", 2, fields=BIAS), (1,), marks=pytest.mark.conformance),
     (Run("encoder_decoder", "ddp", 2, fields=RANDOM), (0, 1)),
-    (Run("decoder", "ddp", 2, lora=True, fields=RANDOM), (0, 1)),
-    (Run("decoder", "fsdp2", 2, fields=GLOBAL), (0,)),
+    pytest.param(Run("decoder", "ddp", 2, lora=True, fields=RANDOM), (0, 1), marks=pytest.mark.conformance),
+    pytest.param(Run("decoder", "fsdp2", 2, fields=GLOBAL), (0,), marks=pytest.mark.conformance),
     (Run("decoder", "fsdp2", 2, fields=BIAS), (1,)),
     (Run("decoder", "fsdp2", 2, fields=BIAS, arguments=FULL), (0, 1)),
     (Run("decoder", "fsdp2", 2, lora=True, fields=RANDOM), (1,)),

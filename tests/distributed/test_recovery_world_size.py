@@ -7,6 +7,7 @@ import torch
 
 from distributed.recovery_runs import Kill, Run, facts, final_weights, train
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
+from pairwise import pairwise
 from processes import in_processes
 
 
@@ -14,8 +15,7 @@ from processes import in_processes
 FIELDS = {"balance_scope": "global_batch"}
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pairwise("engine,ranks", ["ddp", "fsdp2"], [(2, 1), (1, 2)], strength=1)
 def test_a_training_goes_on_with_another_number_of_ranks(engine, ranks, tmp_path):
     first, second = ranks
     runs = {

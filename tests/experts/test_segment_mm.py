@@ -13,6 +13,7 @@ import hf_sparse_moe.experts.segment_mm as segment_mm_module
 from experts.experts_modules import KINDS, inputs, make
 from experts.experts_oracle import experts_oracle
 from hf_sparse_moe.experts.segments import padded_lengths
+from pairwise import pairwise
 
 
 BACKENDS = ("segment_mm", "segment_mm_recompute", "auto")
@@ -54,9 +55,7 @@ def assert_equals_oracle(experts, tensors, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise("backend,kind,dtype", BACKENDS, KINDS, TOLERANCE)
 def test_equals_oracle(backend, kind, dtype):
     experts, tensors = make(kind, backend, dtype), inputs(90, 2, dtype=dtype)
     counts = torch.bincount(tensors[1].flatten()).numpy()

@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from models.oracle import block_oracle
+from pairwise import pairwise
 from tiny_models import BACKBONES, enlarge_weights, tiny_config, tiny_inputs, tiny_sparse
 
 
@@ -86,11 +87,7 @@ def assert_equals_oracle(block: SparseMoeBlock, x: torch.Tensor) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("bias", [True, False], ids=["biased", "unbiased"])
-@pytest.mark.parametrize("layout", [Gated, Plain])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise("backend,layout,bias,routing,dtype", BACKENDS, [Gated, Plain], [True, False], ROUTINGS, TOLERANCE)
 def test_backend_equals_oracle(backend, layout, bias, routing, dtype):
     block = make_block(backend, layout(bias), dtype, **ROUTINGS[routing])
     assert_equals_oracle(block, hidden_states(9, dtype))

@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 import hf_sparse_moe
+from pairwise import pairwise
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_dense, tiny_inputs, tiny_sparse
 
 
@@ -41,8 +42,7 @@ def test_with_cache_equals_without(name, strategy):
     assert cached.max() < VOCAB_SIZE
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", WRITERS)
+@pairwise("name,strategy", WRITERS, STRATEGIES, strength=1)
 def test_an_upcycled_model_writes_what_the_dense_one_writes(name, strategy):
     dense = tiny_dense(name)
     sparse = hf_sparse_moe.upcycle(dense, num_experts=4)

@@ -201,7 +201,10 @@ def test_forward_passes_without_gradient_are_not_refused():
         assert model.base_model(inputs["input_ids"]).last_hidden_state.shape == (2, 7, 32)
 
 
-@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+@pytest.mark.parametrize(
+    "scope",
+    ["global_batch", *(pytest.param(scope, marks=pytest.mark.conformance) for scope in ("micro_batch", "sequence"))],
+)
 def test_compiled_in_one_graph_the_loss_and_its_gradient_are_the_same(scope):
     model = training_model("decoder", balance_scope=scope, router_z_loss_coef=0.25)
     model.set_experts_implementation("grouped_mm")

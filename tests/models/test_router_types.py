@@ -88,8 +88,19 @@ def test_half_precision_routes_in_float32(name, kind):
     assert {routing.top_k_weights.dtype for _, routing in calls} == {torch.float32}
 
 
-# Each kind in one architecture that may have it; tracing takes seconds.
-COMPILED = [("bert" if "choice" in kind else "llama", kind) for kind in ROUTERS]
+# Each kind in one architecture that may have it; tracing takes seconds, so not all of them every time.
+COMPILED = [
+    ("t5", "hash"),
+    ("bert", "expert choice, capacity"),
+    ("llama", "capacity, sigmoid"),
+    ("llama", "cosine"),
+    ("llama", "groups by their best two"),
+]
+COMPILED += [
+    pytest.param("bert" if "choice" in kind else "llama", kind, marks=pytest.mark.conformance)
+    for kind in ROUTERS
+    if kind not in {kind for _, kind in COMPILED}
+]
 
 
 @pytest.fixture
@@ -102,7 +113,7 @@ def fresh_compiler():
 @pytest.mark.parametrize(
     "training", [pytest.param(False, marks=pytest.mark.conformance), True], ids=["evaluation", "training"]
 )
-@pytest.mark.parametrize(("name", "kind"), [*COMPILED, ("t5", "expert choice"), ("t5", "hash")])
+@pytest.mark.parametrize(("name", "kind"), COMPILED)
 def test_one_graph(name, kind, training, fresh_compiler):
     """`fullgraph=True` of every router, also of those that drop or choose tokens: shapes depend on no value."""
     model = settle(without_dropout(tiny_sparse(name, dense_fields=SMALL[name], **ROUTERS[kind]))).train(training)

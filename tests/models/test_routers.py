@@ -16,10 +16,12 @@ from hf_sparse_moe.models.routers import (
 from hf_sparse_moe.models.routing import Routing
 from models.oracle import block_oracle
 from models.router_kinds import HIDDEN, ROUTERS, known_tokens, routed_block
+from pairwise import pairwise
 from tiny_models import tiny_config, tiny_sparse
 
 
 TOKENS = 50
+BACKENDS = ["eager", "batched_mm", "grouped_mm", "segment_mm"]
 
 
 def make_router(**fields) -> SparseMoeTopKRouter:
@@ -135,9 +137,7 @@ def assert_same_with_gradients(block, x: torch.Tensor, actual: torch.Tensor, exp
             )
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
-@pytest.mark.parametrize("kind", ROUTERS)
+@pairwise("kind,backend,training", ROUTERS, BACKENDS, [False, True])
 def test_every_router_on_every_backend_equals_its_formula(kind, backend, training):
     block, x, (mask, ids) = routed_block(kind, backend).train(training), sequences(), pads_and_ids()
     assert_same_with_gradients(block, x, run(block, x, mask, ids), block_oracle(block, x, mask, ids))
@@ -253,9 +253,7 @@ def test_a_mask_of_pairs_is_no_mask_of_tokens(shape):
 # ---- bad input ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
-@pytest.mark.parametrize("kind", ROUTERS)
+@pairwise("kind,backend,bad", ROUTERS, BACKENDS, [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_token_spoils_itself_alone(kind, backend, bad):
     block, x = routed_block(kind, backend), sequences().detach()
     ids = pads_and_ids()[1]

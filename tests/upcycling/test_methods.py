@@ -8,6 +8,7 @@ from hf_sparse_moe.models.feed_forward import find_feed_forwards
 from hf_sparse_moe.upcycling import expand
 from hf_sparse_moe.upcycling.clustering import balanced_k_means
 from hf_sparse_moe.upcycling.recipe import layer_types
+from pairwise import pairwise
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse
 
 
@@ -216,8 +217,7 @@ def test_the_number_of_threads_does_not_change_the_bits(method):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "partition", "graft"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise("method,family", ["copy", "noise", "drop", "split", "partition", "graft"], FAMILIES, strength=1)
 def test_every_method_trains(method, family):
     model = upcycle(tiny_dense(family), 4, 2, method=method).train()
     from tiny_models import tiny_inputs

@@ -17,6 +17,7 @@ from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import new_folder, write_checkpoint
 from hf_sparse_moe.checkpoints.reader import TensorFiles
 from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
+from pairwise import pairwise
 from processes import in_processes, kill_at_file
 from tiny_models import tiny_dense
 
@@ -81,8 +82,7 @@ def both_ways(folder, tmp_path, max_shard_size="20KB", **arguments):
     return streamed
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("arguments", METHODS, ids=lambda arguments: "-".join(map(str, arguments.values())))
+@pairwise("name,arguments", ["llama", "gpt2", "bert"], METHODS, strength=1)
 def test_same_bits_for_every_method(name, arguments, dense, tmp_path):
     both_ways(dense(name), tmp_path, **arguments)
 
@@ -92,8 +92,7 @@ def test_same_bits_for_every_layout(name, dense, tmp_path):
     both_ways(dense(name), tmp_path, method="noise")
 
 
-@pytest.mark.parametrize("name", ["t5", "llama"])
-@pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "auto"), ("float32", "bfloat16"), ("float16", "auto")])
+@pairwise("name,stored,asked", ["t5", "llama"], ["bfloat16", "float32", "float16"], ["auto", "bfloat16"], strength=1)
 def test_same_bits_in_every_dtype(name, stored, asked, dense, tmp_path):
     asked = asked if asked == "auto" else getattr(torch, asked)
     both_ways(dense(name, dtype=getattr(torch, stored)), tmp_path, method="drop", dtype=asked)
