@@ -23,7 +23,7 @@ from transformers import (
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableTrainer
-from recipe.metrics import load_metric
+from recipe import metrics
 
 
 TASKS = ("texts", "tokens")
@@ -80,22 +80,20 @@ class Labels:
             return float(value)
         return int(value) if self.numbered else self.names.index(str(value))
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def scores(self, prediction: EvalPrediction) -> dict[str, float]:
         """The scores that suit the labels."""
         outputs, references = prediction.predictions, prediction.label_ids
         outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         if self.regression:
-            return load_metric("regression").compute(
-                predictions=outputs.reshape(-1), references=references.reshape(-1)
-            )
+            return metrics.regression(outputs.reshape(-1), references.reshape(-1))
         classes = outputs.argmax(axis=-1)
         if references.ndim == 2 and all(name == "O" or name[:2] in ("B-", "I-") for name in self.names):
             pairs = zip(classes, references, strict=True)
             tags = [[[self.names[i] for i in ids[row >= 0]] for ids in (guess, row)] for guess, row in pairs]
             guessed, right = zip(*tags, strict=True)
-            return load_metric("entities").compute(predictions=list(guessed), references=list(right))
+            return metrics.entities(list(guessed), list(right))
         kept = references != -100
-        return load_metric("classification").compute(predictions=classes[kept], references=references[kept])
+        return metrics.classification(classes[kept], references[kept])
 
 
 def main() -> None:
@@ -147,7 +145,7 @@ def main() -> None:
         eval_dataset=data.get("validation"),
         data_collator=collator_class(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=labels.metrics,
+        compute_metrics=labels.scores,
     )
     recipe.train_and_evaluate(trainer, data_args)
 

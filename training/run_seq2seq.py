@@ -20,10 +20,7 @@ from transformers import (
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableSeq2SeqTrainer
-from recipe.metrics import load_metric
-
-
-METRICS = ("sacrebleu", "rouge")
+from recipe import metrics
 
 
 @dataclass
@@ -35,11 +32,19 @@ class PairArguments(recipe.DataArguments):
     source_prefix: str = field(default="", metadata={"help": "Put before every source, as T5 wants it."})
     max_target_length: int | None = field(default=None, metadata={"help": "Tokens of a target; as --max_length."})
     metric: str = field(default="sacrebleu", metadata={"help": "sacrebleu or rouge, of the generated texts."})
+    metric_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the metric cuts texts into words: 13a (sacrebleu's default), intl, zh (Chinese), char."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric not in METRICS:
-            raise ValueError(f"`--metric={self.metric}` must be one of {METRICS}.")
+        if self.metric not in metrics.OF_TEXTS:
+            raise ValueError(f"`--metric={self.metric}` must be one of {tuple(metrics.OF_TEXTS)}.")
+        if self.metric_tokenizer not in (None, *metrics.TOKENIZERS):
+            raise ValueError(f"`--metric_tokenizer={self.metric_tokenizer}` must be one of {metrics.TOKENIZERS}.")
 
 
 @dataclass
@@ -84,14 +89,14 @@ def main() -> None:
         if args.generation_max_length is None:
             args.generation_max_length = target_length
 
-    metric = load_metric(data_args.metric)
+    score = metrics.OF_TEXTS[data_args.metric]
 
     def texts(ids: np.ndarray) -> list[str]:
         ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=texts(prediction.predictions), references=texts(prediction.label_ids))
+        return score(texts(prediction.predictions), texts(prediction.label_ids), data_args.metric_tokenizer)
 
     trainer_class = Seq2SeqTrainer if model_args.distributed_config is None else ResumableSeq2SeqTrainer
     trainer = trainer_class(

@@ -8,8 +8,7 @@ import torch
 from datasets import DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from recipe.metrics import load_metric
-
+from . import metrics
 from .data import DataArguments, column, require_columns
 
 
@@ -73,4 +72,4 @@ def token_losses(outputs: Any, labels: torch.Tensor, shift: bool) -> torch.Tenso
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """The metric of what [`token_losses`] left."""
     losses, counts = prediction.predictions.T
-    return load_metric("perplexity").compute(predictions=losses, references=counts)
+    return metrics.perplexity(losses, counts.astype(int))
