@@ -174,10 +174,10 @@ __all__ = sorted(_HOME)
 # the module holds a function of the old name that takes the old ones.
 _RENAMED: dict[str, tuple[str, str]] = {
     "explain": (".models.feed_forward", "explain_layouts"),
-    "push_adapter": (".hub", "push"),
-    "push_folder": (".hub", "push"),
-    "push_to_hub": (".hub", "push"),
-    "push_trainer": (".hub", "push"),
+    "push_adapter": (".hub.publish", "push"),
+    "push_folder": (".hub.publish", "push"),
+    "push_to_hub": (".hub.publish", "push"),
+    "push_trainer": (".hub.publish", "push"),
     "stream_upcycle": (".upcycling.mixtures", "upcycle"),
     "upcycle_into_shards": (".upcycling.mixtures", "upcycle"),
 }

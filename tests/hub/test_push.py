@@ -322,3 +322,16 @@ def test_saving_with_push_to_hub_goes_where_it_was_told(client, hub_server, repo
     assert "made with hf_sparse_moe" in card
     assert "mine" in yaml.safe_load(card.split("---\n")[1])["tags"]
     client(load, repo_id=repo_id, revision="trained")
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "push_folder", "push_adapter", "push_trainer"])
+def test_old_names_are_push(name):
+    import hf_sparse_moe.hub
+
+    for module in (hf_sparse_moe, hf_sparse_moe.hub):
+        with pytest.warns(FutureWarning, match="is now `hf_sparse_moe.push`"):
+            assert getattr(module, name) is hf_sparse_moe.push
+    with pytest.raises(ValueError, match="cannot be pushed"):
+        hf_sparse_moe.push(3, "user/name")
+    with pytest.raises(ValueError, match="`repo_id` is missing"):
+        hf_sparse_moe.push("folder")

@@ -1,5 +1,9 @@
 """Sharing: the model card, push, pull, and the check of what arrived."""
 
+from typing import Any
+
+import hf_sparse_moe
+
 from .adapter_loading import load_adapter
 from .checkpoint import save_routing_statistics
 from .doctor import Diagnosis, doctor
@@ -27,3 +31,9 @@ __all__ = [
     "save_routing_statistics",
     "write_model_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if hf_sparse_moe._RENAMED.get(name, ("",))[0].startswith(".hub"):
+        return getattr(hf_sparse_moe, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
