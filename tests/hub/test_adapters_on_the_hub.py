@@ -109,7 +109,7 @@ def test_push_pull_doctor(client, hub_server, repo_id, base, folder, tmp_path):
     assert contents(pulled)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
     told = client.cli("doctor", repo_id, "--json")
     assert told.code == 0, told
-    assert {verdict for _, verdict, _ in json.loads(told.out)["findings"]} == {"passed"}
+    assert {finding["verdict"] for finding in json.loads(told.out)["findings"]} == {"passed"}
     revision = hub_server.hub.repos[BASE].resolve("main").sha
     config = json.loads((pulled / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (BASE, revision)

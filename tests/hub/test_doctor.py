@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import create_dynamic_module
 
 from cli_client import run_cli
-from hf_sparse_moe.hub.doctor import REMOTE_CODE, doctor
 from hf_sparse_moe.hub.examination import FAILED, NOT_CHECKED, PASSED, WARNING, examine
 from hf_sparse_moe.hub.fingerprint import FINGERPRINT_NAME, fingerprint_difference, make_fingerprint
+from hf_sparse_moe.hub.health_check import REMOTE_CODE, doctor
 from hub_checkpoints import save_mixture
 from tiny_models import tiny_dense
 
@@ -81,10 +81,10 @@ def test_code_that_does_not_run_or_sees_a_token_is_told(folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     code = folder / "modeling_sparse_moe.py"
     code.write_text("import os\nraise ImportError(f\"token {os.environ.get('HF_TOKEN')}\")\n")
-    diagnosis = doctor(folder, trust_remote_code=True)
-    assert not diagnosis.healthy
-    assert diagnosis.findings[-1].verdict == FAILED
-    assert "token None" in diagnosis.findings[-1].told
+    report = doctor(folder, trust_remote_code=True)
+    assert not report.healthy
+    assert report.findings[-1].verdict == FAILED
+    assert "token None" in report.findings[-1].detail
 
 
 def test_a_missing_tensor_is_never_drawn_in_silence(folder):

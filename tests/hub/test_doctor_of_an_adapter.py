@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_client import assert_one_sentence, run_cli
-from hf_sparse_moe.hub.adapter_examination import examine_adapter
 from hf_sparse_moe.hub.adapter_publish import stage_adapter
-from hf_sparse_moe.hub.doctor import doctor
-from hf_sparse_moe.hub.findings import FAILED, NOT_CHECKED, PASSED
+from hf_sparse_moe.hub.examination import FAILED, NOT_CHECKED, PASSED, examine_adapter
+from hf_sparse_moe.hub.health_check import doctor
 from hf_sparse_moe.hub.publishable import publishable_files
 from hub_adapters import save_adapter, save_base
 from tiny_models import tiny_sparse
@@ -62,7 +61,7 @@ def test_without_a_base_it_is_asked_for(folder, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     assert_one_sentence(run_cli("doctor", folder), "`--base`")
     assert_one_sentence(run_cli("doctor", tmp_path / "adapter", "--base", tmp_path), "config.json")
-    assert_one_sentence(run_cli("doctor", save_base(tmp_path / "model"), "--base", tmp_path), "is no adapter")
+    assert_one_sentence(run_cli("doctor", save_base(tmp_path / "model"), "--base", tmp_path), "is not an adapter")
 
 
 def roll(tensors: dict[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse_moe.hub.doctor import REMOTE_CODE
+from hf_sparse_moe.hub.health_check import REMOTE_CODE
 from hub_checkpoints import SHARD, save_mixture
 
 
@@ -30,7 +30,8 @@ def examined(client, folder: Path) -> dict[str, str]:
     """What `doctor` finds in its fresh process; without `--trust-remote-code`, as a stranger loads it below."""
     told = client.cli("doctor", folder, "--json")
     assert told.code == 0, told
-    return {check: verdict for check, verdict, _ in json.loads(told.out)["findings"] if check != REMOTE_CODE}
+    findings = json.loads(told.out)["findings"]
+    return {found["check"]: found["verdict"] for found in findings if found["check"] != REMOTE_CODE}
 
 
 def use(folder: str, trust_remote_code: bool, stock: bool = False) -> dict:
@@ -90,7 +91,9 @@ def test_doctor_takes_a_repository_and_its_revision(client, hub_server, repo_id,
     assert told.code == 0, told
     report = json.loads(told.out)
     assert report["revision"] == hub_server.hub.repos[repo_id].tags["v1"]
-    assert ["outputs equal the fingerprint", "passed"] in [row[:2] for row in report["findings"]]
+    assert ("outputs equal the fingerprint", "passed") in [
+        (row["check"], row["verdict"]) for row in report["findings"]
+    ]
     weights = hub_server.hub.repos[repo_id].resolve("v1").files["model.safetensors"]
     hub_server.hub.blob(weights.sha256).write_bytes(bytes(weights.size))
     assert client.cli("doctor", repo_id, "--revision", "v1").code == 3

@@ -30,21 +30,24 @@ def card(
     source: Annotated[Path, typer.Argument(help="Folder of a mixture or an adapter.")],
     repo_id: Annotated[
         str | None,
-        typer.Option("--repo-id", "--repo", help="`user/name` on the Hub.", show_default="the folder's name"),
+        typer.Option("--repo-id", "--repo", help="`user/name` on the Hub.", show_default="as before"),
     ] = None,
     license: Annotated[str | None, typer.Option(help="Such as apache-2.0.", show_default="as recorded")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Language code, such as en. Repeatable.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="An additional tag. Repeatable.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the dense source.", show_default="as recorded")
+    ] = None,
 ) -> None:
     """
     Write the model card of a checkpoint into its README.md.
 
-    Keeps what you wrote there: the text between the `free` markers, your own sections, and metadata. Reads the headers
-    of the weight files, not the weights; an adapter's weights are read.
+    Keeps what you wrote there: text above and below the generated part, and metadata. Reads the headers of the weight
+    files, not the weights; an adapter's weights are read.
     """
     from hf_sparse_moe.hub import write_model_card
 
-    typer.echo(write_model_card(source, repo_id, license=license, language=language, tags=tag))
+    typer.echo(write_model_card(source, repo_id, license=license, language=language, tags=tag, base_model=base_model))
 
 
 @command(
@@ -145,14 +148,15 @@ def doctor(
     """
     from hf_sparse_moe.hub import doctor as examine
 
-    diagnosis = examine(source, revision=revision, base=base, trust_remote_code=trust_remote_code)
+    report = examine(source, revision=revision, base=base, trust_remote_code=trust_remote_code)
     if as_json:
-        print_json({"healthy": diagnosis.healthy, "revision": diagnosis.revision, "findings": diagnosis.as_rows()})
+        print_json(report.to_dict())
     else:
         colours = {"passed": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
         table = Table("check", "", "")
-        for check, verdict, told in diagnosis.as_rows():
-            table.add_row(check, f"[{colours[verdict]}]{verdict}[/]", escape(told))
+        for finding in report.findings:
+            colour = colours[finding.verdict]
+            table.add_row(finding.check, f"[{colour}]{finding.verdict}[/]", escape(finding.detail))
         Console().print(table)
-    if not diagnosis.healthy:
+    if not report.healthy:
         raise typer.Exit(1)

@@ -6,9 +6,9 @@ import hf_sparse_moe
 
 from .adapter_loading import load_adapter
 from .checkpoint import save_routing_statistics
-from .doctor import Diagnosis, doctor
 from .download import PullReport, pull
 from .errors import HubUnavailableError
+from .health_check import DoctorReport, doctor
 from .model_card import render_model_card, write_model_card
 from .publish import PushReport, push
 from .trainer_push import add_model_card
@@ -16,7 +16,7 @@ from .training_record import ModelCardCallback, record_results
 
 
 __all__ = [
-    "Diagnosis",
+    "DoctorReport",
     "HubUnavailableError",
     "ModelCardCallback",
     "PullReport",

@@ -1,4 +1,4 @@
-"""Scores as the Hub reads them: `.eval_results/*.yaml`, which took the place of `model-index` in the card."""
+"""Scores in the form that the Hub reads: `.eval_results/*.yaml`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultiple
 from hf_sparse_moe.upcycling.receipt import probe_inputs
 
 from .adapter_base import without_adapter
-from .findings import FAILED, NOT_CHECKED, PASSED, Finding
 from .loading import compute_in_float32, load_whole
 
 
@@ -103,20 +102,6 @@ def fingerprint_difference(recorded: dict[str, Any], taken: dict[str, Any]) -> f
         return math.inf
     largest = max(abs(one - other) for one, other in zip(there, here, strict=True))
     return largest / taken["largest"] if taken["largest"] > 0 else largest
-
-
-def compare_fingerprint(folder: Path, taken: dict[str, Any]) -> Finding:
-    """The row of the table that holds a fingerprint against the one in `folder`."""
-    check, recorded = "outputs equal the fingerprint", read_fingerprint(folder)
-    if recorded is None:
-        return Finding(check, NOT_CHECKED, "There is no fingerprint.json; a push writes it.")
-    difference = fingerprint_difference(recorded, taken)
-    told = f"Largest difference on 32 tokens {difference:.1e} of the largest output"
-    if difference <= TOLERANCE:
-        return Finding(check, PASSED, f"{told}.")
-    changed = recorded.get("files") != taken["files"]
-    why = "the files are not those it was taken of" if changed else "the files are the same"
-    return Finding(check, FAILED, f"{told}; {why}.")
 
 
 def _are_finite(values: list[Any]) -> bool:

@@ -1,30 +1,32 @@
-"""The model card, rendered from the checkpoint itself: a fact that is not recorded there says so."""
+"""The model card, rendered from the files of a checkpoint or an adapter."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import TrainerState
 
+from hf_sparse_moe.checkpoints.files import read_text, write_whole
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .adapter_card import ADAPTER_TEMPLATE, adapter_facts, adapter_metadata
 from .adapter_folder import Adapter, is_adapter, read_adapter
 from .card_facts import card_facts
-from .card_metadata import card_metadata
-from .card_sections import TEMPLATE, keep_free_sections, split_front_matter
+from .card_metadata import derived_metadata, merged_metadata
+from .card_words import join, read_words
 from .checkpoint import Checkpoint, checkpoint_in_memory, read_checkpoint
 from .escaping import Markdown, as_code, escape_markdown
 from .evaluation_results import evaluation_entries, write_evaluation_results
+
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
 def render_model_card(
@@ -35,55 +37,102 @@ def render_model_card(
     license: str | None = None,
     language: str | Iterable[str] | None = None,
     tags: Iterable[str] | None = None,
+    base_model: str | None = None,
     previous: Iterable[str] = (),
 ) -> str:
     """
-    The card of a mixture or an adapter: every number is counted on the model, or read from its config and the files
-    beside its weights (receipt, training record, routing statistics).
+    Render the card of a mixture or an adapter. Every number is counted on the model or read from its config and the
+    files beside its weights (receipt, training record, routing statistics); what is not recorded is left out.
 
     Args:
         model (`SparseMoePreTrainedModel`, [`Checkpoint`], [`Adapter`], `str` or `Path`):
-            The model that is published, or the folder where it or an adapter lies; no weights of a model in a folder
-            are loaded.
+            The model that is published, or the folder of a mixture or an adapter. The weights of a mixture in a
+            folder are not loaded.
         repo_id (`str`): Where it is published, for the lines of code that load it.
         evaluation (`dict` or `TrainerState`, *optional*):
             Measured results by name; of a `TrainerState` the last evaluation is taken.
         license (`str`, *optional*):
-            The model's licence, such as `"apache-2.0"`. Defaults to that of the training record or `previous`.
+            Such as `"apache-2.0"`. Defaults to that of the training record or of `previous`.
         language (`str` or `Iterable[str]`, *optional*): Codes, such as `"en"`. Defaults as `license` does.
         tags (`Iterable[str]`, *optional*): Further tags.
+        base_model (`str`, *optional*):
+            Hub id of the dense source, or of an adapter's base. Defaults to that of `previous` or of the files.
         previous (`Iterable[str]`, *optional*):
-            Present cards, such as the folder's and the Hub's. What a person wrote there stays: free sections, sections
-            of their own, and metadata that this function does not set; the first card that has it wins.
+            Present cards, such as the folder's and the Hub's. Text outside the generated part and metadata that a
+            person wrote are kept; the first card that has them wins.
 
     Returns:
-        `str`: YAML metadata and Markdown. Nothing is asked of the Hub.
+        `str`: YAML metadata and Markdown. Nothing is fetched from the Hub.
 
     Raises:
-        ValueError: a model of another package, a folder that holds no whole mixture, a `repo_id` that the Hub does
-            not allow, or a `previous` that cannot be read.
+        ValueError: a model of another package, a folder without a whole mixture or adapter, a `repo_id` or
+            `base_model` that the Hub does not allow, or a `previous` that cannot be read.
     """
-    validate_repo_id(repo_id)
+    for name in (repo_id, *([] if base_model is None else [base_model])):
+        validate_repo_id(name)
     published = _read(model)
-    old = [split_front_matter(card) for card in previous]
-    told: dict[str, Any] = {
-        "license": license,
-        "language": language,
-        "tags": tags,
-        "previous": [values for values, _ in old],
-    }
-    if isinstance(published, Adapter):
-        template, metadata = ADAPTER_TEMPLATE, adapter_metadata(published, **told)
-        facts = adapter_facts(published, _results(evaluation), license=metadata.license, language=metadata.language)
-    else:
-        template, metadata = TEMPLATE, card_metadata(published, **told)
-        facts = card_facts(published, _results(evaluation), license=metadata.license, language=metadata.language)
-    body = _template(template).render(repo_id=Markdown(repo_id), title=repo_id, **facts)
-    for _, old_body in old:
-        body = keep_free_sections(body, old_body)
-    card = f"---\n{metadata.to_yaml()}\n---\n\n{body}"
+    cards = [read_words(card) for card in previous]
+    derived = derived_metadata(published)
+    told = {"license": license, "language": language, "tags": tags, "base_model": base_model}
+    metadata = merged_metadata(derived, [words.metadata for words in cards], published.record, told)
+    facts = card_facts(published, _results(evaluation))
+    body = join(repo_id, _template().render(repo_id=Markdown(repo_id), **facts), derived, cards)
+    data = ModelCardData()
+    for name, value in metadata.items():
+        data[name] = value
+    card = f"---\n{data.to_yaml()}\n---\n\n{body}"
     ModelCard(card)  # reads the metadata as the Hub does
     return card
+
+
+def write_model_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    license: str | None = None,
+    language: str | Iterable[str] | None = None,
+    tags: Iterable[str] | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """
+    Render the card of a mixture's or an adapter's folder into its README.md, and its scores into `.eval_results/`.
+    What a person wrote in the present README.md is kept.
+
+    Args:
+        folder (`str` or `Path`): Of a saved mixture, or of an adapter.
+        repo_id (`str`, *optional*): Defaults to the one that the present card was rendered for, or the folder's name.
+        license, language, tags, base_model: See [`render_model_card`].
+
+    Returns:
+        `Path`: the README.md.
+    """
+    published, folder = _read(folder), Path(folder)
+    present = [read_words(card) for card in _present(folder)]
+    repo_id = repo_id or next((words.repo_id for words in present if words.repo_id), folder.resolve().name)
+    render = partial(
+        render_model_card,
+        published,
+        repo_id,
+        license=license,
+        language=language,
+        tags=tags,
+        base_model=base_model,
+    )
+    path = write_readme(folder, render)
+    write_evaluation_results(evaluation_entries(published.record), folder)
+    return path
+
+
+def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
+    """Replace a folder's README.md by what `render(previous=[its present text])` returns."""
+    path = Path(folder) / "README.md"
+    write_whole(path, render(previous=_present(path.parent)))
+    return path
+
+
+def _present(folder: Path) -> list[str]:
+    path = folder / "README.md"
+    return [read_text(path)] if path.exists() or path.is_symlink() else []
 
 
 def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -> Checkpoint | Adapter:
@@ -94,57 +143,17 @@ def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -
     return checkpoint_in_memory(model)
 
 
-def write_model_card(
-    folder: str | Path,
-    repo_id: str | None = None,
-    *,
-    license: str | None = None,
-    language: str | Iterable[str] | None = None,
-    tags: Iterable[str] | None = None,
-) -> Path:
-    """
-    Render the card of a mixture's or an adapter's folder into its README.md, and its scores into `.eval_results/`.
-    What a person wrote in the present README.md stays.
-
-    Args:
-        folder (`str` or `Path`): Of a saved mixture, or of an adapter.
-        repo_id (`str`, *optional*): Defaults to the folder's name.
-        license (`str`, *optional*): See [`render_model_card`].
-        language (`str` or `Iterable[str]`, *optional*): The same.
-        tags (`Iterable[str]`, *optional*): The same.
-
-    Returns:
-        `Path`: the README.md.
-    """
-    checkpoint = _read(folder)
-    repo_id = repo_id or Path(folder).resolve().name
-    render = partial(render_model_card, checkpoint, repo_id, license=license, language=language, tags=tags)
-    path = write_readme(folder, render)
-    write_evaluation_results(evaluation_entries(checkpoint.record), folder)
-    return path
-
-
-def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
-    """Replace a folder's README.md by what `render(previous=[its present text])` returns."""
-    path = Path(folder) / "README.md"
-    card = render(previous=[path.read_bytes().decode()] if path.is_file() else [])
-    partial_path = path.with_name(".README.md.partial")
-    partial_path.write_bytes(card.encode())
-    os.replace(partial_path, path)  # whole or not at all, and never through a link
-    return path
-
-
-def _template(path: Path) -> Template:
+def _template() -> Template:
     environment = SandboxedEnvironment(
         undefined=StrictUndefined, finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["code"] = as_code
     environment.globals |= {"table": _table, "grid": _grid}
-    return environment.from_string(path.read_text(encoding="utf-8"))
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _table(rows: Mapping[str, Any]) -> Markdown:
-    return Markdown("\n".join(_row(pair) for pair in rows.items()))
+    return Markdown("\n".join(["| | |", "| --- | --- |", *map(_row, rows.items())]))
 
 
 def _grid(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> Markdown:
@@ -168,6 +177,6 @@ def _results(evaluation: Mapping[str, Any] | TrainerState | None) -> dict[str, A
     return {
         name: value
         for name, value in (evaluation or {}).items()
-        # how fast the machine was says nothing of the model
+        # how fast the machine was says nothing about the model
         if isinstance(value, Number | str) and not name.endswith(("runtime", "per_second"))
     }

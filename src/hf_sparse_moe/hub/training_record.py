@@ -1,10 +1,9 @@
-"""What a training was, written beside the weights while it happens: the card tells it from there."""
+"""The record of a training, written beside the weights while it runs; the card is rendered from it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -21,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hf_sparse_moe
+from hf_sparse_moe.checkpoints.files import read_json, write_whole
 
 from .adapter_base import record_base
 from .checkpoint import RECORD_NAME, mapping
@@ -58,8 +58,8 @@ class ModelCardCallback(TrainerCallback):
     end: data, hyperparameters, hardware, versions, duration, the routers' health and every evaluation. Where an
     adapter is trained, `adapter_base.json` says what tells its base from others.
 
-    It watches the stock [`Trainer`]. What nobody tells it, such as the names of data that were not loaded by
-    `datasets`, stays "not recorded". No path, token or host name is recorded.
+    It watches the stock [`Trainer`]. The names of data that were not loaded by `datasets` are known only where they
+    are passed. No path, token or host name is recorded.
 
     Args:
         train_data (`str` or `Iterable[str]`, *optional*):
@@ -67,6 +67,8 @@ class ModelCardCallback(TrainerCallback):
             By default what the `datasets` library says of its own data set.
         eval_data (`str` or `Iterable[str]`, *optional*): The same of the evaluation data.
         eval_task (`str`, defaults to `"default"`): Which task of an evaluation data set of the Hub was measured.
+        eval_metrics (`str`, *optional*):
+            How the metrics were computed, such as `"F1 is the macro average; beam search with 4 beams"`.
         license (`str`, *optional*): The model's licence, such as `"apache-2.0"`.
         language (`str` or `Iterable[str]`, *optional*): Codes, such as `"en"`.
         tags (`Iterable[str]`, *optional*): Further tags of the card.
@@ -84,6 +86,7 @@ class ModelCardCallback(TrainerCallback):
         train_data: str | Iterable[str] | None = None,
         eval_data: str | Iterable[str] | None = None,
         eval_task: str = "default",
+        eval_metrics: str | None = None,
         license: str | None = None,
         language: str | Iterable[str] | None = None,
         tags: Iterable[str] | None = None,
@@ -95,7 +98,7 @@ class ModelCardCallback(TrainerCallback):
         self._record: dict[str, Any] = {
             "training": {},
             "hyperparameters": {},
-            "evaluation": {"task": eval_task, "data": {}, "results": {}, "log": []},
+            "evaluation": {"task": eval_task, "metrics": eval_metrics, "data": {}, "results": {}, "log": []},
             "card": {"license": license, "language": _listed(language), "tags": _listed(tags)},
         }
 
@@ -112,8 +115,9 @@ class ModelCardCallback(TrainerCallback):
         self._record["hyperparameters"] = hyperparameters(args)
         if state.global_step > 0:  # resumed
             earlier = mapping(_read_record(_checkpoint_folder(args, state)).get("training"))
-            self._seconds_before = float(earlier.get("seconds") or 0.0)
-            self._resumed_at = [*(earlier.get("resumed_at_steps") or ()), state.global_step]
+            seconds, steps = earlier.get("seconds"), earlier.get("resumed_at_steps")
+            self._seconds_before = float(seconds) if isinstance(seconds, int | float) else 0.0
+            self._resumed_at = [*(steps if isinstance(steps, list) else ()), state.global_step]
 
     def on_evaluate(
         self,
@@ -149,7 +153,7 @@ class ModelCardCallback(TrainerCallback):
         self._write_base(kwargs.get("model"), state, args.output_dir)
 
     def record(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        """What is known by now, in plain values. Numbers that are not finite are words, for JSON has none."""
+        """What is known by now, in plain values. Numbers that are not finite become strings, since JSON has none."""
         if self._started is not None:
             self._follow(state, state.global_step)
         return _plain({**self._record, "hardware": _hardware(args), "versions": _versions()})
@@ -192,23 +196,25 @@ def write_record(record: Mapping[str, Any], folder: str | Path) -> Path:
     """Write a record as `training_record.json` into `folder`, whole or not at all."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return path
 
 
 def record_results(
-    folder: str | Path, results: Mapping[str, Mapping[str, float]], data: str | Iterable[str] | None = None
+    folder: str | Path,
+    results: Mapping[str, Mapping[str, float]],
+    data: str | Iterable[str] | None = None,
+    metrics: str | None = None,
 ) -> None:
     """
-    Add results that were measured by other means than `Trainer.evaluate` to the record of a checkpoint.
+    Add results that were not measured by `Trainer.evaluate` to the record of a checkpoint.
 
     Args:
         folder (`str` or `Path`): Of the checkpoint.
         results (`Mapping[str, Mapping[str, float]]`):
             Results by name, for each part (a domain, a language) of the evaluation data; `""` is the whole.
         data (`str` or `Iterable[str]`, *optional*): The data's names, see [`ModelCardCallback`].
+        metrics (`str`, *optional*): How the results were computed.
     """
     record = dict(_read_record(Path(folder)))
     evaluation = dict(mapping(record.get("evaluation")))
@@ -216,6 +222,7 @@ def record_results(
     record["evaluation"] = evaluation | {
         "results": {**mapping(evaluation.get("results")), **results},
         "data": {**mapping(evaluation.get("data")), **described},
+        "metrics": metrics or evaluation.get("metrics"),
         "date": _now(),
     }
     write_record(_plain(record), folder)
@@ -282,8 +289,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _read_record(folder: Path) -> Mapping[str, Any]:
-    path = folder / RECORD_NAME
-    return mapping(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(folder / RECORD_NAME, optional=True)
 
 
 def _listed(names: str | Iterable[str] | None) -> list[str]:

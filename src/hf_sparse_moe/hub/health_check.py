@@ -1,4 +1,4 @@
-"""`doctor`: is a checkpoint, here or on the Hub, what was once published?"""
+"""`doctor`: whether a checkpoint, here or on the Hub, is what was once published."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import HF_MODULES_CACHE
 
+from hf_sparse_moe.checkpoints.files import read_json
+
 from .adapter_folder import is_adapter
 from .adapter_loading import find_base
 from .adapter_publish import named_base
 from .download import pull
-from .findings import FAILED, NOT_CHECKED, PASSED, Finding
-from .fingerprint import TOLERANCE, fingerprint_difference
+from .examination import FAILED, NOT_CHECKED, Finding, compare_outputs
 
 
 REMOTE_CODE = "runs by its own code"
@@ -26,17 +27,17 @@ _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class DoctorReport:
     """
     What [`doctor`] found.
 
     Args:
-        checkpoint (`str`): The folder or Hub id.
+        source (`str`): The folder or Hub id.
         revision (`str`, *optional*): The commit of a Hub id.
-        findings (`list[Finding]`): One a check.
+        findings (`list[Finding]`): One per check.
     """
 
-    checkpoint: str
+    source: str
     revision: str | None
     findings: list[Finding]
 
@@ -45,19 +46,19 @@ class Diagnosis:
         """Whether no check failed."""
         return all(finding.verdict != FAILED for finding in self.findings)
 
-    def as_rows(self) -> list[tuple[str, str, str]]:
-        """Check, verdict and sentence of each finding."""
-        return [(finding.check, finding.verdict, finding.told) for finding in self.findings]
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {"healthy": self.healthy, **asdict(self)}
 
 
 def doctor(
-    checkpoint: str | Path,
+    source: str | Path,
     *,
     revision: str | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     token: bool | str | None = None,
-) -> Diagnosis:
+) -> DoctorReport:
     """
     Load a checkpoint in a fresh process, in float32, and check it: every tensor present, finite and tied as the
     config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs
@@ -69,9 +70,9 @@ def doctor(
     A checkpoint on the Hub is fetched into a temporary folder first, with the size and hash of each file checked.
 
     Args:
-        checkpoint (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one, or of an adapter.
+        source (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one, or of an adapter.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        base (`str`, *optional*):
+        base (`str` or `Path`, *optional*):
             Folder or Hub id of an adapter's base. Defaults to the one that it names, at the revision that it names.
         trust_remote_code (`bool`, defaults to `False`):
             Also run the code in the checkpoint, in a process of its own that cannot import this package and is given
@@ -79,28 +80,28 @@ def doctor(
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
     Returns:
-        [`Diagnosis`]
+        [`DoctorReport`]
 
     Raises:
         ValueError, PermissionError, OSError, HubUnavailableError: it cannot be fetched, see [`pull`].
     """
     with tempfile.TemporaryDirectory() as temporary:
         workplace, commit = Path(temporary), None
-        folder = Path(checkpoint)
+        folder = Path(source)
         here = folder.is_dir()
         if not here:
             folder = workplace / "checkpoint"
-            commit = pull(str(checkpoint), folder, revision=revision, token=token).revision
+            commit = pull(str(source), folder, revision=revision, token=token).revision
         if is_adapter(folder):
-            source = find_base(*named_base(folder, base, from_hub=not here), token)
-            findings = _examined(folder.resolve(), workplace, False, source.folder.resolve())
+            named = named_base(folder, None if base is None else str(base), from_hub=not here)
+            findings = _examined(folder.resolve(), workplace, False, find_base(*named, token).folder.resolve())
         elif base is not None:
-            raise ValueError(f"`base={base!r}` is given, but `{checkpoint}` is no adapter. Leave it out.")
+            raise ValueError(f"`base={str(base)!r}` is given, but `{source}` is not an adapter. Leave it out.")
         elif (folder / "config.json").is_file():
             findings = _examined(folder.resolve(), workplace, trust_remote_code)
         else:
-            raise ValueError(f"`{checkpoint}` has no config.json. Pass the folder or Hub id of a saved model.")
-    return Diagnosis(str(checkpoint), commit, findings)
+            raise ValueError(f"`{source}` has no config.json. Pass the folder or Hub id of a saved model.")
+    return DoctorReport(str(source), commit, findings)
 
 
 def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Path) -> list[Finding]:
@@ -116,10 +117,10 @@ def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Pat
 
 
 def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_remote_code: bool) -> Finding:
-    if "auto_map" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if not read_json(folder / "config.json").get("auto_map"):
         return Finding(REMOTE_CODE, NOT_CHECKED, "It has none.")
     if not trust_remote_code:
-        return Finding(REMOTE_CODE, NOT_CHECKED, "Its code is run with `--trust-remote-code` alone; read it first.")
+        return Finding(REMOTE_CODE, NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first.")
     given, result = workplace / "probe.json", workplace / "ran.json"
     given.write_text(json.dumps(probe), encoding="utf-8")
     script = Path(__file__).with_name("remote_code_run.py")
@@ -127,13 +128,11 @@ def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_rem
     if death is not None:
         return Finding(REMOTE_CODE, FAILED, f"Without the package it does not load: {death}.")
     ran = json.loads(result.read_text(encoding="utf-8"))
-    difference = fingerprint_difference(ran, probe["fingerprint"])
-    verdict = PASSED if difference <= TOLERANCE else FAILED
-    return Finding(REMOTE_CODE, verdict, f"Largest difference to the package {difference:.1e} of the largest output.")
+    return Finding(REMOTE_CODE, *compare_outputs(probe["fingerprint"], ran, "to this package"))
 
 
 def _run(arguments: list[str], workplace: Path) -> str | None:
-    """A Python process without tokens, network of the Hub or a shared cache; the last line it said if it failed."""
+    """Run Python without tokens, the Hub or a shared cache; returns the last line of its errors if it failed."""
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     home = workplace / "home"
     environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -46,6 +46,7 @@ def trained(tmp_path_factory):
     """A trained model, evaluated once more at the end; the folder and its trainer."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     names = {"train_data": "hf://datasets/a/corpus@c0ffee", "eval_data": "hf://datasets/a/exam@1234"}
+    names["eval_metrics"] = "loss is the mean over tokens"
     callback = ModelCardCallback(**names, eval_task="reading", license="mit", language=["en", "zh"], tags=["legal"])
     trainer = make_trainer(folder, callback, hub_token="hf_verysecrettokenofmine", run_name="my-run")
     trainer.train()
@@ -109,7 +110,7 @@ def test_the_card_tells_the_record(trained):
     assert metadata["tags"] == ["moe", "sparse-moe", "decoder", "legal"]
     assert "| Rows of the training data | 8 |" in card
     assert "| `learning_rate` | 5e-05 |" in card
-    assert "| hardware: device | cpu |" in card
+    assert "| Metrics | loss is the mean over tokens |" in card
     for part, values in record["evaluation"]["results"].items():
         assert f"| {part.replace('_', chr(92) + '_')} | {values['loss']:.6g} |" in card
     assert f"| `router/entropy` | {record['training']['last_log']['router/entropy']:.6g} |" in card
@@ -157,13 +158,15 @@ def test_an_interrupted_training_is_told_whole(tmp_path):
     assert [line["step"] for line in read(tmp_path / "out")["evaluation"]["log"]] == [2, 2, 4, 4]
 
 
-def test_what_nobody_told_is_not_recorded(tmp_path):
+def test_what_nobody_told_is_left_out(tmp_path):
     trainer = make_trainer(tmp_path / "out", ModelCardCallback(), eval_dataset=None, eval_strategy="no", max_steps=1)
     trainer.train()
     trainer.save_model()
     card = write_model_card(tmp_path / "out").read_text()
-    assert "| Training data | not recorded |" in card
-    assert "## Evaluation\n\nNot recorded." in card
+    assert "| Optimizer steps | 1 |" in card
+    assert "| Training data |" not in card
+    assert "## Evaluation" not in card
+    assert "not recorded" not in card
     assert not (tmp_path / "out" / ".eval_results").exists() or not list(
         (tmp_path / "out" / ".eval_results").iterdir()
     )
