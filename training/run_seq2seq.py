@@ -34,9 +34,7 @@ class PairArguments(recipe.DataArguments):
     metric: str = field(default="sacrebleu", metadata={"help": "sacrebleu or rouge, of the generated texts."})
     metric_tokenizer: str | None = field(
         default=None,
-        metadata={
-            "help": "How the metric cuts texts into words: 13a (sacrebleu's default), intl, zh (Chinese), char."
-        },
+        metadata={"help": "How the metric cuts texts into words: 13a (the default), intl, zh (Chinese) or char."},
     )
 
     def __post_init__(self) -> None:

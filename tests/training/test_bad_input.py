@@ -22,7 +22,11 @@ def base(checkpoints, files):
         ),
         ("run_clm.py", {"model_name_or_path": "/nowhere/model"}, "`--model_name_or_path=/nowhere/model` is no folder"),
         ("run_clm.py", {"model_name_or_path": None}, "Pass either `--model_name_or_path`"),
-        ("run_clm.py", {"config_overrides": '{"experts": 3}'}, "`experts` is no field of `SparseMoeDecoderConfig`"),
+        (
+            "run_clm.py",
+            {"config_overrides": '{"experts": 3}'},
+            "`experts` is neither a field of `SparseMoeDecoderConfig`",
+        ),
         ("run_clm.py", {"config_overrides": "{experts"}, "is no JSON"),
         ("run_clm.py", {"num_experts_per_tok": 9}, "`num_experts_per_tok=9` is not allowed"),
         ("run_clm.py", {"upcycling_method": "magic"}, "`method='magic'` is not allowed"),
