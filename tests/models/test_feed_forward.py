@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from hf_sparse_moe.models import feed_forward
 from hf_sparse_moe.models.feed_forward import find_feed_forwards, list_feed_forward_layouts
 from tiny_models import ARCHITECTURES, tiny_dense
 
@@ -59,3 +60,13 @@ def test_the_right_names_are_not_enough(up, extra):
     with pytest.raises(ValueError, match="no feed-forward of a known layout"):
         find_feed_forwards(Unlike(up, extra))
     assert len(find_feed_forwards(Unlike(16, False))) == 1
+
+
+def test_modules_without_a_first_projection_are_not_examined(monkeypatch):
+    """Else finding the feed-forwards costs as much as converting them."""
+    dense = tiny_dense("llama")
+    examined = []
+    differences = feed_forward._differences
+    monkeypatch.setattr(feed_forward, "_differences", lambda *args: examined.append(args) or differences(*args))
+    found = find_feed_forwards(dense)
+    assert {id(module) for module, _ in examined} == {id(site.owner) for site in found}
