@@ -168,6 +168,8 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "logits_to_keep" not in self._dense_arguments:
             inputs.pop("logits_to_keep", None)
+        if "past_key_values" in inputs and "cache" in self._dense_arguments:  # its name from transformers 5.24 on
+            inputs["cache"] = inputs.pop("past_key_values")
         record.open()
         try:
             outputs = self.dense(**inputs, return_dict=True)
