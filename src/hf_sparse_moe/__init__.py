@@ -83,7 +83,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from .stock import (
         explain_export as explain_export,
         export as export,
-        import_native as import_native,
+        import_stock as import_stock,
     )
     from .upcycling import (
         expand as expand,
@@ -158,7 +158,7 @@ _HOMES = {
     ".stock": (
         "explain_export",
         "export",
-        "import_native",
+        "import_stock",
     ),
     ".upcycling": (
         "expand",
@@ -174,6 +174,7 @@ __all__ = sorted(_HOME)
 # the module holds a function of the old name that takes the old ones.
 _RENAMED: dict[str, tuple[str, str]] = {
     "explain": (".models.feed_forward", "explain_layouts"),
+    "import_native": (".stock", "import_stock"),
     "push_adapter": (".hub.publish", "push"),
     "push_folder": (".hub.publish", "push"),
     "push_to_hub": (".hub.publish", "push"),

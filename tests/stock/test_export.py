@@ -32,7 +32,7 @@ def stock_results(tmp_path_factory, mixture, variants, all_pairs):
             key = (target.model_type, dense, scoring, variant)
             ours, stock = home / "ours", home / "-".join(key)
             model.save_pretrained(ours)
-            export(ours, stock, target=target.model_type, max_shard_gib=1e-4)  # about 100 KB: several shards
+            export(ours, stock, architecture=target.model_type, max_shard_size="100KB")  # about 100 KB: several shards
             inputs = tiny_inputs(model, labels=False, pads=2)
             jobs[str(stock)] = {name: value.tolist() for name, value in inputs.items()}
             with torch.no_grad():
@@ -59,7 +59,7 @@ def test_stock_logits_are_ours(stock_results, variant, pair_target, pair_dense, 
 
 
 def test_weights_are_sharded_in_the_names_of_the_hub(tmp_path, mixture):
-    export(mixture("llama"), tmp_path / "stock", max_shard_gib=1e-4)
+    export(mixture("llama"), tmp_path / "stock", max_shard_size="100KB")
     index = json.loads((tmp_path / "stock" / "model.safetensors.index.json").read_text())
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in index["weight_map"]
     stored = {}
@@ -165,15 +165,15 @@ def test_explain_says_what_is_possible(tmp_path, mixture):
 
 def test_only_language_models_are_exported(tmp_path):
     model = tiny_sparse("llama", AutoModelForTokenClassification)
-    with pytest.raises(ValueError, match="`SparseMoeDecoderForTokenClassification` is no language model"):
+    with pytest.raises(ValueError, match="`SparseMoeDecoderForTokenClassification` is not a language model"):
         export(model, tmp_path / "stock")
 
 
 def test_a_target_that_does_not_fit_writes_nothing(tmp_path, mixture):
     with pytest.raises(ValueError, match="mixtral always has True"):
-        export(mixture("llama", norm_topk_prob=False), tmp_path / "stock", target="mixtral")
+        export(mixture("llama", norm_topk_prob=False), tmp_path / "stock", architecture="mixtral")
     with pytest.raises(ValueError, match=r"must be 'auto' or one of \['mixtral'"):
-        export(mixture("llama"), tmp_path / "stock", target="mixtrall")
+        export(mixture("llama"), tmp_path / "stock", architecture="mixtrall")
     with pytest.raises(ValueError, match="No stock architecture is the sparse sibling of gpt2"):
         export(tiny_sparse("gpt2"), tmp_path / "stock")
     assert not list(tmp_path.iterdir())
@@ -216,3 +216,18 @@ def test_every_mixture_architecture_is_decided():
     decided = {row.model_type.removesuffix("_text") for row in EXPORT_TARGETS} | set(WITHOUT_SIBLING)
     assert found - decided == set()
     assert decided - {path.name for path in models.iterdir()} == set()
+
+
+def test_reports_are_plain_json(tmp_path, mixture):
+    model = mixture("qwen3")
+    report = export(model, tmp_path / "stock", "qwen3_moe")
+    assert report.to_dict() == {"path": str(tmp_path / "stock"), "architecture": "qwen3_moe"}
+    explained = explain_export(model).to_dict()
+    assert explained["possible"] == ["qwen3_moe", "mellum"]
+    assert explained["obstacles"]["mixtral"] == list(explain_export(model)["mixtral"].obstacles)
+    json.dumps(explained)
+
+
+def test_the_old_name_of_architecture_still_works(tmp_path, mixture):
+    with pytest.warns(FutureWarning, match="is now `architecture`"):
+        assert export(mixture("qwen3"), tmp_path / "stock", target="mellum").architecture == "mellum"

@@ -15,7 +15,7 @@ from hf_sparse_moe.stock import export
 from processes import in_processes
 
 
-SHARD = 1e-5  # GiB: about 10 KB, so that there are many
+SHARD = "10KB"  # so that there are many
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def export_and_die(writes, source, target):
         return write(self, *args)
 
     ShardWriter.write = write_or_die
-    export(source, target, max_shard_gib=SHARD, resume=True)
+    export(source, target, max_shard_size=SHARD, resume=True)
 
 
 def killed_after(writes, source, target):
@@ -60,7 +60,7 @@ def shards_of(target):
 @pytest.mark.parametrize("dense", ["llama", "qwen2"])
 def test_killed_and_resumed(saved, tmp_path, dense):
     folder, whole, target = saved(dense), tmp_path / "whole", tmp_path / "stock"
-    export(folder, whole, max_shard_gib=SHARD)
+    export(folder, whole, max_shard_size=SHARD)
     kept = {}
     for writes in (0, 12, 1, 20):
         finished = killed_after(writes, folder, target)
@@ -68,7 +68,7 @@ def test_killed_and_resumed(saved, tmp_path, dense):
         assert kept.items() <= finished.items()  # a finished shard is not written again
         kept = finished
     assert 2 < len(kept) < len(list(whole.glob("*.safetensors")))
-    export(folder, target, max_shard_gib=SHARD, resume=True)
+    export(folder, target, max_shard_size=SHARD, resume=True)
     assert {name: (target / name).stat().st_mtime_ns for name in kept} == kept
     assert {path.name for path in target.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.iterdir():
@@ -79,14 +79,14 @@ def test_killed_and_resumed(saved, tmp_path, dense):
 def test_resume_only_with_the_same_arguments_and_source(saved, tmp_path):
     folder, target = saved(), tmp_path / "stock"
     kept = killed_after(12, folder, target)
-    with pytest.raises(ValueError, match=r"`target` was 'mixtral' and is 'qwen2_moe'.*without `resume`"):
-        export(folder, target, "qwen2_moe", max_shard_gib=SHARD, resume=True)
-    with pytest.raises(ValueError, match=r"`max_shard_gib` was 1e-05 and is 4.0"):
+    with pytest.raises(ValueError, match=r"`architecture` was 'mixtral' and is 'qwen2_moe'.*without `resume`"):
+        export(folder, target, "qwen2_moe", max_shard_size=SHARD, resume=True)
+    with pytest.raises(ValueError, match=r"`max_shard_size` was '10KB' and is '4GB'"):
         export(folder, target, resume=True)
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"`model.safetensors` was '[0-9a-f]{64}'"):
-        export(folder, target, max_shard_gib=SHARD, resume=True)
+        export(folder, target, max_shard_size=SHARD, resume=True)
     assert kept == {path.name: path.stat().st_mtime_ns for path in shards_of(target)}
     export(folder, target)  # afresh
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "stock"}

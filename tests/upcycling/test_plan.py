@@ -1,5 +1,7 @@
 """`plan` says before what `upcycle` shows after."""
 
+import json
+
 import pytest
 import torch
 
@@ -75,3 +77,40 @@ def test_bad_arguments(arguments, message, tmp_path):
 def test_a_source_that_is_nowhere_is_told_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"(neither|not) a folder"):
         plan(tmp_path / "nothing")
+
+
+def test_layouts_count_what_a_gpu_keeps_and_sends(tmp_path):
+    dense = tiny_dense("llama")
+    dense.config.save_pretrained(tmp_path)
+    planned = plan(tmp_path, 4, 2, gpus=8, tokens_per_gpu=100)
+    layouts = {layout.name: layout for layout in planned.layouts}
+    assert list(layouts) == ["DDP", "FSDP2 over 8", "FSDP2 over 8, experts over 2", "FSDP2 over 8, experts over 4"]
+    sparse = upcycle(dense, 4, 2)
+    total = sum(parameter.numel() for parameter in sparse.parameters())
+    assert layouts["DDP"].weights == 4 * total
+    assert layouts["DDP"].moved == 2 * 4 * total * 7 // 8
+    for experts_over in (1, 2, 4):
+        kept = 0
+        for name, parameter in sparse.named_parameters():
+            owned = parameter.chunk(experts_over)[0] if ".experts." in name else parameter
+            kept += owned.chunk(8 // experts_over if ".experts." in name else 8)[0].numel()
+        name = "FSDP2 over 8" + (f", experts over {experts_over}" if experts_over > 1 else "")
+        layout = layouts[name]
+        assert (layout.weights, layout.gradients, layout.states) == (4 * kept, 4 * kept, 8 * kept)
+    tokens = 2 * 4 * 100 * 2 * 32 * 4  # layers, both ways twice, tokens, experts a token, hidden size, bytes
+    weights = (
+        3
+        * 4
+        * sum(
+            size * (ranks - 1)
+            for name, parameter in sparse.named_parameters()
+            for ranks in [2 if ".experts." in name else 8]
+            for size in [(parameter.chunk(4)[0] if ".experts." in name else parameter).chunk(ranks)[0].numel()]
+        )
+    )
+    assert layouts["FSDP2 over 8, experts over 4"].moved == weights + tokens * 3 // 4
+    assert [layout["name"] for layout in planned.to_dict()["layouts"]] == list(layouts)
+    json.dumps(planned.to_dict())
+    assert plan(tmp_path, 4, 2).layouts == ()
+    with pytest.raises(ValueError, match="`gpus=0`"):
+        plan(tmp_path, 4, 2, gpus=0)

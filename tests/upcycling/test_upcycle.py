@@ -1,14 +1,20 @@
 """What `upcycle` keeps of the dense model beside its function: head, dtype, labels, mode, generation settings."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import hf_sparse_moe
 from hf_sparse_moe.checkpoints.families import sparse_class
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from hf_sparse_moe.upcycling import UpcycleReport
+from hf_sparse_moe.upcycling.conversion import Conversion
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs
 
 
@@ -124,3 +130,96 @@ def test_it_trains_from_there(name):
     assert losses[-1] < losses[0]
     down = sparse.sparse_blocks[-1].experts.down_proj
     assert (down[0] - down[1]).abs().max() > 0
+
+
+ONE_A_WAY = [("llama", {"method": "noise"}), ("gpt2", {"method": "drop"}), ("t5", {"method": "split"})]
+
+
+@pytest.mark.parametrize(("name", "arguments"), ONE_A_WAY)
+def test_memory_disk_and_shards_give_the_same_bits(name, arguments, tmp_path):
+    tiny_dense(name).save_pretrained(tmp_path / "dense")
+    whole = hf_sparse_moe.upcycle(str(tmp_path / "dense"), 4, seed=2, **arguments)
+    report = hf_sparse_moe.upcycle(tmp_path / "dense", 4, seed=2, output=tmp_path / "disk", **arguments)
+    assert isinstance(report, UpcycleReport)
+    assert report.to_dict() == {
+        "path": str(tmp_path / "disk"),
+        "class": type(whole).__name__,
+        "receipt": read_json(tmp_path / "disk" / "receipt.json"),
+    }
+    sizes = DistributedConfig()
+    sharded = hf_sparse_moe.upcycle(tmp_path / "dense", 4, seed=2, distributed_config=sizes, **arguments)
+    assert sharded.receipt == report.receipt
+    on_disk = load_file(tmp_path / "disk" / "model.safetensors")
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(sharded.state_dict()[key], tensor), key
+        assert key not in on_disk or torch.equal(on_disk[key], tensor), key
+    assert on_disk.keys() == whole.state_dict().keys() - whole.all_tied_weights_keys.keys()
+
+
+def test_the_names_of_version_0_1_still_work(tmp_path):
+    tiny_dense("llama").save_pretrained(tmp_path / "dense")
+    with pytest.warns(FutureWarning, match=r"is now `hf_sparse_moe\.upcycle`"):
+        receipt = hf_sparse_moe.stream_upcycle(tmp_path / "dense", tmp_path / "old", 4, 1)
+    assert receipt == read_json(tmp_path / "old" / "receipt.json")
+    with pytest.warns(FutureWarning, match=r"is now `hf_sparse_moe\.upcycle`"):
+        shards = hf_sparse_moe.upcycle_into_shards(tmp_path / "dense", DistributedConfig(), 4, 1)
+    assert shards.receipt == receipt
+
+
+def test_a_model_is_written_too(tmp_path):
+    dense = tiny_dense("llama")
+    report = hf_sparse_moe.upcycle(dense, 4, output=tmp_path / "out")
+    assert report.receipt["equality"]["max_abs_difference"] < 1e-4
+    with pytest.raises(ValueError, match="exclude each other"):
+        hf_sparse_moe.upcycle(dense, 4, output=tmp_path / "again", distributed_config=DistributedConfig())
+    with pytest.raises(ValueError, match="`dtype='int8'` is not allowed"):
+        hf_sparse_moe.upcycle(dense, 4, dtype="int8")
+
+
+def test_the_dense_model_is_left_as_it_is():
+    dense = tiny_dense("llama")
+    before = dense.config.to_dict(), {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    sparse = hf_sparse_moe.upcycle(dense, 4, dtype=torch.bfloat16)
+    sparse.config.id2label[0] = "changed"
+    sparse.generation_config.max_new_tokens = 3
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.zero_()
+    assert dense.config.to_dict() == before[0]
+    assert all(torch.equal(tensor, before[1][key]) for key, tensor in dense.state_dict().items())
+    assert dense.generation_config.max_new_tokens is None
+    expanded = hf_sparse_moe.expand(sparse, 2)
+    assert expanded.generation_config is not sparse.generation_config
+
+
+@pytest.mark.parametrize("target", ["q_proj", "up_proj"])
+def test_adapters_that_are_not_merged_are_refused(target):
+    peft = pytest.importorskip("peft")
+    dense = tiny_dense("llama")
+    wrapped = peft.get_peft_model(dense, peft.LoraConfig(target_modules=[target]))
+    for model in (dense, wrapped):
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            hf_sparse_moe.upcycle(model, 4)
+    sparse = hf_sparse_moe.upcycle(wrapped.merge_and_unload(), 4)
+    sparse.dense.add_module("more", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"`dense\.more\.bias`, which has no place"):
+        hf_sparse_moe.expand(sparse, 2)
+
+
+def test_the_process_keeps_its_threads(monkeypatch):
+    """While a mixture is made, what other threads compute is not slowed down."""
+    counts, start = [], Conversion.start
+
+    def watch(self, *args, **kwargs):
+        with ThreadPoolExecutor(1) as other:
+            counts.append((torch.get_num_threads(), other.submit(torch.get_num_threads).result()))
+        return start(self, *args, **kwargs)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(Conversion, "start", watch)
+    try:
+        hf_sparse_moe.upcycle(tiny_dense("llama"), 4)
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [(1, 3)] * 2

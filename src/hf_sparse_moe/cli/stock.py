@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from .app import command
-from .options import OutputArgument, ResumeOption, RevisionOption, SourceArgument
+from .options import (
+    JsonOption,
+    OutputArgument,
+    ResumeOption,
+    RevisionOption,
+    ShardSizeOption,
+    SourceArgument,
+    print_json,
+)
 
 
 @command(epilog="Example:\n\n`hf-sparse-moe export ./qwen3-8x ./qwen3-8x-stock`")
@@ -20,13 +28,26 @@ def export(
         typer.Option("--architecture", "--target", help="The `model_type` to write; `auto` is the first that fits."),
     ] = "auto",
     revision: RevisionOption = None,
+    max_shard_size: ShardSizeOption = "4GB",
     resume: ResumeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a mixture as a stock architecture (Mixtral, Qwen3-MoE, ...) that servers load without this package."""
     from hf_sparse_moe.stock import export as write_stock
 
-    shown = sys.stderr.isatty()
-    typer.echo(write_stock(source, output, architecture, revision=revision, resume=resume, show_progress=shown))
+    report = write_stock(
+        source,
+        output,
+        architecture,
+        revision=revision,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        show_progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(f"{report.path}: {report.architecture}")
 
 
 @command("import-native", hidden=True, deprecated=True)  # its name in version 0.1
@@ -35,12 +56,13 @@ def import_stock(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a stock mixture.")],
     output: OutputArgument,
     revision: RevisionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert a stock mixture (Mixtral, Qwen3-MoE, ...) into a checkpoint of this package."""
-    from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
-    from hf_sparse_moe.checkpoints.source import find_source
-    from hf_sparse_moe.stock import import_native as read_stock
+    from hf_sparse_moe.stock import import_stock as read_stock
 
-    check_target(output)
-    write_checkpoint(read_stock(source, revision=revision), output, find_source(source, revision).folder)
-    typer.echo(output)
+    report = read_stock(source, output, revision=revision)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(f"{report.path}: {report.architecture}")

@@ -134,6 +134,8 @@ class SparseMoeConfig(PreTrainedConfig):
                 raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
             fields = dict(self._default_dense_config if dense is None else dense)
             model_type = fields.pop("model_type", None)
+            if model_type == "dense_olmoe":
+                from .dense_olmoe import DenseOlmoeConfig  # noqa: F401  registers itself
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
                     f"`dense_config` has `model_type={model_type!r}`, which the installed transformers does not know. "

@@ -265,7 +265,7 @@ def _own_layers(model: nn.Module, switch: str) -> list[MixtureLayer]:
         if not isinstance(without_wrapper(layer.block), SparseMoeBlock):
             raise ValueError(
                 f"`{switch}` is for mixtures of this package, and `{layer.name}` is a `{type(layer.block).__name__}`. "
-                "`import_native` makes such a mixture of a stock checkpoint."
+                "`import_stock` makes such a mixture of a stock checkpoint."
             )
     return layers
 

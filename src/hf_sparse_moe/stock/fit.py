@@ -94,7 +94,7 @@ class TargetReport:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportExplanation:
     """
     What [`explain_export`] found.
 
@@ -111,6 +111,11 @@ class ExportReport:
         """The targets that `export` can write, the preferred one first."""
         return [report.target for report in self.targets if report.possible]
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is possible, and what stands in the way of the others."""
+        obstacles = {report.target: list(report.obstacles) for report in self.targets if not report.possible}
+        return {"source": self.source, "possible": self.possible, "obstacles": obstacles}
+
     def __getitem__(self, target: str) -> TargetReport:
         return next(report for report in self.targets if report.target == target)
 
@@ -121,30 +126,37 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def explain_export(model_or_config: SparseMoePreTrainedModel | SparseMoeConfig | str | Path) -> ExportReport:
+def explain_export(
+    source: SparseMoePreTrainedModel | SparseMoeConfig | str | Path,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> ExportExplanation:
     """
     For each mixture architecture of transformers, whether a mixture can be written as one, and what stands in the way.
 
     Args:
-        model_or_config (`SparseMoePreTrainedModel`, `SparseMoeConfig` or `str`): A mixture, its config, or the folder
+        source (`SparseMoePreTrainedModel`, `SparseMoeConfig`, `str` or `Path`): A mixture, its config, or the folder
             or Hub id of one.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
 
     Returns:
-        [`ExportReport`]: prints as a list; `report.possible` names the targets, `report["mixtral"].obstacles` says why
-        not. Reads no weights.
+        [`ExportExplanation`]: prints as a list; `report.possible` names the targets, `report["mixtral"].obstacles`
+        says why not. Reads no weights.
 
     Example:
         ```python
         print(explain_export("qwen3-8x"))
         ```
     """
-    config, architecture = config_of(model_or_config)
+    config, architecture = config_of(source, revision, token)
     reports = [check_target(target, config, architecture) for target in EXPORT_TARGETS]
     dense = config.dense_config.model_type
     siblings = {target.model_type for target in EXPORT_TARGETS if dense in target.dense}
     reports.sort(key=lambda report: report.target not in siblings)
     others = [TargetReport(name, (reason,)) for name, reason in WITHOUT_SIBLING.items()]
-    return ExportReport(dense, (*reports, *others))
+    return ExportExplanation(dense, (*reports, *others))
 
 
 def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: str | None = None) -> TargetReport:
@@ -156,7 +168,7 @@ def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: st
         )
     obstacles = []
     if architecture is not None and architecture not in _LANGUAGE_MODELS:
-        obstacles.append(f"`{architecture}` is no language model: only those are exported")
+        obstacles.append(f"`{architecture}` is not a language model: only those are exported")
     model = meta_model(config)
     obstacles += [*_router_obstacles(target, config), *_expert_obstacles(target, model)]
     for need in target.needs:
@@ -197,16 +209,18 @@ def in_layer(names: dict[str, Any], layer: str) -> dict[str, Any]:
     return {name.removeprefix(f"{layer}."): value for name, value in names.items() if name.startswith(f"{layer}.")}
 
 
-def config_of(source: Any) -> tuple[SparseMoeConfig, str | None]:
+def config_of(
+    source: Any, revision: str | None = None, token: bool | str | None = None
+) -> tuple[SparseMoeConfig, str | None]:
     """The config of a mixture, given as model, config, folder or Hub id, and the class that it was saved with."""
     if isinstance(source, SparseMoePreTrainedModel):
         config: Any = source.config
         return config, type(source).__name__
-    config = source if isinstance(source, PreTrainedConfig) else read_config(source)
+    config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision, token)
     if not isinstance(config, SparseMoeConfig):
         raise ValueError(
-            f"`{config.model_type}` is no mixture of this package. Pass one, such as `upcycle` makes; to read a stock "
-            "mixture use `import_native`."
+            f"`{config.model_type}` is not a mixture of this package. Pass one, such as `upcycle` makes; to read a "
+            "stock mixture use `import_stock`."
         )
     return config, next(iter(config.architectures or ()), None)
 

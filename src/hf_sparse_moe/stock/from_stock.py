@@ -1,4 +1,4 @@
-"""`import_native`: a stock mixture becomes one of ours, by the rows of `targets` read backwards."""
+"""`import_stock`: a stock mixture becomes one of ours, by the rows of `targets` read backwards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
+from hf_sparse_moe.checkpoints.folder import write_checkpoint
 from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
@@ -26,6 +28,8 @@ from hf_sparse_moe.models.modeling_sparse_moe import (
 )
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
+from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
+from hf_sparse_moe.upcycling.mixtures import UpcycleReport
 from hf_sparse_moe.upcycling.receipt import output_difference
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
@@ -41,13 +45,20 @@ _NO_MATTER = {*TRAINING_FIELDS, "add_router_probs", "router_ignore_padding_token
 _NO_MATTER |= {"expert_capacity"}  # said by a warning
 
 
-def import_native(
-    model_or_path: PreTrainedModel | str | Path,
+class ImportReport(UpcycleReport):
+    """What [`import_stock`] wrote."""
+
+
+def import_stock(
+    source: PreTrainedModel | str | Path,
+    output: str | Path | None = None,
     *,
     revision: str | None = None,
+    token: bool | str | None = None,
     dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "4GB",
     **config_fields,
-) -> SparseMoePreTrainedModel:
+) -> Any:
     """
     Read a stock mixture (Mixtral, Qwen3-MoE, OLMoE, Switch Transformers, ...) into this package's classes, so that its
     tools serve it. Outputs are the stock model's; the receipt, `model.receipt`, holds the measured difference.
@@ -56,55 +67,73 @@ def import_native(
     the stock model computes its balance loss, nor the capacity above which Switch Transformers drops tokens.
 
     Args:
-        model_or_path (`PreTrainedModel` or `str`): A stock mixture, which is left as it is, or the folder or Hub id of
-            one.
+        source (`PreTrainedModel`, `str` or `Path`): A stock mixture, which is left as it is, or the folder or Hub id
+            of one.
+        output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to save the mixture to,
+            with the tokenizer and licence of the source.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the stock one.
+        max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`.
         **config_fields: Fields of the family's config that concern training, such as `router_aux_loss_coef=0.01`.
 
     Returns:
-        [`SparseMoePreTrainedModel`]: in evaluation mode.
+        [`SparseMoePreTrainedModel`] in evaluation mode; with `output`, an [`ImportReport`].
 
     Raises:
-        ValueError: an architecture without a row, or a feature that our blocks have not; names it.
+        ValueError: an architecture without a row, a feature that our blocks lack, by its name, or a model with
+            adapters.
+        OSError: `output` is taken, or its disk is too small.
 
     Example:
         ```python
-        model = import_native("allenai/OLMoE-1B-7B-0924")
+        model = import_stock("allenai/OLMoE-1B-7B-0924")
         ```
     """
-    source = None
-    if isinstance(model_or_path, PreTrainedModel):
-        stock = model_or_path
+    if output is not None:
+        check_output_dir(output)
+    found = None
+    if isinstance(source, PreTrainedModel):
+        stock = source
     else:
-        source = find_source(str(model_or_path), revision)
-        stock_config = read_config(source)
+        found = find_source(source, revision, token=token)
+        stock_config = read_config(found)
         _row_of(stock_config)  # refuses before anything large is read
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
-        with sensible_config(source):
+        with sensible_config(found):
             stock = auto_class.from_pretrained(
-                source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                found.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
+    sparse = _import_model(stock, found, dtype, config_fields)
+    if output is None:
+        return sparse
+    write_checkpoint(sparse, output, found.folder if found else None, max_shard_size=max_shard_size)
+    return ImportReport(Path(output), type(sparse).__name__, sparse.receipt or {})
+
+
+def _import_model(
+    stock: PreTrainedModel, source: Source | None, dtype: str | torch.dtype, config_fields: dict[str, Any]
+) -> SparseMoePreTrainedModel:
     row = _row_of(stock.config)
     if (capacity := getattr(stock.config, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
         logger.warning(
             f"`{row.model_type}` drops the tokens of a sequence above the first {capacity} (`expert_capacity`) of an "
             "expert; here none is dropped, so that longer sequences may give other outputs."
         )
-    language_model = type(empty_model(stock.config)).__name__
-    if type(stock).__name__ != language_model:
-        raise ValueError(f"`{type(stock).__name__}` cannot be read. Pass a `{language_model}`.")
+    expected = empty_model(stock.config)
+    if type(stock).__name__ != type(expected).__name__:
+        raise ValueError(f"`{type(stock).__name__}` cannot be read. Pass a `{type(expected).__name__}`.")
     state = stored_tensors(stock)
+    missing, unknown = stored_tensors(expected).keys() - state.keys(), state.keys() - expected.state_dict().keys()
+    check_same_tensors(type(stock).__name__, missing, unknown)
     layers = [name.removesuffix(f".{row.router_name}") for name in state if name.endswith(f".{row.router_name}")]
     config = _sparse_config(row, stock.config, state, layers, config_fields)
     converted = _convert(row, config, state, layers)
     if source is None:  # the caller keeps the stock model, and must not share memory with ours
         converted = {name: tensor.clone() for name, tensor in converted.items()}
-    sparse = _class_of(stock.config).from_pretrained(
-        None, config=config, state_dict=converted, dtype=stock.dtype if dtype == "auto" else dtype
-    )
+    chosen: Any = stock.dtype if dtype == "auto" else dtype
+    sparse: Any = load_mixture(_class_of(stock.config), config, converted, chosen, stock.generation_config)
     sparse = sparse.to(stock.device)
-    sparse.generation_config = stock.generation_config
     sparse.receipt = _receipt(stock, sparse, source, config_fields)
     return sparse
 
@@ -118,7 +147,7 @@ def _row_of(config: PreTrainedConfig) -> ExportTarget:
     if config.model_type in rows:
         return rows[config.model_type]
     name = config.model_type.replace("-", "_").removesuffix("_text")
-    reason = WITHOUT_SIBLING.get(name, "it is no mixture that this package knows")
+    reason = WITHOUT_SIBLING.get(name, "it is not a mixture that this package knows")
     raise ValueError(f"`{config.model_type}` cannot be read: {reason}. Pass one of {sorted(rows)}.")
 
 
@@ -185,7 +214,7 @@ def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], si
     units = downs[0].shape[1]
     if units % size:
         raise ValueError(
-            f"The shared experts have {units} units, which is no multiple of a routed expert's {size}: only that "
+            f"The shared experts have {units} units, which is not a multiple of a routed expert's {size}: only that "
             "can be read."
         )
     return units // size

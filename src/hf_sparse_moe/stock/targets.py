@@ -84,7 +84,7 @@ class ExportTarget:
         shared (`SharedNames`, *optional*): Its shared experts.
         feed_forward (`str`): What the dense siblings call what the target calls `mlp`.
         needs (`tuple[Need, ...]`): Of the dense config.
-        fixed (`dict`): Fields that are written so, and that `import_native` requires.
+        fixed (`dict`): Fields that are written so, and that `import_stock` requires.
         derived (`Callable`, *optional*): Further fields of the target, of the dense config.
         dense_fields (`Callable`, *optional*): The way back: fields of the dense config, of the target's.
     """
@@ -135,9 +135,18 @@ _DEEPSEEK: dict[str, Any] = {
     "score_bias_name": "mlp.gate.e_score_correction_bias",
     "shared": _shared("mlp.shared_experts", count_field="n_shared_experts", required=True),
 }
+_GRANITE: dict[str, Any] = {
+    "fields": ("num_local_experts", "num_experts_per_tok", "intermediate_size"),
+    "router": {"softmax": True},
+    "router_name": "block_sparse_moe.router.weight",
+    "experts_name": "block_sparse_moe.experts",
+}
+_GRANITE_SHARED = SharedNames(
+    ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"), size_field="shared_intermediate_size"
+)
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
-# Where several fit, `target="auto"` takes the first: the most widely served stand first.
+# Where several fit, `architecture="auto"` takes the first: the most widely served stand first.
 EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ExportTarget(
         "mixtral",
@@ -180,34 +189,19 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ExportTarget(
         "granitemoe",
         {"granite": {}},
-        fields=("num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        router={"softmax": True},
-        router_name="block_sparse_moe.router.weight",
-        experts_name="block_sparse_moe.experts",
+        **_GRANITE,
     ),
     ExportTarget(
         "granitemoeshared",
         {"granite": {}},
-        fields=("num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        router={"softmax": True},
-        router_name="block_sparse_moe.router.weight",
-        experts_name="block_sparse_moe.experts",
-        shared=SharedNames(
-            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
-            size_field="shared_intermediate_size",
-        ),
+        **_GRANITE,
+        shared=_GRANITE_SHARED,
     ),
     ExportTarget(
         "granitemoe_swa",
         {"granite_swa": {}},
-        fields=("num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        router={"softmax": True},
-        router_name="block_sparse_moe.router.weight",
-        experts_name="block_sparse_moe.experts",
-        shared=SharedNames(
-            ("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
-            size_field="shared_intermediate_size",
-        ),
+        **_GRANITE,
+        shared=_GRANITE_SHARED,
     ),
     ExportTarget(
         "ernie4_5_moe",

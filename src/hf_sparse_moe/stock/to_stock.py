@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from warnings import warn
 
 import torch
 import transformers
@@ -37,16 +39,36 @@ from .targets import EXPORT_TARGETS, ExportTarget
 from .tensors import Tensors, target_name, to_target
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """
+    What [`export`] wrote.
+
+    Args:
+        path (`Path`): The folder.
+        architecture (`str`): The `model_type` that was written.
+    """
+
+    path: Path
+    architecture: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"path": str(self.path), "architecture": self.architecture}
+
+
 def export(
-    model_or_path: SparseMoePreTrainedModel | str | Path,
-    output_dir: str | Path,
-    target: str = "auto",
+    source: SparseMoePreTrainedModel | str | Path,
+    output: str | Path,
+    architecture: str = "auto",
     *,
     revision: str | None = None,
-    max_shard_gib: float = 4.0,
+    token: bool | str | None = None,
+    max_shard_size: int | str = "4GB",
     resume: bool = False,
     show_progress: bool = False,
-) -> Path:
+    target: str | None = None,
+) -> ExportReport:
     """
     Write a mixture as a checkpoint of a stock architecture (Mixtral, Qwen3-MoE, ...), which any server loads without
     this package and which computes the same.
@@ -55,22 +77,24 @@ def export(
     Tokenizer, licence, generation config and receipt come along.
 
     Args:
-        model_or_path (`SparseMoePreTrainedModel` or `str`): A mixture with a language-model head, or the folder or Hub
-            id of one.
-        output_dir (`str` or `Path`): A folder that does not exist yet, or is empty. It appears when it is complete.
-        target (`str`, defaults to `"auto"`): The `model_type` to write. `"auto"` takes the first that fits.
+        source (`SparseMoePreTrainedModel`, `str` or `Path`): A mixture with a language-model head, or the folder or
+            Hub id of one.
+        output (`str` or `Path`): A folder that does not exist yet, or is empty. It appears when it is complete.
+        architecture (`str`, defaults to `"auto"`): The `model_type` to write. `"auto"` takes the first that fits.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        max_shard_gib (`float`, defaults to 4.0): Largest file of weights, in GiB.
-        resume (`bool`, defaults to `False`): Go on with the finished shards of a call that was killed. The mixture's
-            files and the arguments must be the same; where there is nothing to go on with, start. Not for a model.
+        token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
+        max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights; a larger tensor gets its own.
+        resume (`bool`, defaults to `False`): Continue an interrupted call from its finished shards. The mixture's
+            files and the arguments must be the same; where there is nothing to resume, start. Not for a model.
         show_progress (`bool`, defaults to `False`): A bar with rate and time left, on stderr.
+        target (`str`, *optional*): The name of `architecture` in version 0.1.
 
     Returns:
-        `Path`: the folder.
+        [`ExportReport`]: the folder and its architecture.
 
     Raises:
-        ValueError: an unknown target, or one that the mixture does not fit; says what stands in the way. A mixture
-            that changes while it is read, or a `resume` with other arguments.
+        ValueError: an unknown architecture, or one that the mixture does not fit; says what stands in the way. A
+            mixture that changes while it is read, or a `resume` with other arguments.
         OSError: the output folder is taken, or its disk is too small.
 
     Example:
@@ -79,53 +103,56 @@ def export(
         AutoModelForCausalLM.from_pretrained("qwen3-8x-stock")
         ```
     """
+    if target is not None:
+        warn("`target` of `export` is now `architecture`.", FutureWarning, stacklevel=2)
+        architecture = target
     rows = {row.model_type: row for row in EXPORT_TARGETS}
-    if target != "auto" and target not in rows:
-        raise ValueError(f"`target={target!r}` is not allowed: it must be 'auto' or one of {list(rows)}.")
-    if resume and isinstance(model_or_path, SparseMoePreTrainedModel):
+    if architecture != "auto" and architecture not in rows:
+        raise ValueError(f"`architecture={architecture!r}` is not allowed: it must be 'auto' or one of {list(rows)}.")
+    if resume and isinstance(source, SparseMoePreTrainedModel):
         raise ValueError(
             "`resume=True` is not allowed with a model in memory, which nothing tells from another one. Save it and "
             "pass the folder, or leave `resume` out."
         )
-    check_output_dir(output_dir)
+    check_output_dir(output)
     mixture: SparseMoePreTrainedModel | Source
-    if isinstance(model_or_path, SparseMoePreTrainedModel):
-        mixture, watched = model_or_path, None
+    if isinstance(source, SparseMoePreTrainedModel):
+        mixture, watched = source, None
     else:
-        mixture = find_source(str(model_or_path), revision)
+        mixture = find_source(source, revision, token=token)
         watched = WatchedSource(mixture)
-    config, architecture = config_of(mixture.folder if isinstance(mixture, Source) else mixture)
-    row, stock_config = _choose(target, config, architecture)
+    config, saved_as = config_of(mixture.folder if isinstance(mixture, Source) else mixture)
+    row, stock_config = _choose(architecture, config, saved_as)
     if not isinstance(mixture, Source):
         stock_config.dtype = mixture.dtype
     conversion = _Conversion(row, config, empty_model(stock_config), _tensors_of(mixture))
-    made_from = {"export": {"target": row.model_type, "max_shard_gib": max_shard_gib, **_versions()}}
+    made_from = {"export": {"architecture": row.model_type, "max_shard_size": max_shard_size, **_versions()}}
     known = watched.sha256() if watched is not None and resume else None
     journal = None if known is None else made_from | {"sha256": known}
-    with new_folder(output_dir, journal=journal) as partial:
-        writer = ShardWriter(partial, conversion.outputs, int(max_shard_gib * 2**30))
-        write_weights(writer, conversion.write(writer), output_dir, watched, made_from, known, show_progress)
+    with new_folder(output, journal=journal) as partial:
+        writer = ShardWriter(partial, conversion.outputs, max_shard_size)
+        write_weights(writer, conversion.write(writer), output, watched, made_from, known, show_progress)
         stock_config.save_pretrained(partial)
         _write_companions(partial, mixture, row)
-    return Path(output_dir)
+    return ExportReport(Path(output), row.model_type)
 
 
-def _choose(target: str, config: SparseMoeConfig, architecture: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
+def _choose(target: str, config: SparseMoeConfig, saved_as: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
     dense = config.dense_config.model_type
     rows = [row for row in EXPORT_TARGETS if row.model_type == target or (target == "auto" and dense in row.dense)]
     reports = []
     for row in rows:
-        report = check_target(row, config, architecture)
+        report = check_target(row, config, saved_as)
         if report.config is not None:
             return row, report.config
         reports.append(report)
     if not reports:
         raise ValueError(
-            f"No stock architecture is the sparse sibling of {dense}, so `target` has nothing to choose from. Serve "
-            "the checkpoint with `trust_remote_code=True`, or see `explain_export`."
+            f"No stock architecture is the sparse sibling of {dense}, so `architecture` has nothing to choose from. "
+            "Serve the checkpoint with `trust_remote_code=True`, or see `explain_export`."
         )
     reasons = "\n".join(f"- {report.target}: {'; '.join(report.obstacles)}" for report in reports)
-    raise ValueError(f"The {dense} mixture cannot be written as `target={target!r}`:\n{reasons}")
+    raise ValueError(f"The {dense} mixture cannot be written as `architecture={target!r}`:\n{reasons}")
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,11 @@ class _Loader:
 
     def __call__(self, source: PreTrainedModel | str | Path) -> _Dense:
         if isinstance(source, PreTrainedModel):
+            if any(".base_layer." in name for name, _ in source.named_parameters()):  # as PEFT wraps a module
+                raise ValueError(
+                    f"`{type(source).__name__}` has an adapter that is not merged. Pass what the PEFT model's "
+                    "`merge_and_unload()` returns."
+                )
             return _Dense(source, None)
         if not isinstance(source, str | Path):
             raise ValueError(

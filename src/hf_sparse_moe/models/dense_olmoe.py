@@ -2,7 +2,7 @@
 OLMoE with one dense feed-forward a layer: the sibling that OLMoE has not in transformers.
 
 It normalises before each sub-layer, as Llama does, and norms queries and keys over all heads, as OLMo 2 does. It is
-registered with the Auto classes when `hf_sparse_moe.stock` is imported.
+registered with the Auto classes when a config asks for it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 """Stock mixtures read into this package's classes compute what they computed."""
 
+import sys
+
 import pytest
 import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_sparse_moe import SparseMoeDecoderForCausalLM, SparseMoeEncoderDecoderForConditionalGeneration
-from hf_sparse_moe.stock import export, import_native
+from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.stock import ImportReport, export, import_stock
+from processes import in_processes
 from tiny_models import ARCHITECTURES, enlarge_weights, tiny_inputs
 
 
@@ -48,7 +52,7 @@ def logits(model: hf.PreTrainedModel) -> torch.Tensor:
 def test_logits_are_the_stock_models(tmp_path, name):
     stock = stock_model(name)
     stock.save_pretrained(tmp_path / "stock")
-    sparse = import_native(tmp_path / "stock")
+    sparse = import_stock(tmp_path / "stock")
     assert logits(stock).std() > 0.05
     torch.testing.assert_close(logits(sparse), logits(stock), rtol=1e-5, atol=1e-5)
     assert sparse.receipt["equality"]["max_abs_difference"] < 1e-4
@@ -69,8 +73,8 @@ def test_there_and_back_keeps_every_weight(
     tmp_path, mixture, variants, variant, pair_target, pair_dense, pair_scoring
 ):
     model = mixture(pair_dense, **variants[variant](pair_target, pair_scoring))
-    export(model, tmp_path / "stock", target=pair_target.model_type)
-    back = import_native(tmp_path / "stock")
+    export(model, tmp_path / "stock", architecture=pair_target.model_type)
+    back = import_stock(tmp_path / "stock")
     for field in ("num_experts", "num_experts_per_tok", "num_shared_experts", "scoring_func", "norm_topk_prob"):
         assert getattr(back.config, field) == getattr(model.config, field)
     expected, found = model.state_dict(), back.state_dict()
@@ -81,7 +85,7 @@ def test_there_and_back_keeps_every_weight(
 def test_the_stock_model_is_left_as_it_is():
     stock = stock_model("mixtral")
     before = logits(stock)
-    sparse = import_native(stock, router_aux_loss_coef=0.5)
+    sparse = import_stock(stock, router_aux_loss_coef=0.5)
     assert sparse.config.router_aux_loss_coef == 0.5
     with torch.no_grad():
         for parameter in sparse.parameters():
@@ -90,7 +94,7 @@ def test_the_stock_model_is_left_as_it_is():
 
 
 def test_it_trains():
-    sparse = import_native(stock_model("olmoe")).train()
+    sparse = import_stock(stock_model("olmoe")).train()
     output = sparse(**tiny_inputs(sparse))
     output.loss.backward()
     assert output.aux_loss >= 1 - 1e-4
@@ -99,7 +103,7 @@ def test_it_trains():
 
 def test_clipped_attention_is_read():
     stock = stock_model("olmoe", clip_qkv=0.5)
-    torch.testing.assert_close(logits(import_native(stock)), logits(stock), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(import_stock(stock)), logits(stock), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(stock), logits(stock_model("olmoe")), atol=0.1)
 
 
@@ -110,12 +114,15 @@ _ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     ("config", "message"),
     [
         (hf.PhimoeConfig(**_SIZES, num_local_experts=4), "SparseMixer"),
-        (ARCHITECTURES["llama"].config(), "`llama` cannot be read: it is no mixture that this package knows"),
+        (ARCHITECTURES["llama"].config(), "`llama` cannot be read: it is not a mixture that this package knows"),
         (
             hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=24),
             r"gate of the shared experts .* is trained",
         ),
-        (hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20), "no multiple of a routed"),
+        (
+            hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20),
+            "not a multiple of a routed",
+        ),
         (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, n_group=2), "`n_group=2` of this `glm4_moe`"),
         # Half of each head rotates; in a Llama all of it does.
         (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, first_k_dense_replace=0), "rope_parameters"),
@@ -125,11 +132,59 @@ _ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 def test_what_has_no_place_is_refused_by_name(config, message):
     stock = enlarge_weights(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ValueError, match=message):
-        import_native(stock)
+        import_stock(stock)
 
 
 def test_only_language_models_are_read():
     config_class, fields = STOCK["qwen3_moe"]
     stock = hf.AutoModelForTokenClassification.from_config(config_class(**fields))
     with pytest.raises(ValueError, match="Pass a `Qwen3MoeForCausalLM`"):
-        import_native(stock)
+        import_stock(stock)
+
+
+def test_output_is_a_folder_that_any_process_loads(tmp_path):
+    """OLMoE has no dense sibling in transformers: ours is registered when the config is read, not with `stock`."""
+    stock_model("olmoe").save_pretrained(tmp_path / "stock")
+    report = import_stock(tmp_path / "stock", tmp_path / "ours", router_aux_loss_coef=0.5)
+    assert isinstance(report, ImportReport)
+    assert report.to_dict() == {
+        "path": str(tmp_path / "ours"),
+        "class": "SparseMoeDecoderForCausalLM",
+        "receipt": read_json(tmp_path / "ours" / "receipt.json"),
+    }
+    assert in_processes(1, load_alone, tmp_path / "ours") == [0]
+
+
+def load_alone(folder):
+    """To run in a process of its own, from which what others registered is gone."""
+    import transformers.models.auto.auto_factory  # noqa: F401
+
+    import hf_sparse_moe  # noqa: F401
+
+    for registered in (hf.CONFIG_MAPPING, AutoModelForCausalLM._model_mapping):
+        registered._extra_content = {
+            key: value for key, value in registered._extra_content.items() if "olmoe" not in str(key).lower()
+        }
+    for name in [
+        name for name in sys.modules if name.startswith(("hf_sparse_moe.stock", "hf_sparse_moe.models.dense"))
+    ]:
+        del sys.modules[name]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "hf_sparse_moe.stock" not in sys.modules
+    assert model.config.router_aux_loss_coef == 0.5
+    assert logits(model).isfinite().all()
+
+
+def test_a_stock_model_with_an_adapter_is_refused():
+    peft = pytest.importorskip("peft")
+    stock = stock_model("mixtral")
+    peft.get_peft_model(stock, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        import_stock(stock)
+
+
+def test_generation_settings_are_a_copy():
+    stock = stock_model("mixtral")
+    sparse = import_stock(stock)
+    sparse.generation_config.max_new_tokens = 3
+    assert stock.generation_config.max_new_tokens != 3
