@@ -9,12 +9,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, TrainerState
 
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe import SparseMoeEncoderConfig, SparseMoeEncoderForSequenceClassification
 from hf_sparse_moe.hub import render_model_card, write_model_card
+from hf_sparse_moe.hub.checkpoint import Checkpoint
 from hf_sparse_moe.routing.statistics import routing_statistics
 from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
 
@@ -61,6 +64,26 @@ RECORD = {
         "metrics": "F1 is the macro average",
     },
 }
+
+
+NAMES = [
+    *(
+        "training",
+        "evaluation",
+        "results",
+        "data",
+        "log",
+        "layers",
+        "load",
+        "dead_experts",
+        "group_load",
+        "card",
+        "side",
+    ),
+    *("source", "name_or_path", "revision", "sha256", "versions", "equality", "max_abs_difference", "arguments"),
+    *("hardware", "hyperparameters", "last_log", "seconds", "tags", "language", "license", "base_model", "datasets"),
+    *("model-index", "eval_results", "library_name", "loss", "date", "metrics", "entropy"),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -378,3 +401,28 @@ def test_writing_keeps_the_scores_beside_the_card(folder):
     write_model_card(folder)
     entries = yaml.safe_load((folder / ".eval_results" / "hf-sparse-moe.yaml").read_text())
     assert {entry["dataset"]["id"] for entry in entries} == {"a/exam"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), inner),
+    max_leaves=12,
+)
+
+
+MODEL = tiny_sparse("bert")
+
+
+files = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, json_values))
+
+
+@given(files, files | json_values)
+@settings(max_examples=30, deadline=None)
+def test_whatever_the_files_and_the_present_card_say_is_rendered_or_refused(values, metadata):
+    checkpoint = Checkpoint(MODEL, "float32", values, values, values, False)
+    try:
+        card = render_model_card(checkpoint, "tester/card", previous=[f"---\n{json.dumps(metadata)}\n---\nWords."])
+    except ValueError:
+        return
+    assert "Words." in card
+    assert "## How to use" in card

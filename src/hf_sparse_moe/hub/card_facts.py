@@ -23,6 +23,7 @@ from .escaping import Markdown, as_code
 
 LOG_LINES = 12  # evaluations during training; the record holds all of them
 WEIGHT_FILES = 4  # whose hashes a card lists; the receipt holds all of them
+LARGEST = 1e100  # number that may be one; JSON as Python reads it has infinity too
 BARS = "▁▂▃▄▅▆▇█"
 # By the end of the name of a model's class: the Auto class that loads it, and what it is for.
 _AUTO_CLASSES = {
@@ -109,9 +110,10 @@ def base_id(published: Checkpoint | Adapter) -> str | None:
         recorded = published.base
         configured = published.config.get("base_model_name_or_path")
         name = recorded.get("name_or_path") if recorded.get("revision") else configured
-        if isinstance(name, str) and ("/" not in name or Path(name).exists()):
-            return None
-    return name if is_repo_id(name) else None
+    if not isinstance(name, str) or not is_repo_id(name):
+        return None
+    is_folder = isinstance(published, Adapter) and ("/" not in name or Path(name).exists())
+    return None if is_folder else name
 
 
 def is_repo_id(name: object) -> bool:
@@ -396,4 +398,4 @@ def _name(value: object) -> Markdown | None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST

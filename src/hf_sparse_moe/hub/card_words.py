@@ -86,7 +86,7 @@ def read_words(card: str) -> WrittenWords:
         try:
             state = dict(json.loads(found[1]))
             repo_id, derived = str(state["repo_id"]), dict(state["metadata"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"README.md has a changed `{START} ...` line. Delete both markers, or restore it."
             ) from error
@@ -124,12 +124,14 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         return {}, card.lstrip("\n")
     try:
         metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"The metadata at the head of README.md is not YAML ({reason}). Repair it.") from error
     if not isinstance(metadata, dict | None):
         raise ValueError("The metadata at the head of README.md is no YAML mapping (`name: value`). Repair it.")
-    return metadata or {}, card[found.end() :].lstrip("\n")
+    # `eval_results` is an attribute of `ModelCardData`, and never a key of a card
+    known = {str(name): value for name, value in (metadata or {}).items() if name != "eval_results"}
+    return known, card[found.end() :].lstrip("\n")
 
 
 def _not_in(metadata: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:

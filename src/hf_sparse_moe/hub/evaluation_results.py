@@ -36,30 +36,24 @@ def evaluation_entries(record: Mapping[str, Any]) -> list[EvalResultEntry]:
     for part, results in mapping(evaluation.get("results")).items():
         names = mapping(mapping(evaluation.get("data")).get(part)).get("data")
         source = hub_data(names[0]) if isinstance(names, list) and len(names) == 1 else None
-        if source is None:
-            continue
-        for metric, value in mapping(results).items():
-            if type(value) in (int, float):  # no bool
-                entry = EvalResultEntry(
-                    dataset_id=source[0],
-                    dataset_revision=source[1],
-                    task_id=str(evaluation.get("task") or "default"),
-                    value=value,
-                    date=_text(evaluation.get("date")),
-                    notes=f"{metric}, part {part}" if part else str(metric),
-                )
-                entries.append(entry)
+        date = evaluation.get("date")
+        entries += [
+            EvalResultEntry(
+                dataset_id=source[0],
+                dataset_revision=source[1],
+                task_id=str(evaluation.get("task") or "default"),
+                value=value,
+                date=date if isinstance(date, str) else None,
+                notes=f"{metric}, part {part}" if part else str(metric),
+            )
+            for metric, value in mapping(results).items()
+            if source is not None and type(value) in (int, float)  # no bool
+        ]
     return entries
 
 
 def write_evaluation_results(entries: Iterable[EvalResultEntry], folder: str | Path) -> Path | None:
-    """
-    Write the entries to `.eval_results/hf-sparse-moe.yaml` in a checkpoint's folder, or remove what an earlier call
-    wrote there where there are none.
-
-    Returns:
-        `Path`: the file; None where there are no entries.
-    """
+    """Write the entries to `.eval_results/hf-sparse-moe.yaml` in a folder; without any, remove that file."""
     path = Path(folder) / RESULTS_FILE
     if path.parent.is_symlink() or path.is_symlink():
         raise ValueError(f"`{path}` leads elsewhere by a link, so nothing was written. Remove the link.")
@@ -70,7 +64,3 @@ def write_evaluation_results(entries: Iterable[EvalResultEntry], folder: str | P
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(listed, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

@@ -67,11 +67,11 @@ class ModelCardCallback(TrainerCallback):
             By default what the `datasets` library says of its own data set.
         eval_data (`str` or `Iterable[str]`, *optional*): The same of the evaluation data.
         eval_task (`str`, defaults to `"default"`): Which task of an evaluation data set of the Hub was measured.
-        eval_metrics (`str`, *optional*):
-            How the metrics were computed, such as `"F1 is the macro average; beam search with 4 beams"`.
         license (`str`, *optional*): The model's licence, such as `"apache-2.0"`.
         language (`str` or `Iterable[str]`, *optional*): Codes, such as `"en"`.
         tags (`Iterable[str]`, *optional*): Further tags of the card.
+        eval_metrics (`str`, *optional*):
+            How the metrics were computed, such as `"F1 is the macro average; beam search with 4 beams"`.
 
     Example:
         ```python
@@ -86,10 +86,10 @@ class ModelCardCallback(TrainerCallback):
         train_data: str | Iterable[str] | None = None,
         eval_data: str | Iterable[str] | None = None,
         eval_task: str = "default",
-        eval_metrics: str | None = None,
         license: str | None = None,
         language: str | Iterable[str] | None = None,
         tags: Iterable[str] | None = None,
+        eval_metrics: str | None = None,
     ):
         self._train_names, self._eval_names = _listed(train_data), _listed(eval_data)
         self._started: float | None = None  # while a training runs
