@@ -13,6 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.files import read_json
+
 from .expert_layer import make_layer
 
 
@@ -74,10 +76,9 @@ def config_class() -> type[Any]:
 def _own_settings(name: str, subfolder: str | None, **download) -> dict[str, Any]:
     folder = Path(name, subfolder or "")
     if folder.is_dir():
-        path = folder / FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(folder / FILE, optional=True)
     try:
-        return json.loads(Path(hf_hub_download(name, FILE, subfolder=subfolder, **download)).read_text("utf-8"))
+        return read_json(Path(hf_hub_download(name, FILE, subfolder=subfolder, **download)))
     except EntryNotFoundError:
         return {}
 

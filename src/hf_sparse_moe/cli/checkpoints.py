@@ -54,12 +54,15 @@ def _print_description(description: dict[str, Any]) -> None:
     if receipt is None:
         console.print("No receipt: the checkpoint does not say how it was made.")
         return
-    source, arguments = receipt["source"], receipt["arguments"]
-    console.print(
-        f"receipt: {escape(str(arguments['method']))} of {escape(str(source['name_or_path']))} "
-        f"({escape(source['architecture'])}), seed {arguments['seed']}; {describe_difference(receipt['equality'])}",
-        highlight=False,
-    )
+    try:
+        source, arguments = receipt["source"], receipt["arguments"]
+        told = (
+            f"receipt: {arguments['method']} of {source['name_or_path']} ({source['architecture']}), seed "
+            f"{arguments['seed']}; {describe_difference(receipt['equality'])}"
+        )
+    except (LookupError, TypeError, ValueError):
+        told = "The receipt is not one that this package writes; `--json` shows it."
+    console.print(escape(told), highlight=False)
 
 
 @command(epilog="Example:\n\n`hf-sparse-moe consolidate ./run/checkpoint-1000 ./mixture`")

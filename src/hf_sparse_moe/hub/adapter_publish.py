@@ -57,6 +57,8 @@ def stage_adapter(
     tells it from others, and the fingerprint of both together.
     Raises a `ValueError` for no base, another one than the adapter was trained on, or an adapter that does not fit it.
     """
+    if ADAPTER_CONFIG not in files:
+        raise ValueError(f"The {ADAPTER_CONFIG} of the adapter is a link that leads out of its folder. Copy the file.")
     for name, path in files.items():
         (staged / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, staged / name)

@@ -348,9 +348,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
                 _raise_exceptions_for_connection_errors=False,
                 **hub,
             )
-            if path is not None:
-                with open(path, encoding="utf-8") as file:
-                    model.receipt = json.load(file)
+            model.receipt = None if path is None else _read_receipt(path)
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs):
@@ -412,6 +410,24 @@ class SparseMoePreTrainedModel(PreTrainedModel):
             return None
         children = "|".join(sorted({re.escape(key.partition(".")[0]) for key in body}))
         return WeightRenaming(rf"^{re.escape(there)}(?=(?:{children})\.)", here)
+
+
+def _read_receipt(path: str) -> dict[str, Any] | None:
+    """The receipt of a checkpoint; None where it is a link to a file of neither its folder nor the Hub's cache."""
+    home, real = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
+    cache, is_snapshot, _ = home.partition(f"{os.sep}snapshots{os.sep}")
+    homes = [os.path.join(home, ""), *([os.path.join(cache, "blobs", "")] if is_snapshot else [])]
+    if not real.startswith(tuple(homes)):
+        logger.warning(f"`{path}` is a link that leads out of its folder, and is not read.")
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            receipt = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is not JSON. Repair it, or delete it.") from error
+    if not isinstance(receipt, dict):
+        raise ValueError(f"`{path}` holds a JSON {type(receipt).__name__}, not an object. Repair it, or delete it.")
+    return receipt
 
 
 @contextmanager

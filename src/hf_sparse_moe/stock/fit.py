@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_sparse_moe.checkpoints.config import read_config
+from hf_sparse_moe.checkpoints.config import read_config, sensible_config
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -169,7 +169,8 @@ def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: st
     obstacles = []
     if architecture is not None and architecture not in _LANGUAGE_MODELS:
         obstacles.append(f"`{architecture}` is not a language model: only those are exported")
-    model = meta_model(config)
+    with sensible_config(str(config.name_or_path)):
+        model = meta_model(config)
     obstacles += [*_router_obstacles(target, config), *_expert_obstacles(target, model)]
     for need in target.needs:
         if hasattr(dense, need.field) and not need.holds(getattr(dense, need.field)):
