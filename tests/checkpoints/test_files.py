@@ -89,7 +89,7 @@ def test_json_of_another_shape(text, words, tmp_path):
 
 def test_json_that_is_not_there_or_not_its_own(folder, tmp_path):
     assert read_json(folder / "receipt.json", optional=True) == {}
-    with pytest.raises(ValueError, match="has no receipt.json"):
+    with pytest.raises(ValueError, match=r"has no receipt\.json"):
         read_json(folder / "receipt.json")
     for name, words in (("vocab.json", "link that leads out"), ("vocab.txt", "link"), ("merges.txt", "regular file")):
         with pytest.raises(ValueError, match=words):
