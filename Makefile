@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance test-deepspeed test-hf minilm architectures quality format types bench docs cards build floor newest test-newest clean
+.PHONY: help setup demo test test-fast conformance test-deepspeed test-hf minilm architectures quality format types bench docs api cards build floor newest test-newest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,9 @@ bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS
 
 docs: $(READY)  ## build the documentation site into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+api: $(READY)  ## write docs/api.md from the docstrings
+	$(BIN)/python docs/write_api.py
 
 cards: $(READY)  ## the reference cards of model_cards/ from real runs (ARGS=--no-training: only render them again)
 	OMP_NUM_THREADS=1 $(BIN)/python model_cards/make.py $(ARGS)
