@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -19,7 +18,6 @@ from transformers.utils import logging
 from hf_sparse_moe.checkpoints.config import read_config, sensible_config
 from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
 from hf_sparse_moe.checkpoints.folder import write_checkpoint
-from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import (
@@ -30,7 +28,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
 from hf_sparse_moe.upcycling.mixtures import UpcycleReport
-from hf_sparse_moe.upcycling.receipt import output_difference
+from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, versions
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
@@ -252,22 +250,10 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
 def _receipt(
     stock: PreTrainedModel, sparse: SparseMoePreTrainedModel, source: Source | None, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    from hf_sparse_moe import __version__
-
     return {
-        "source": {
-            "name_or_path": source.name if source else Path(str(stock.config.name_or_path)).name or None,
-            "revision": source.revision if source else None,
-            "architecture": type(stock).__name__,
-            "model_type": stock.config.model_type,
-            "sha256": source_files(source.folder) if source else {},
-        },
-        "arguments": {"method": "import_native", **fields},
-        "versions": {
-            "hf_sparse_moe": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__.split("+")[0],
-        },
+        "source": describe_source(stock, source),
+        "arguments": {"method": "import_native", **fields},  # its name in version 0.1
+        "versions": versions(),
         "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
         "flops_per_token": count_flops_per_token(sparse),
         "equality": output_difference(stock, sparse),

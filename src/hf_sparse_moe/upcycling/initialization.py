@@ -339,7 +339,7 @@ def _partition_fields(fields: dict[str, Any], units: int, options: dict[str, Any
     size = _share(units - shared, fields["num_experts"], "num_experts")
     if shared % size:
         raise ValueError(
-            f"`shared_units={shared}` is no multiple of an expert's {size} units. Choose a multiple, or another "
+            f"`shared_units={shared}` is not a multiple of an expert's {size} units. Choose a multiple, or another "
             "`num_experts`."
         )
     return {"moe_intermediate_size": size, "num_shared_experts": shared // size}

@@ -85,6 +85,14 @@ def describe_source(
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what made a mixture."""
+    from hf_sparse_moe import __version__
+
+    torch_version = torch.__version__.split("+")[0]
+    return {"hf_sparse_moe": __version__, "transformers": transformers.__version__, "torch": torch_version}
+
+
 def make_receipt(
     dense: PreTrainedModel,
     sparse: SparseMoePreTrainedModel,
@@ -104,17 +112,11 @@ def make_receipt(
         fields (`dict`): The config's fields that were asked for.
         sha256 (`dict`, *optional*): Of the source's files, where they are known already.
     """
-    from hf_sparse_moe import __version__
-
     return {
         "source": describe_source(dense, source, sha256),
         "arguments": {"method": recipe.method, "seed": recipe.seed, **recipe.options, **fields},
         "exact": recipe.initialization.exact,
-        "versions": {
-            "hf_sparse_moe": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__.split("+")[0],
-        },
+        "versions": versions(),
         "parameters": {
             "dense": dense.num_parameters(),
             "total": count_parameters(sparse),
