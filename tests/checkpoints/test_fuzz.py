@@ -366,6 +366,7 @@ def run_case(number, folders, root, monkeypatch):
         yield f"{case}: leaves {[path.name for path in work.iterdir()]}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.conformance) for part in range(1, 4))])
 def test_every_command_takes_every_folder(part, folders, tmp_path, monkeypatch, limited_memory):

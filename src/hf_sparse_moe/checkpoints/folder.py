@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .files import COMPANIONS as COMPANIONS
 from .files import copy_companions, is_own, read_json
 
 
@@ -102,9 +101,6 @@ def new_folder(
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-
-
-resumable_folder = new_folder
 
 
 @contextmanager

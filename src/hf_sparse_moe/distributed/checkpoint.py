@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
-from hf_sparse_moe.checkpoints.source import tensor_names
+from hf_sparse_moe.checkpoints.files import tensor_names
 
 
 logger = logging.get_logger(__name__)

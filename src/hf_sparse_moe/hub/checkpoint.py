@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_sparse_moe.checkpoints.config import read_mixture_config
-from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.files import read_json, write_whole
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.insight.pictures import plot_expert_load
@@ -87,7 +87,7 @@ def save_routing_statistics(statistics: RoutingStatistics, folder: str | Path) -
         `Path`: the JSON file.
     """
     path = Path(folder) / ROUTING_NAME
-    path.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(statistics.to_dict(), indent=2) + "\n")
     if find_spec("matplotlib") is not None:
         plot_expert_load(statistics, path.with_name(PICTURE_NAME))
     return path

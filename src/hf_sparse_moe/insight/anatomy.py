@@ -11,7 +11,6 @@ from torch import nn
 from transformers.utils import cached_file
 
 from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
-from hf_sparse_moe.checkpoints.config import read_mixture_config as read_config  # noqa: F401
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
