@@ -284,7 +284,7 @@ def test_balanced_k_means_finds_the_groups():
         ({"method": "partition", "shared_units": 48}, "`shared_units=48`"),
         ({"method": "graft", "moe_intermediate_size": 13}, "cannot be divided"),
         ({"method": "copy", "moe_intermediate_size": 13}, "`moe_intermediate_size=13`"),
-        ({"method": "copy", "drop_ratio": 0.5}, "`drop_ratio` is no field"),
+        ({"method": "copy", "drop_ratio": 0.5}, "`drop_ratio` is neither a field"),
         ({"num_experts_per_tok": 5}, "`num_experts_per_tok=5`"),
         ({"data": [], "method": "partition", "partition": "activation"}, "`data` has no batches"),
     ],
@@ -385,7 +385,7 @@ def test_expand_repeats_experts_and_keeps_the_function(family):
 
 
 def test_expand_refuses_what_makes_no_sense():
-    with pytest.raises(ValueError, match="is no mixture"):
+    with pytest.raises(ValueError, match="is not a mixture"):
         expand(tiny_dense("decoder"), 2)
     with pytest.raises(ValueError, match="`factor=1`"):
         expand(tiny_sparse("decoder"), 1)
