@@ -220,3 +220,13 @@ def test_a_file_with_a_bad_tensor_is_refused(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="of the adapter is"):
         load_expert_lora(stock_mixture("mixtral"), tmp_path)
+
+
+def test_an_adapter_that_matches_nothing_is_refused(tmp_path):
+    """Such as one of the stock twin of a mixture, whose parameters have other names; PEFT only warns."""
+    model = tiny_sparse("decoder")
+    adapted(model).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("model.dense.", "model."): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"none of its tensors .* matches a parameter"):
+        load_expert_lora(tiny_sparse("decoder"), str(tmp_path))

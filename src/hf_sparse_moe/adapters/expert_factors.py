@@ -112,7 +112,19 @@ def pack_in_peft_files() -> None:
 
     def rename_unpacked(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         tensors = rename(cls, model, *args, **kwargs)
+        _refuse_what_matches_nothing(model, tensors)
         return tensors | {name: factor.from_file(tensors[name], name) for name, factor in factors(model, tensors)}
 
     lora_model._get_adapter_state_dict = classmethod(choose_packed)
     lora_model._remap_adapter_state_dict_for_load = classmethod(rename_unpacked)
+
+
+def _refuse_what_matches_nothing(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """PEFT only warns, and leaves the adapter as it was drawn."""
+    known = [name for name, module in model.named_modules() if isinstance(module, ExpertFactor)]
+    if tensors and known and not any(name in tensors for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"The adapter does not fit `{type(model).__name__}`: none of its tensors (such as "
+            f"`{next(iter(tensors))}`) matches a parameter (such as `{known[0]}.weight`). Load it into the model that "
+            "it was trained for."
+        )
