@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import MixtralConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import hf_sparse_moe.experts  # noqa: F401  registers ours
@@ -260,7 +259,6 @@ class Dense(nn.Module):
 
 def _default_backends(device: str) -> list[str]:
     ours = ["segment_mm", "segment_mm_recompute"] if device == "cpu" else []
-    ours += [name for name in ALL_EXPERTS_FUNCTIONS.valid_keys() if "triton" in name and device != "cpu"]
     return [*ours, "grouped_mm", "eager", "batched_mm"]
 
 
