@@ -1,6 +1,6 @@
 """docs/performance.md says what the results files say, and the benchmarks that write those run."""
 
-import importlib.util
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -19,18 +19,10 @@ SMALL = {
 LORA_ROW = {"dtype": "float32", "E": 16, "K": 4, "T": 1024, "H": 64, "I": 64, "peak": {"PEFT": 30, "ours": 10}}
 
 
-def load_benchmark(name: str):
-    """By its path: `experts` is a folder of tests too."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", REPOSITORY / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def writer(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "experts", raising=False)  # the tests have a folder of that name
     return importlib.import_module("write_performance")
 
 
@@ -49,7 +41,7 @@ def test_page_shows_what_the_benchmarks_save(writer, tmp_path, monkeypatch, caps
     monkeypatch.setattr(measuring, "RESULTS", tmp_path)
     for name in BENCHMARKS:
         monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *SMALL[name], "--write"])
-        load_benchmark(name).main()
+        importlib.import_module(name).main()
     printed = capsys.readouterr().out
     (saved,) = writer.load_results(tmp_path)
     assert [name for name in BENCHMARKS if name in saved] == list(BENCHMARKS)
