@@ -114,7 +114,7 @@ def test_an_adapter_that_matches_no_parameter_is_refused(base, folder):
     config["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     change(folder, lambda tensors: [tensors.__setitem__(f"x.{key}", tensors.pop(key)) for key in list(tensors)])
-    assert "none of its tensors matches a parameter" in refused(load(base), folder)
+    assert "none of its tensors" in refused(load(base), folder)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def attach(
             warnings.filterwarnings("ignore", "target_parameters=.* were set but no parameter was matched")
             loaded = load(model, str(folder), **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+        reason = " ".join(str(error).split())[:500].rstrip(".")
         raise ValueError(
             f"`{folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load its own base."
         ) from error
