@@ -155,7 +155,7 @@ def test_an_upcycled_model_names_its_source_on_the_hub(client, hub_server, repo_
     assert data["tags"] == ["moe", "sparse-moe", "encoder", "upcycled"]
     receipt = json.loads(hub_server.hub.read(repo_id, "receipt.json"))
     assert receipt["source"]["revision"] == revision
-    for line in (f"`{revision}`", "| arguments.method | copy |", "| eval\\_loss | 3.5 |"):
+    for line in (f"`{revision}`", "| `method` | copy |", "| eval\\_loss | 3.5 |"):
         assert line in readme
 
 
@@ -176,7 +176,7 @@ def test_what_comes_back_is_what_was_sent(client, stranger, hub_server, repo_id,
     assert data["library_name"] == "transformers"
     assert data["tags"] == ["moe", "sparse-moe", family]
     assert "automatically generated" not in readme
-    assert f"| {config['num_experts']} routed, 0 shared |" in readme
+    assert f"| {config['num_experts']} routed |" in readme
     for line in (f'from_pretrained("{repo_id}")', f'from_pretrained("{repo_id}", trust_remote_code=True)'):
         assert line in readme
 

@@ -115,8 +115,8 @@ def test_a_merged_adapter_in_a_stock_architecture_comes_back(client, stranger, h
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.json"):
         path.unlink()
     merged.save_pretrained(folder)
-    stock = export(folder, tmp_path / "stock")
-    assert "auto_map" not in json.loads((Path(stock) / "config.json").read_text())
+    stock = export(folder, tmp_path / "stock").path
+    assert "auto_map" not in json.loads((stock / "config.json").read_text())
     assert client.cli("push", stock, repo_id).code == 0
     pulled = tmp_path / "pulled"
     assert client.cli("pull", repo_id, pulled).code == 0
