@@ -41,10 +41,13 @@ test-fast: $(READY)  ## those that are not marked slow
 conformance: $(READY)  ## every architecture of transformers, every router in each family; `make test` takes one of each kind
 	$(PYTEST) $(PARALLEL) -m conformance $(ARGS)
 
-# DeepSpeed is no dependency: where it is installed, Accelerate imports it in every training, of any engine.
+# DeepSpeed is no dependency: where it is installed, Accelerate imports it in every training, of any engine. It compiles
+# an extension on first use, and waits for ever where a process that was killed left its lock: hence a folder of its own.
 test-deepspeed: $(READY)  ## the tests that need DeepSpeed, which it installs first
 	$(BIN)/python -m pip install --quiet -c constraints/pinned.txt deepspeed
-	$(PYTEST) tests/distributed tests/training/test_launches.py -k "deepspeed or zero" $(ARGS)
+	rm -rf .cache/torch_extensions
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions \
+	  $(PYTEST) tests/distributed tests/training/test_launches.py -k "deepspeed or zero" $(ARGS)
 
 test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites docs/model_tester.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py --jobs $(JOBS) $(ARGS)
