@@ -91,7 +91,8 @@ def test_what_deepspeed_cannot_read_is_told_in_one_sentence(error, checkpoint, t
 
 
 def test_without_deepspeed(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in ("deepspeed", "deepspeed.utils.zero_to_fp32"):  # another test may have imported it
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"is a checkpoint of DeepSpeed\. Run: pip install deepspeed"):
         consolidate(checkpoint[0], tmp_path / "model")
 
