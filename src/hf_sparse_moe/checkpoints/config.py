@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 
-from .files import count_tensors, read_json
+from .files import read_json, tensor_names
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _LIMITS = {
     re.compile(r"n_positions|n_ctx|max_.*positions?|max_position_embeddings"): 2**24,
     re.compile(r".*(size|dim|rank|heads|width)|d_.*|n_embd|n_inner|n_head"): 2**27,
 }
+_DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
 def read_config(source: Source | str | Path, revision: str | None = None, token: bool | str | None = None) -> Any:
@@ -58,17 +59,18 @@ def read_config(source: Source | str | Path, revision: str | None = None, token:
     Raises:
         ValueError: no config, or one that describes no model that the installed transformers could build.
     """
-    given = source if isinstance(source, str | Path) else source.folder
-    folder, name = Path(given), str(given if isinstance(source, str | Path) else source.name)
+    name, folder = _name(source), Path(source if isinstance(source, str | Path) else source.folder)
     if not folder.is_dir():
-        folder = _fetched(name, revision, token).parent
+        folder = fetch(name, [CONFIG_NAME], revision, token)
     fields = read_json(folder / CONFIG_NAME)
-    _check_fields(name, fields)
+    for field, value in _fields(fields):
+        if (allowed := _allowed_instead(field, value)) is not None:
+            raise ValueError(f"The config.json of `{name}` has `{field}={str(value)[:40]}`, which must be {allowed}.")
     with sensible_config(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # A model of many layers would take minutes before the first weight is missed.
         depth = max(int(getattr(config, field, None) or 0) for field in _DEPTHS)
-        stored = count_tensors(folder)
+        stored = sum(len(tensor_names(path)) for path in folder.glob("*.safetensors"))
         if stored and depth > stored:
             raise ValueError(
                 f"`{name}` has {stored} tensors, but its config.json names {depth} layers. Fetch it again."
@@ -80,17 +82,13 @@ def read_mixture_config(
     source: Source | str | Path, revision: str | None = None, token: bool | str | None = None
 ) -> SparseMoeConfig:
     """As [`read_config`]; raises a `ValueError` for a dense checkpoint too."""
-    config = read_config(source, revision, token)
+    config, name = read_config(source, revision, token), _name(source)
     if not isinstance(config, SparseMoeConfig):
-        name = source if isinstance(source, str | Path) else source.name
         raise ValueError(
             f"`{name}` is not a mixture of this package (`model_type={config.model_type!r}`). Make one of a dense "
             f"checkpoint: hf-sparse-moe upcycle {name} <new folder>; of a stock mixture: hf-sparse-moe import-stock."
         )
     return config
-
-
-_DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
@@ -104,11 +102,11 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 @contextmanager
 def sensible_config(source: Source | str | Path, file: str = CONFIG_NAME) -> Iterator[None]:
     """Say in one sentence that a config makes no model, whatever it breaks inside transformers."""
-    name = source if isinstance(source, str | Path) else source.name
+    name = _name(source)
     try:
         yield
     except _NONSENSE as error:
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(f"`{name}` does not fit in the free memory of this machine or device.") from error
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -117,50 +115,49 @@ def sensible_config(source: Source | str | Path, file: str = CONFIG_NAME) -> Ite
         ) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory ran out."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _fetched(name: str, revision: str | None, token: bool | str | None) -> Path:
-    if Path(name).exists():
-        raise ValueError(f"`{name}` is a file. Pass the folder of a saved model.")
+def fetch(repo_id: str, patterns: list[str], revision: str | None, token: bool | str | None) -> Path:
+    """The folder of a Hub repository in the cache, with the files that match a pattern, fetched where they are not."""
+    if Path(repo_id).exists():
+        raise ValueError(f"`{repo_id}` is a file. Pass the folder of a saved model.")
     try:
-        validate_repo_id(name)
-        return Path(str(cached_file(name, CONFIG_NAME, revision=revision, token=token)))
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
     except HFValidationError:
-        raise ValueError(f"`{name}` is neither a folder nor a Hub id (`user/name`). Check the path.") from None
+        raise ValueError(f"`{repo_id}` is neither a folder nor a Hub id (`user/name`). Check the path.") from None
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`{name}` is not a folder, and cannot be fetched from the Hub: {reason}") from error
+        raise ValueError(f"`{repo_id}` is not a folder, and cannot be fetched from the Hub: {reason}") from error
 
 
-def _check_fields(name: str, fields: dict[str, Any]) -> None:
-    """Raise a `ValueError` for what would hang or run code before transformers finds fault with it."""
+def _name(source: Source | str | Path) -> str:
+    return str(source if isinstance(source, str | Path) else source.name)
 
-    def refuse(field: str, value: Any, allowed: str) -> None:
-        raise ValueError(f"The config.json of `{name}` has `{field}={str(value)[:40]}`, which must be {allowed}.")
 
-    def check(field: str, value: Any) -> None:
-        if isinstance(value, dict):
-            if field in ("id2label", "label2id") and len(value) > 100_000:
-                refuse(field, f"{len(value)} labels", "at most 100,000 labels")
-            for inner, each in value.items():
-                check(inner, each)
-        elif isinstance(value, list):
-            for each in value[:1024]:
-                if isinstance(each, dict | list):
-                    check(field, each)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            for pattern, most in _LIMITS.items():
-                if pattern.fullmatch(field) and not value <= most:
-                    refuse(field, value, f"at most {most:,}")
-        elif isinstance(value, str) and field.endswith("_implementation") and "/" in value:
-            refuse(field, value, "the name of an implementation, not of code on the Hub")
+def _fields(value: Any, field: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value at any depth, by the name of the field that holds it."""
+    yield field, value
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            yield from _fields(each, inner)
+    elif isinstance(value, list) and field != "architectures":
+        for each in value:
+            yield from _fields(each, field)
 
-    check("", fields)
-    names = fields.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
-        refuse("architectures", names, "a list of class names")
-    if not isinstance(fields.get("auto_map", {}), dict | None):
-        refuse("auto_map", fields["auto_map"], "an object")
+
+def _allowed_instead(field: str, value: Any) -> str | None:
+    """What may stand in a field in the place of a value that would hang or run code; None where the value may."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        broken = (most for name, most in _LIMITS.items() if name.fullmatch(field) and not value <= most)
+        return next((f"at most {most:,}" for most in broken), None)
+    if field == "id2label" and isinstance(value, dict) and len(value) > 100_000:
+        return "at most 100,000 labels"
+    if field == "architectures" and not all(isinstance(each, str) for each in _as_list(value)):
+        return "a list of class names"
+    if field == "auto_map" and not isinstance(value, dict | None):
+        return "an object"
+    if field.endswith("_implementation") and isinstance(value, str) and "/" in value:
+        return "the name of an implementation, not of code on the Hub"
+    return None
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [None]

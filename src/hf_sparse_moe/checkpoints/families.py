@@ -79,18 +79,14 @@ def sparse_class(config: PreTrainedConfig, architecture: str | None) -> type[Spa
 
 def _other_sense(config: PreTrainedConfig) -> str | None:
     """The name of a sub-config, at any depth, of a part that reads or writes no text."""
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    for name, part in parts.items():
         if part is not None and name.partition("_")[0] in _OTHER_SENSES:
             return name
-        inside = _other_sense(part) if isinstance(part, PreTrainedConfig) else None
-        if inside is not None:
+        if isinstance(part, PreTrainedConfig) and (inside := _other_sense(part)) is not None:
             return inside
     return None
 
 
 def _values(names: dict) -> set[str]:
-    flat: set[str] = set()
-    for value in names.values():
-        flat.update([value] if isinstance(value, str) else value)
-    return flat
+    return {each for value in names.values() for each in ([value] if isinstance(value, str) else value)}

@@ -56,11 +56,6 @@ def is_own(path: Path, folder: Path) -> bool:
     return bool(is_snapshot) and real.is_relative_to(repository / "blobs")
 
 
-def own_files(folder: Path) -> list[Path]:
-    """The files directly in a folder that are its own, see [`is_own`]."""
-    return [path for path in sorted(folder.iterdir()) if is_own(path, folder)]
-
-
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer files and licences of a checkpoint, byte for byte; does not replace what `folder` has."""
     copy_own(source, folder, COMPANIONS)
@@ -68,12 +63,11 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def copy_own(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     """Copy the files of `source` that are its own and match a pattern; does not replace what `folder` has."""
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            copy = folder / path.relative_to(source)
-            if is_own(path, source) and not copy.exists():
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        copy = folder / path.relative_to(source)
+        if is_own(path, source) and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -102,28 +96,24 @@ def read_json(path: Path, kind: type[dict] | type[list] = dict, optional: bool =
     """
     if optional and not path.is_symlink() and not path.exists():
         return kind()
-    text = read_text(path)
+    text, wanted = read_text(path), {dict: "an object", list: "a list"}[kind]
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"`{path}` is not JSON ({reason}). Repair it, or fetch it again.") from error
-    if _is_deeper_than(64, value):
-        raise ValueError(f"`{path}` is nested too deeply. Repair it, or fetch it again.")
+        if _depth(value) > 64:
+            raise RecursionError
+    except RecursionError as error:
+        fault = "is not JSON that can be read: it is nested too deeply"
+        raise ValueError(f"`{path}` {fault}. Repair it, or fetch it again.") from error
+    except ValueError as error:
+        raise ValueError(f"`{path}` is not JSON ({error}). Repair it, or fetch it again.") from error
     if not isinstance(value, kind):
-        wanted = {dict: "an object", list: "a list"}[kind]
         raise ValueError(f"`{path}` holds a JSON {type(value).__name__}, not {wanted}. Repair it, or fetch it again.")
     return value
 
 
-def _is_deeper_than(most: int, value: Any) -> bool:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(most):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [child for each in inner for child in each if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max((_depth(each) for each in inner if isinstance(each, dict | list)), default=0)
 
 
 def read_text(path: Path) -> str:
@@ -137,15 +127,16 @@ def read_text(path: Path) -> str:
 
 def check_own(path: Path) -> None:
     """Raise a `ValueError` unless a file is there and its folder's own."""
-    if not is_own(path, path.parent):
-        if path.is_symlink():
-            raise ValueError(
-                f"`{path}` is a link that leads out of its folder, or nowhere, and is not followed. Put the file "
-                "itself there."
-            )
-        if path.exists():
-            raise ValueError(f"`{path}` is not a regular file. Put the file itself there.")
-        raise ValueError(f"`{path.parent}` has no {path.name}. Pass the folder of a saved model.")
+    if is_own(path, path.parent):
+        return
+    if path.is_symlink():
+        raise ValueError(
+            f"`{path}` is a link that leads out of its folder, or nowhere, and is not followed. Put the file itself "
+            "there."
+        )
+    if path.exists():
+        raise ValueError(f"`{path}` is not a regular file. Put the file itself there.")
+    raise ValueError(f"`{path.parent}` has no {path.name}. Pass the folder of a saved model.")
 
 
 def told_if_unreadable(path: Path, read: Callable[[], Any]) -> Any:
@@ -176,8 +167,3 @@ def tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except SafetensorError as error:
         raise ValueError(f"`{path}` is truncated or corrupt ({error}). Fetch it again.") from error
-
-
-def count_tensors(folder: Path) -> int:
-    """How many tensors the safetensors files in a folder hold."""
-    return sum(len(tensor_names(path)) for path in folder.glob("*.safetensors"))

@@ -44,8 +44,7 @@ def write_checkpoint(
     Raises:
         OSError: the output is taken, or the disk is full; nothing is left at the output.
     """
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with new_folder(output, needed_bytes=needed) as folder:
+    with new_folder(output, needed_bytes=sum(parameter.nbytes for parameter in model.parameters())) as folder:
         model.save_pretrained(folder, **save_arguments)
         if source is not None:
             copy_companions(source, folder)
@@ -90,9 +89,9 @@ def new_folder(
     path = check_target(output)
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        with _lock(path, output), _full_disk_told(output, keep_failed):
+        with _full_disk_told(output, keep_failed), _lock(path, output):
             check_target(output)  # another call may have finished in the meantime
-            with _work_folder(path, output, journal, keep_failed) as folder:
+            with _content(path, output, journal, keep_failed) as folder:
                 check_free_space(folder, needed_bytes, output)
                 yield folder
                 _flush(folder)
@@ -103,32 +102,6 @@ def new_folder(
                 parent.rmdir()
 
 
-@contextmanager
-def _work_folder(path: Path, output: str | Path, journal: dict[str, Any] | None, keep_failed: bool) -> Iterator[Path]:
-    """The folder inside a private one: a new one, or the one to resume, while this process holds the lock."""
-    work = None
-    for left in _left_behind(path):
-        if work is None and journal is not None and _is_resumed(left, journal, output, keep_failed):
-            work = left
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-    work = work or private_folder(path)
-    folder, keep = work / "content", False
-    try:
-        if not keep_failed:
-            _clear(folder)
-        folder.mkdir(exist_ok=True)
-        if keep_failed:
-            write_journal(folder, journal or {})
-        yield folder
-    except BaseException as error:
-        keep = keep_failed or (not isinstance(error, Exception) and read_json(work / _JOURNAL) != {})
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(work, ignore_errors=True)
-
-
 def write_journal(folder: Path, journal: dict[str, Any]) -> None:
     """Say what a [`new_folder`] is being written from, so that the finished files in it may be used again."""
     new = folder.parent / f"{_JOURNAL}.new"
@@ -136,30 +109,43 @@ def write_journal(folder: Path, journal: dict[str, Any]) -> None:
     os.replace(new, folder.parent / _JOURNAL)
 
 
-def private_folder(beside: Path) -> Path:
-    """Make a folder with a name that nobody can foresee beside a path, which no other user may enter."""
-    folder = beside.with_name(f".{beside.name}.{secrets.token_hex(8)}.partial")
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
-    except OSError as error:
-        if error.errno in _DISK_IS_FULL:
-            raise
-        raise OSError(
-            f"`{beside}` cannot be created ({error.strerror}). Choose a folder where you may write."
-        ) from error
-    (folder / _JOURNAL).write_text("{}", encoding="utf-8")
-    return folder
-
-
 def check_free_space(folder: Path, needed_bytes: int, output: str | Path) -> None:
     """Raise an `OSError` unless the disk of `folder` has room for what `output` needs."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
-            f"`{output}` needs {_megabytes(needed_bytes)} and its disk has {_megabytes(free)} left. Free some space, "
-            "or choose another disk."
+            f"`{output}` needs {needed_bytes / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB left. Free some "
+            "space, or choose another disk."
         )
+
+
+@contextmanager
+def _content(path: Path, output: str | Path, journal: dict[str, Any] | None, keep_failed: bool) -> Iterator[Path]:
+    """The folder inside a private one: a new one, or the one to resume."""
+    work = None
+    for left in _left_behind(path):
+        if work is None and journal is not None and _is_resumed(left, journal, output, keep_failed):
+            work = left
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    if work is None:
+        work = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        work.mkdir(mode=0o700)
+        (work / _JOURNAL).write_text("{}", encoding="utf-8")
+    folder, keep = work / "content", False
+    try:
+        folder.mkdir(exist_ok=True)
+        if keep_failed:
+            write_journal(folder, journal or {})
+        else:
+            _clear(folder)
+        yield folder
+    except BaseException as error:
+        keep = keep_failed or (not isinstance(error, Exception) and read_json(work / _JOURNAL) != {})
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
@@ -176,15 +162,15 @@ def _lock(path: Path, output: str | Path) -> Iterator[None]:
             f"`{output}` cannot be created: `{name}` cannot be opened ({error.strerror}). Choose a folder where you "
             "may write, or remove that file."
         ) from error
-    held = False
     try:
-        held = _take(file, name)
-        if not held:
+        if not _take(file, name):
             raise OSError(f"Another process is writing `{output}`. Wait for it, or choose another folder.")
-        yield
+        try:
+            yield
+        finally:
+            if os.fstat(file).st_size == 0:  # a file with something in it is not ours
+                name.unlink(missing_ok=True)
     finally:
-        if held and os.fstat(file).st_size == 0:  # a file with something in it is not ours
-            name.unlink(missing_ok=True)
         os.close(file)
 
 
@@ -202,31 +188,41 @@ def _take(file: int, name: Path) -> bool:
 def _left_behind(path: Path) -> list[Path]:
     """The private folders that killed calls left beside `path`: this user's, and no links."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
-    found = []
-    for folder in sorted(path.parent.iterdir()):
-        if pattern.fullmatch(folder.name):
-            status = folder.lstat()
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
-                found += [folder] if is_own(folder / _JOURNAL, folder) or not any(folder.iterdir()) else []
-    return found
+    return [folder for folder in sorted(path.parent.iterdir()) if pattern.fullmatch(folder.name) and _is_ours(folder)]
+
+
+def _is_ours(folder: Path) -> bool:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        return False
+    return is_own(folder / _JOURNAL, folder) or not any(folder.iterdir())
 
 
 def _is_resumed(work: Path, journal: dict[str, Any], output: str | Path, keep_failed: bool) -> bool:
     begun = read_json(work / _JOURNAL, optional=True)
-    if begun == {}:
-        return False
-    different = _first_difference(begun, journal)
-    if different is not None and not keep_failed:
+    different = _first_difference(begun, json.loads(json.dumps(journal)))  # as the file has it: no tuples
+    if begun and different is not None and not keep_failed:
         raise ValueError(
             f"What was written of `{output}` cannot be resumed: {different}. Give the same arguments, or start afresh "
             "without `resume` (`--resume`)."
         )
-    return different is None
+    return bool(begun) and different is None
+
+
+def _first_difference(begun: dict[str, Any], now: dict[str, Any]) -> str | None:
+    for name in begun | now:
+        then, here = begun.get(name), now.get(name)
+        if isinstance(then, dict) and isinstance(here, dict):
+            if (inside := _first_difference(then, here)) is not None:
+                return inside
+        elif then != here:
+            return f"`{name}` was {then!r} and is {here!r}"
+    return None
 
 
 def _clear(folder: Path) -> None:
     """Leave the finished shards of a call that is resumed."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.suffix != ".safetensors":
@@ -238,29 +234,12 @@ def _full_disk_told(output: str | Path, kept: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not _is_full_disk(error):
+        # safetensors passes on the number of the system's error in its text alone.
+        numbers = [getattr(error, "errno", None), *map(int, re.findall(r"\(os error (\d+)\)", str(error)))]
+        if not set(numbers) & set(_DISK_IS_FULL):
             raise
         advice = "and run the same again: what is there is kept" if kept else "or choose another; nothing was written"
         raise OSError(f"The disk of `{output}` is full. Free some space, {advice}.") from error
-
-
-def _first_difference(begun: dict[str, Any], now: dict[str, Any]) -> str | None:
-    now = json.loads(json.dumps(now))  # as the file has it: no tuples
-    for name in begun | now:
-        then, here = begun.get(name), now.get(name)
-        if then == here:
-            continue
-        if isinstance(then, dict) and isinstance(here, dict):
-            return _first_difference(then, here)
-        return f"`{name}` was {then!r} and is {here!r}"
-    return None
-
-
-def _is_full_disk(error: OSError | SafetensorError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_IS_FULL
-    # safetensors passes on the number of the system's error in its text alone.
-    return any(f"(os error {number})" in str(error) for number in _DISK_IS_FULL)
 
 
 def _flush(folder: Path) -> None:
@@ -269,7 +248,3 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -22,13 +22,12 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 
 from .source import Source, missing_weight, tensor_names, weight_files
-from .writer import DTYPE_NAMES
 
 
 PIECE_BYTES = 2**20  # small enough for a processor's cache
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class NotStreamableError(Exception):
@@ -41,6 +40,10 @@ class _Entry:
     dtype: torch.dtype
     shape: list[int]
     begin: int  # in the file
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
 
 
 class TensorFiles:
@@ -65,10 +68,10 @@ class TensorFiles:
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
-                if entry["dtype"] not in _DTYPES:
+                if entry["dtype"] not in str_to_torch_dtype:
                     raise NotStreamableError(f"`{name}` is stored as {entry['dtype']}")
                 begin = 8 + length + entry["data_offsets"][0]
-                self._entries[name] = _Entry(path, _DTYPES[entry["dtype"]], entry["shape"], begin)
+                self._entries[name] = _Entry(path, str_to_torch_dtype[entry["dtype"]], entry["shape"], begin)
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +86,7 @@ class TensorFiles:
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The elements of one tensor in their order, flat, about `PIECE_BYTES` at a time."""
         entry = self._entries[name]
-        left, size = prod(entry.shape), PIECE_BYTES // entry.dtype.itemsize
+        left, size = entry.elements, PIECE_BYTES // entry.dtype.itemsize
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             while left:
@@ -92,19 +95,19 @@ class TensorFiles:
                 left -= len(piece)
                 yield piece.to(dtype)
 
-    def read(self, name: str, dtype: torch.dtype, memory: torch.Tensor) -> torch.Tensor:
-        """One tensor, in `memory` that holds at least its bytes."""
-        entry, start = self._entries[name], 0
-        tensor = memory[: prod(entry.shape) * dtype.itemsize].view(dtype)
-        if dtype == entry.dtype:
-            with entry.path.open("rb", buffering=0) as file:
-                file.seek(entry.begin)
-                for piece in tensor.split(PIECE_BYTES // dtype.itemsize):
-                    _fill(piece, file)
-        else:
-            for piece in self.pieces(name, dtype):
-                tensor[start : start + len(piece)] = piece
-                start += len(piece)
+    def read(self, name: str, dtype: torch.dtype | None = None, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, in its own dtype or another, in new memory or in bytes that are there."""
+        entry, dtype = self._entries[name], dtype or self.dtype(name)
+        size = entry.elements * dtype.itemsize
+        memory = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        tensor = memory[:size].view(dtype)
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            for part in tensor.split(PIECE_BYTES // entry.dtype.itemsize):
+                piece = part if dtype == entry.dtype else torch.empty(part.shape, dtype=entry.dtype)
+                _fill(piece, file)
+                if piece is not part:
+                    part.copy_(piece)
         return tensor.reshape(entry.shape)
 
     def take(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
@@ -139,9 +142,9 @@ class DenseTensors:
     def __init__(self, source: Source, dense: PreTrainedModel, dtype: torch.dtype):
         self._files = TensorFiles(weight_files(source))
         self._dtypes = loaded_dtypes(dense, dtype)
-        state = dense.state_dict()
         self._names = _renamed(self._files.names, dense)
         self._tie(dense)
+        state = dense.state_dict()
         missing = sorted(state.keys() - self._names.keys() - dense.all_tied_weights_keys.keys())
         computed = dense._keys_to_ignore_on_load_missing or []
         for key in missing:
@@ -172,15 +175,12 @@ class DenseTensors:
             names, dtype, place = [self._names[key] for key in keys], self._dtypes[keys[0]], next(position)
             shapes = [self._files.shape(name) for name in names]
             sizes = [prod(shape) * dtype.itemsize for shape in shapes]
-            if place == len(memory):
-                memory.append(torch.empty(0, dtype=torch.uint8))
-            if len(memory[place]) < sum(sizes):
-                memory[place] = torch.empty(sum(sizes), dtype=torch.uint8)
-            parts = memory[place][: sum(sizes)].split(sizes)
-            tensors = [self._files.read(name, dtype, part) for name, part in zip(names, parts, strict=True)]
-            if len(tensors) == 1:
-                return tensors[0]
-            return memory[place][: sum(sizes)].view(dtype).reshape(-1, *shapes[0][1:])
+            if place == len(memory) or len(memory[place]) < sum(sizes):
+                memory[place : place + 1] = [torch.empty(sum(sizes), dtype=torch.uint8)]
+            whole = memory[place][: sum(sizes)]
+            parts = zip(names, whole.split(sizes), strict=True)
+            tensors = [self._files.read(name, dtype, part) for name, part in parts]
+            return tensors[0] if len(tensors) == 1 else whole.view(dtype).reshape(-1, *shapes[0][1:])
 
         return read
 

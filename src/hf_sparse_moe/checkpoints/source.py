@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .config import read_config, sensible_config
+from .config import fetch, read_config, sensible_config
 from .families import sparse_class
 from .files import COMPANIONS, check_own, read_json, tensor_names
 
@@ -55,11 +52,13 @@ def find_source(
     """
     folder = Path(source)
     if folder.is_dir():
-        _check_folder(folder, allow_pickle)
-        return Source(folder.resolve().name, folder, None)
-    if folder.exists():
-        raise ValueError(f"`{source}` is a file. Pass the folder of a saved model.")
-    return _fetch(str(source), revision, allow_pickle, token)
+        found = Source(folder.resolve().name, folder, None)
+    else:
+        wanted = ["*.json", "*.txt", "*.jinja", *COMPANIONS, "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+        folder = fetch(str(source), wanted, revision, token)
+        found = Source(str(source), folder, folder.name)
+    _check_folder(folder, allow_pickle)
+    return found
 
 
 def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:
@@ -75,13 +74,11 @@ def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: 
         ValueError: a mixture already, no text model, or an incomplete checkpoint.
     """
     config = read_config(source)
-    auto_class = sparse_class(config, named_architecture(config)).dense_auto_class
-    use_safetensors = None if allow_pickle else True
     with sensible_config(source):
-        model, info = auto_class.from_pretrained(
+        model, info = sparse_class(config, named_architecture(config)).dense_auto_class.from_pretrained(
             source.folder,
             dtype=dtype,
-            use_safetensors=use_safetensors,
+            use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             trust_remote_code=False,
         )
@@ -110,43 +107,20 @@ def weight_files(source: Source) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    corrupt = ValueError(f"`{index}` is no index of safetensors files in its folder. Fetch it again.")
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise corrupt from error
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
-        raise corrupt
-    for name in names:
-        if not (source.folder / name).is_file():
-            raise ValueError(f"`{source.name}` lacks `{name}`, which its index names. Fetch it again.")
-    return [source.folder / name for name in names]
-
-
-def _fetch(repo_id: str, revision: str | None, allow_pickle: bool, token: bool | str | None) -> Source:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise ValueError(f"`{repo_id}` is neither a folder nor a Hub id (`user/name`). Check the path.") from None
-    weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
-    try:
-        snapshot = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            allow_patterns=["*.json", "*.txt", "*.jinja", *COMPANIONS, *weights],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`{repo_id}` is not a folder, and cannot be fetched from the Hub: {reason}") from error
-    _check_folder(Path(snapshot), allow_pickle)
-    return Source(repo_id, Path(snapshot), Path(snapshot).name)
+        raise ValueError(f"`{index}` is no index of safetensors files in its folder. Fetch it again.")
+    paths = [source.folder / name for name in sorted(set(names))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"`{source.name}` lacks `{path.name}`, which its index names. Fetch it again.")
+    return paths
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
     """What transformers reads by its name must be the folder's own, and the weights whole."""
-    check_own(folder / CONFIG_NAME)
-    for path in sorted(folder.glob("*.json")):
+    for path in (folder / CONFIG_NAME, *sorted(folder.glob("*.json"))):
         check_own(path)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise ValueError(f"`{folder}` holds a model and an adapter. Move one of them to a folder of its own.")
