@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from hf_sparse_moe.checkpoints.config import read_generation_config
 from hf_sparse_moe.checkpoints.files import copy_companions, read_json
 from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
-from hf_sparse_moe.checkpoints.folder import new_folder
+from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.checkpoints.source import Source, find_source, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
-from hf_sparse_moe.upcycling.transfer import WatchedSource, write_weights
 
 from .fit import (
     block_paths,
@@ -127,11 +126,8 @@ def export(
         stock_config.dtype = mixture.dtype
     conversion = _Conversion(row, config, empty_model(stock_config), _tensors_of(mixture))
     made_from = {"export": {"architecture": row.model_type, "max_shard_size": max_shard_size, **_versions()}}
-    known = watched.sha256() if watched is not None and resume else None
-    journal = None if known is None else made_from | {"sha256": known}
-    with new_folder(output, journal=journal) as partial:
-        writer = ShardWriter(partial, conversion.outputs, max_shard_size)
-        write_weights(writer, conversion.write(writer), output, watched, made_from, known, show_progress)
+    pieces, sizes = conversion.write, (max_shard_size, resume, show_progress)
+    with written_shards(output, conversion.outputs, pieces, watched, made_from, *sizes) as (partial, _):
         stock_config.save_pretrained(partial)
         _write_companions(partial, mixture, row)
     return ExportReport(Path(output), row.model_type)
@@ -217,7 +213,7 @@ class _Conversion:
         """All that comes out, in its order, without storage."""
         return {name: tensor for made in self._made for name, tensor in made.items()}
 
-    def write(self, writer: ShardWriter) -> Iterator[int]:
+    def write(self, writer: ShardWriter) -> Generator[int]:
         """Write every tensor that is wanted; yields the bytes of each."""
         for part, made in zip(self._parts, self._made, strict=True):
             if any(map(writer.wants, made)):

@@ -13,6 +13,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
+from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -23,7 +24,6 @@ from .measuring import task_losses, unit_activations
 from .receipt import describe_source, make_receipt, name_of
 from .recipe import Layers, Recipe, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
-from .transfer import WatchedSource
 
 
 logger = logging.get_logger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
@@ -20,7 +20,7 @@ import hf_sparse_moe
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
 from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.checkpoints.files import copy_companions
-from hf_sparse_moe.checkpoints.folder import new_folder
+from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
@@ -30,7 +30,6 @@ from .conversion import Conversion, SparseLayer, plan_conversion, set_dtype
 from .receipt import make_receipt
 from .recipe import Layers, Recipe
 from .rows import Matrix, blocks, single_threaded_workers
-from .transfer import WatchedSource, write_weights
 
 
 def plan_from_disk(
@@ -100,12 +99,16 @@ def write_mixture(
         "hf_sparse_moe": hf_sparse_moe.__version__,
         "max_shard_size": max_shard_size,
     }
-    made_from = {"recipe": asked_for}
-    known = watched.sha256() if resume else None
-    with new_folder(output, journal=made_from | {"sha256": known} if resume else None) as folder:
-        writer = ShardWriter(folder, conversion.outputs, max_shard_size)
-        pieces = _write_tensors(conversion, writer)
-        digests = write_weights(writer, pieces, output, watched, made_from, known, show_progress)
+    with written_shards(
+        output,
+        conversion.outputs,
+        lambda writer: _write_tensors(conversion, writer),
+        watched,
+        {"recipe": asked_for},
+        max_shard_size,
+        resume,
+        show_progress,
+    ) as (folder, digests):
         sparse = conversion.sparse
         sparse.receipt = make_receipt(conversion.dense, sparse, source, recipe, conversion.fields, digests)
         with TemporaryDirectory(dir=folder) as described, _without_bars():
@@ -129,7 +132,7 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Iterator[int]:
+def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
     begun: set[int] = set()
     before: list[Future[int]] = []
