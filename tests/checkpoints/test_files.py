@@ -111,7 +111,7 @@ def test_what_may_not_be_read_is_reported_as_that(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
     for read in (tensor_names, lambda path: source_files(path.parent)):
-        with pytest.raises(PermissionError, match=r"model.safetensors` cannot be read \(Permission denied\)"):
+        with pytest.raises(PermissionError, match="Permission denied"):
             read(path)
 
 

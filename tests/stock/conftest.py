@@ -10,8 +10,7 @@ import transformers as hf
 
 import hf_sparse_moe
 from hf_sparse_moe.stock import EXPORT_TARGETS
-from hf_sparse_moe.stock.layer_patterns import all_sparse, num_sparse_layers
-from hf_sparse_moe.stock.targets import ExportTarget
+from hf_sparse_moe.stock.targets import ExportTarget, all_sparse, num_sparse_layers
 from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, enlarge_weights
 
 

@@ -49,15 +49,8 @@ _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder
 
 def read_config(source: Source | str | Path, revision: str | None = None, token: bool | str | None = None) -> Any:
     """
-    The config of a checkpoint. Never runs code that came with it, and never asks whether to.
-
-    Args:
-        source ([`Source`], `str` or `Path`): A checkpoint, or a folder or Hub id, of which only the config is fetched.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
-
-    Raises:
-        ValueError: no config, or one that describes no model that the installed transformers could build.
+    The config of a checkpoint, folder or Hub id, of which nothing else is fetched. Never runs code that came with it,
+    and never asks whether to. Raises a `ValueError` where it describes no model that transformers could build.
     """
     name, folder = _name(source), Path(source if isinstance(source, str | Path) else source.folder)
     if not folder.is_dir():

@@ -35,14 +35,8 @@ _OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "acoustic")
 
 def sparse_config_class(config: PreTrainedConfig, architecture: str | None = None) -> type[SparseMoeConfig]:
     """
-    The family of a dense config.
-
-    Args:
-        config (`PreTrainedConfig`): The dense config.
-        architecture (`str`, *optional*): The dense class, which decides where an architecture can be both.
-
-    Raises:
-        ValueError: not a text model.
+    The family of a dense config; the dense class, `architecture`, decides where a model type can be of two. Raises a
+    `ValueError` for what is not a dense text model.
     """
     if isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,30 +81,21 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_json(path: Path, kind: type[dict] | type[list] = dict, optional: bool = False) -> Any:
     """
-    What a JSON file beside the weights says.
-
-    Args:
-        path (`Path`): A file of a checkpoint's folder.
-        kind (`type`, defaults to `dict`): `dict` or `list`: what it must hold.
-        optional (`bool`, defaults to `False`): Return an empty one where there is no such file.
-
-    Raises:
-        ValueError: no such file, not one of the folder's own, no JSON, or JSON of another kind.
-        PermissionError: this user may not read it.
+    What a JSON file beside the weights says: a `dict`, or another `kind`; an empty one where there is no file and it
+    is `optional`. Raises a `ValueError` for a file that is not its folder's own, and for JSON of another kind.
     """
     if optional and not path.is_symlink() and not path.exists():
         return kind()
-    text, wanted = read_text(path), {dict: "an object", list: "a list"}[kind]
+    text = read_text(path)
     try:
         value = json.loads(text)
         if _depth(value) > 64:
             raise RecursionError
-    except RecursionError as error:
-        fault = "is not JSON that can be read: it is nested too deeply"
-        raise ValueError(f"`{path}` {fault}. Repair it, or fetch it again.") from error
-    except ValueError as error:
-        raise ValueError(f"`{path}` is not JSON ({error}). Repair it, or fetch it again.") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"`{path}` is not JSON ({reason}). Repair it, or fetch it again.") from error
     if not isinstance(value, kind):
+        wanted = {dict: "an object", list: "a list"}[kind]
         raise ValueError(f"`{path}` holds a JSON {type(value).__name__}, not {wanted}. Repair it, or fetch it again.")
     return value
 
@@ -120,7 +109,7 @@ def read_text(path: Path) -> str:
     """The text of a file that is its folder's own; raises as [`read_json`]."""
     check_own(path)
     try:
-        return told_if_unreadable(path, path.read_bytes).decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`{path}` is not UTF-8 text. Repair it, or fetch it again.") from error
 
@@ -139,29 +128,14 @@ def check_own(path: Path) -> None:
     raise ValueError(f"`{path.parent}` has no {path.name}. Pass the folder of a saved model.")
 
 
-def told_if_unreadable(path: Path, read: Callable[[], Any]) -> Any:
-    """Call `read`; a file that may not be read, or cannot, is told as that."""
-    try:
-        return read()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise
-        kind = PermissionError if isinstance(error, PermissionError) else OSError
-        raise kind(f"`{path}` cannot be read ({error.strerror}). Check its permissions and its disk.") from error
-
-
 def tensor_names(path: Path) -> list[str]:
     """
-    The names in a safetensors file, whose header is held against its size. It may lie elsewhere: weights are tensors
-    or nothing.
-
-    Raises:
-        ValueError: no regular file, or no whole safetensors file.
-        PermissionError: this user may not read it.
+    The names in a safetensors file, which may lie elsewhere: weights are tensors or nothing. Raises a `ValueError`
+    unless the file is regular and whole.
     """
     if not path.is_file():
         raise ValueError(f"`{path}` is not a regular file. Put the file itself there.")
-    told_if_unreadable(path, lambda: path.open("rb").close())
+    path.open("rb").close()  # an error that names the file, where it may not be read
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -29,21 +29,7 @@ _JOURNAL = "journal.json"
 def write_checkpoint(
     model: SparseMoePreTrainedModel, output: str | Path, source: Path | None = None, **save_arguments: Any
 ) -> Path:
-    """
-    Save a mixture with the tokenizer and licence of its dense source; the folder appears when it is complete.
-
-    Args:
-        model (`SparseMoePreTrainedModel`): The mixture.
-        output (`str` or `Path`): A folder that does not exist yet, or is empty.
-        source (`Path`, *optional*): The folder of the dense checkpoint.
-        **save_arguments: As `save_pretrained` takes them, such as `max_shard_size="4GB"`.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        OSError: the output is taken, or the disk is full; nothing is left at the output.
-    """
+    """Save a mixture with what else belongs to its dense source; the folder appears when it is complete."""
     with new_folder(output, needed_bytes=sum(parameter.nbytes for parameter in model.parameters())) as folder:
         model.save_pretrained(folder, **save_arguments)
         if source is not None:
@@ -77,14 +63,9 @@ def new_folder(
         output (`str` or `Path`): A folder that does not exist yet, or is empty.
         needed_bytes (`int`, defaults to 0): What will be written, at least; a disk without that is refused at once.
         journal (`dict`, *optional*): Resume what a call left that had [`write_journal`] write the same: the finished
-            `*.safetensors` are there, all else is cleared. Without, start afresh.
-        keep_failed (`bool`, defaults to `False`): Leave what was written where the block fails too, and not only where
-            it is interrupted after [`write_journal`]. The next call with the same `journal` finds all of it; another
-            journal starts afresh.
-
-    Raises:
-        ValueError: the journal of what is there is another one.
-        OSError: the output is taken, being written by another process or may not be written, or the disk is full.
+            `*.safetensors` are there, all else is cleared. Another journal is a `ValueError`.
+        keep_failed (`bool`, defaults to `False`): Keep all that was written where the block fails too, for the next
+            call with the same `journal`; another one starts afresh.
     """
     path = check_target(output)
     missing = [folder for folder in path.parents if not folder.exists()]

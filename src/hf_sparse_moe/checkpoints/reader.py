@@ -50,13 +50,6 @@ class TensorFiles:
     """
     The tensors of some safetensors files. Nothing is mapped into memory: what was read is gone with its tensor, and a
     file that is cut short ends in an error and not in a signal.
-
-    Args:
-        paths (`list[Path]`): The files.
-
-    Raises:
-        ValueError: a file that is no safetensors file.
-        NotStreamableError: a dtype that torch has no tensors of.
     """
 
     def __init__(self, paths: list[Path]):
@@ -127,16 +120,9 @@ class TensorFiles:
 
 class DenseTensors:
     """
-    The tensors that `dense.state_dict()` would hold were the checkpoint loaded, tied ones once.
-
-    Args:
-        source ([`Source`]): The checkpoint.
-        dense (`PreTrainedModel`): Its model, without storage.
-        dtype (`torch.dtype`): What it would be loaded in.
-
-    Raises:
-        ValueError: a missing weight, one of another shape, or a corrupt file.
-        NotStreamableError: loading does more than renaming.
+    The tensors that `dense.state_dict()` would hold were the checkpoint loaded in `dtype`, tied ones once. `dense` has
+    no storage. Raises a `ValueError` for a missing weight or one of another shape, and a `NotStreamableError` where
+    loading does more than renaming.
     """
 
     def __init__(self, source: Source, dense: PreTrainedModel, dtype: torch.dtype):

@@ -38,17 +38,8 @@ def find_source(
     source: str | Path, revision: str | None = None, allow_pickle: bool = False, token: bool | str | None = None
 ) -> Source:
     """
-    The checkpoint in a folder, or fetched from the Hub.
-
-    Args:
-        source (`str` or `Path`): Folder or Hub id.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are taken.
-        token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
-
-    Raises:
-        ValueError: a missing, corrupt or pickled checkpoint, or one with links that lead out of its folder.
-        PermissionError: files that this user may not read.
+    The checkpoint in a folder, or fetched from the Hub. Raises a `ValueError` for a missing or corrupt one, for links
+    that lead out of its folder, and for weights in a pickle, which may run code, unless `allow_pickle`.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -63,15 +54,8 @@ def find_source(
 
 def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:
     """
-    The dense model of a checkpoint, with its own head.
-
-    Args:
-        source ([`Source`]): From [`find_source`].
-        dtype (`str` or `torch.dtype`, defaults to `"auto"`): The checkpoint's own, or another.
-        allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
-
-    Raises:
-        ValueError: a mixture already, no text model, or an incomplete checkpoint.
+    The dense model of a checkpoint, with its own head. Raises a `ValueError` for a mixture, for what is no text model,
+    and for an incomplete checkpoint.
     """
     config = read_config(source)
     with sensible_config(source):

@@ -23,12 +23,7 @@ class ShardWriter:
     Writes a model's tensors as `model.safetensors`, or as numbered shards with their index.
 
     A shard has another name until all its bytes are on the disk, so that one with its own name is finished, whatever
-    happens to the process or the machine.
-
-    Args:
-        folder (`Path`): Where to; shards that are finished there are not written again.
-        tensors (`Mapping[str, torch.Tensor]`): Every tensor in its order, without storage.
-        max_shard_size (`int` or `str`): As `save_pretrained` takes it; a larger tensor gets a shard of its own.
+    happens to the process or the machine; it is not written again. The `tensors` may have no storage.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str):

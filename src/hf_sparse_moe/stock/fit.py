@@ -15,69 +15,40 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
+from hf_sparse_moe.checkpoints.source import Source, named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
-from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
 
 from .targets import EXPORT_TARGETS, ExportTarget
-from .tensors import ZERO_EXPERT_UNITS, target_name, to_target
+from .tensors import layer_of, part_to_target, parts_of, stored_tensors
 from .without_sibling import WITHOUT_SIBLING
 
 
-# Only training reads them.
+# Only training reads them; a router with a capacity drops in training alone.
 TRAINING_FIELDS = {
-    "initializer_range",
-    "embedding_initializer_range",
-    "pretraining_tp",
-    "classifier_dropout",
-    "num_mtp_layers",
-    "router_jitter_noise",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_bias_update_speed",
-    "balance_scope",
-    "capacity_factor",  # of a router that drops, which it does in training alone
-    "expert_dropout",
-    "output_router_logits",
-}
+    "initializer_range", "embedding_initializer_range", "pretraining_tp", "classifier_dropout", "num_mtp_layers",
+    "router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_speed", "balance_scope",
+    "capacity_factor", "expert_dropout", "output_router_logits",
+}  # fmt: skip
 # A row's needs, or the comparison of tensors, speak for these.
 _SAID_OTHERWISE = {
-    "layer_types",
-    "sliding_window",
-    "max_window_layers",
-    "use_sliding_window",
-    "head_dim",
-    "mlp_bias",
-    "intermediate_size",
-    "d_ff",
-    "feed_forward_proj",
-}
+    "layer_types", "sliding_window", "max_window_layers", "use_sliding_window", "head_dim", "mlp_bias",
+    "intermediate_size", "d_ff", "feed_forward_proj",
+}  # fmt: skip
 _OUR_FIELDS = {
-    "dense_config",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "num_shared_experts",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "mlp_layer_types",
-    "encoder_mlp_layer_types",
-    "decoder_mlp_layer_types",
-    "is_encoder_decoder",
-}
+    "dense_config", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts",
+    "scoring_func", "norm_topk_prob", "routed_scaling_factor", "mlp_layer_types", "encoder_mlp_layer_types",
+    "decoder_mlp_layer_types", "is_encoder_decoder",
+}  # fmt: skip
 # What `PreTrainedConfig` itself holds and a checkpoint of the target needs.
 COMMON_FIELDS = (
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "dtype",
-)
-_LANGUAGE_MODELS = ("SparseMoeDecoderForCausalLM", "SparseMoeEncoderDecoderForConditionalGeneration")
+    "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "dtype",
+)  # fmt: skip
+_LANGUAGE_MODELS = (None, "SparseMoeDecoderForCausalLM", "SparseMoeEncoderDecoderForConditionalGeneration")
+# Units of a shared expert of zeros where the target names its size: enough for tensor parallelism to divide.
+_ZERO_EXPERT_UNITS = 64
 
 
 @dataclass(frozen=True)
@@ -150,37 +121,40 @@ def explain_export(
         print(explain_export("qwen3-8x"))
         ```
     """
-    config, architecture = config_of(source, revision, token)
-    reports = [check_target(target, config, architecture) for target in EXPORT_TARGETS]
+    config, saved_as = config_of(source, revision, token)
     dense = config.dense_config.model_type
-    siblings = {target.model_type for target in EXPORT_TARGETS if dense in target.dense}
-    reports.sort(key=lambda report: report.target not in siblings)
+    siblings_first = sorted(EXPORT_TARGETS, key=lambda target: dense not in target.dense)
+    reports = [check_fit(target, config, saved_as) for target in siblings_first]
     others = [TargetReport(name, (reason,)) for name, reason in WITHOUT_SIBLING.items()]
     return ExportExplanation(dense, (*reports, *others))
 
 
-def check_target(target: ExportTarget, config: SparseMoeConfig, architecture: str | None = None) -> TargetReport:
-    """Whether the mixture of `config`, saved as class `architecture`, is isomorphic to `target`."""
-    dense = config.dense_config
-    if dense.model_type not in target.dense:
-        return _report(
-            target, [f"it is the sparse sibling of {' and '.join(target.dense)}, not of {dense.model_type}"]
-        )
-    obstacles = []
-    if architecture is not None and architecture not in _LANGUAGE_MODELS:
-        obstacles.append(f"`{architecture}` is not a language model: only those are exported")
+def config_of(
+    source: SparseMoePreTrainedModel | SparseMoeConfig | Source | str | Path,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> tuple[SparseMoeConfig, str | None]:
+    """The config of a mixture, given as model, config, folder or Hub id, and the class that it was saved with."""
+    if isinstance(source, SparseMoePreTrainedModel):
+        config: Any = source.config
+        return config, type(source).__name__
+    config = source if isinstance(source, SparseMoeConfig) else read_mixture_config(source, revision, token)
+    return config, named_architecture(config)
+
+
+def check_fit(target: ExportTarget, config: SparseMoeConfig, saved_as: str | None = None) -> TargetReport:
+    """Whether the mixture of `config`, saved as the class `saved_as`, is isomorphic to `target`."""
+    dense = config.dense_config.model_type
+    if dense not in target.dense:
+        siblings = " and ".join(target.dense)
+        return TargetReport(target.model_type, (f"it is the sparse sibling of {siblings}, not of {dense}",))
     with sensible_config(str(config.name_or_path)):
         model = meta_model(config)
-    obstacles += [*_router_obstacles(target, config), *_expert_obstacles(target, model)]
-    for need in target.needs:
-        if hasattr(dense, need.field) and not need.holds(getattr(dense, need.field)):
-            obstacles.append(f"`{need.field}={getattr(dense, need.field)!r}`: {target.model_type} has {need.why}")
-    obstacles += _unknown_fields(target, dense)
-    if obstacles:
-        return _report(target, obstacles)
-    target_config = _target_config(target, config, model)
-    obstacles = _structure_obstacles(target, model, empty_model(target_config))
-    return _report(target, obstacles, None if obstacles else target_config)
+    obstacles, stock_config = _obstacles(target, config, model, saved_as), None
+    if not obstacles:
+        stock_config = _stock_config(target, config, model)
+        obstacles = _unplaced_tensors(target, model, empty_model(stock_config))
+    return TargetReport(target.model_type, tuple(obstacles), None if obstacles else stock_config)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -190,166 +164,123 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return auto_class.from_config(config)
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a checkpoint of `model` holds: its state without tied copies."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-
-
-def block_paths(model: SparseMoePreTrainedModel) -> list[str]:
-    """Where the sparse blocks are."""
-    return [path for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)]
-
-
-def layer_path(block_path: str) -> str:
-    """Where the layer of a block is, in the target."""
-    return block_path.removeprefix("dense.").rpartition(".")[0]
-
-
-def in_layer(names: dict[str, Any], layer: str) -> dict[str, Any]:
-    """The entries below `layer`, by their names from there."""
-    return {name.removeprefix(f"{layer}."): value for name, value in names.items() if name.startswith(f"{layer}.")}
-
-
-def config_of(
-    source: Any, revision: str | None = None, token: bool | str | None = None
-) -> tuple[SparseMoeConfig, str | None]:
-    """The config of a mixture, given as model, config, folder or Hub id, and the class that it was saved with."""
-    if isinstance(source, SparseMoePreTrainedModel):
-        config: Any = source.config
-        return config, type(source).__name__
-    config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision, token)
-    if not isinstance(config, SparseMoeConfig):
-        raise ValueError(
-            f"`{config.model_type}` is not a mixture of this package. Pass one, such as `upcycle` makes; to read a "
-            "stock mixture use `import_stock`."
-        )
-    return config, next(iter(config.architectures or ()), None)
-
-
-def _report(target: ExportTarget, obstacles: list[str], config: PreTrainedConfig | None = None) -> TargetReport:
-    return TargetReport(target.model_type, tuple(obstacles), config)
-
-
-def _router_obstacles(target: ExportTarget, config: SparseMoeConfig) -> list[str]:
-    name, obstacles = target.model_type, []
-    if config.scoring_func not in target.router:
-        obstacles.append(f"`scoring_func={config.scoring_func!r}`: {name} has {' or '.join(target.router)}")
-    normalised = target.router.get(config.scoring_func)
-    if normalised is not None and normalised != config.norm_topk_prob:
-        obstacles.append(f"`norm_topk_prob={config.norm_topk_prob}`: {name} always has {normalised}")
-    if target.scaling_field is None and config.routed_scaling_factor != 1:
-        obstacles.append(f"`routed_scaling_factor={config.routed_scaling_factor}`: {name} has no such factor")
-    if target.top_k is not None and config.num_experts_per_tok != target.top_k:
-        obstacles.append(f"`num_experts_per_tok={config.num_experts_per_tok}`: {name} always takes {target.top_k}")
-    if config.num_experts < target.min_experts:
-        obstacles.append(f"`num_experts={config.num_experts}`: {name} needs at least {target.min_experts}")
-    shared = config.num_shared_experts
-    if shared and target.shared is None:
-        obstacles.append(f"`num_shared_experts={shared}`: {name} has no shared experts")
-    elif shared > 1 and target.shared is not None and target.shared.only_one:
-        obstacles.append(f"`num_shared_experts={shared}`: {name} has exactly one, of a routed expert's size")
-    known = _OUR_FIELDS | TRAINING_FIELDS
-    return obstacles + [
-        f"`{field}={getattr(config, field)!r}`: {name} has no such field"
-        for field, default in own_fields(type(config)).items()
-        if field not in known and getattr(config, field) != default
-    ]
-
-
-def _expert_obstacles(target: ExportTarget, model: SparseMoePreTrainedModel) -> list[str]:
-    blocks = model.sparse_blocks
-    if not blocks:
-        return ["`mlp_layer_types`: no layer is sparse"]
-    obstacles = []
-    if blocks[0].experts.biased:
-        obstacles.append(f"biased experts: those of {target.model_type} have no biases")
-    if blocks[0].experts.gated != target.gated:
-        kinds = ("plain (up, down)", "gated (gate, up, down)")
-        obstacles.append(f"{kinds[not target.gated]} experts: those of {target.model_type} are {kinds[target.gated]}")
-    return obstacles
-
-
-def _unknown_fields(target: ExportTarget, dense: PreTrainedConfig) -> list[str]:
-    """Fields of the dense config that the target lacks, with a value other than their default."""
-    known = TRAINING_FIELDS | _SAID_OTHERWISE | {need.field for need in target.needs}
-    known |= set(CONFIG_MAPPING[target.model_type].__dataclass_fields__)
-    known |= set(target.derived(dense)) if target.derived else set()
-    return [
-        f"`{field}={getattr(dense, field)!r}`: {target.model_type} has no such field"
-        for field, default in own_fields(type(dense)).items()
-        if field not in known and getattr(dense, field) != default
-    ]
-
-
 def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields that a config class adds to `PreTrainedConfig`, with their defaults."""
     fields = config_class.__dataclass_fields__
     return {name: fields[name].default for name in fields if name not in PreTrainedConfig.__dataclass_fields__}
 
 
-def _target_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> PreTrainedConfig:
-    dense, config_class = config.dense_config, CONFIG_MAPPING[target.model_type]
-    copied = [*(set(own_fields(type(dense))) & set(config_class.__dataclass_fields__)), *COMMON_FIELDS, "head_dim"]
-    fields = {name: getattr(dense, name) for name in copied if getattr(dense, name, None) is not None}
+def _obstacles(
+    target: ExportTarget, config: SparseMoeConfig, model: SparseMoePreTrainedModel, saved_as: str | None
+) -> list[str]:
+    """What the configs alone say against a target."""
+    name, dense, kinds = target.model_type, config.dense_config, ("plain (up, down)", "gated (gate, up, down)")
+    scoring, shared = config.scoring_func, config.num_shared_experts
+    normalised = target.router.get(scoring)
+    experts = model.sparse_blocks[0].experts if model.sparse_blocks else None
+    conditions = [
+        (saved_as not in _LANGUAGE_MODELS, f"`{saved_as}` is not a language model: only those are exported"),
+        (scoring not in target.router, f"`scoring_func={scoring!r}`: {name} has {' or '.join(target.router)}"),
+        (
+            normalised is not None and normalised != config.norm_topk_prob,
+            f"`norm_topk_prob={config.norm_topk_prob}`: {name} always has {normalised}",
+        ),
+        (
+            target.scaling_field is None and config.routed_scaling_factor != 1,
+            f"`routed_scaling_factor={config.routed_scaling_factor}`: {name} has no such factor",
+        ),
+        (
+            target.top_k not in (None, config.num_experts_per_tok),
+            f"`num_experts_per_tok={config.num_experts_per_tok}`: {name} always takes {target.top_k}",
+        ),
+        (
+            config.num_experts < target.min_experts,
+            f"`num_experts={config.num_experts}`: {name} needs at least {target.min_experts}",
+        ),
+        (shared > 0 and target.shared is None, f"`num_shared_experts={shared}`: {name} has no shared experts"),
+        (
+            shared > 1 and target.shared is not None and target.shared.only_one,
+            f"`num_shared_experts={shared}`: {name} has exactly one, of a routed expert's size",
+        ),
+        (experts is None, "`mlp_layer_types`: no layer is sparse"),
+        (experts is not None and experts.biased, f"biased experts: those of {name} have no biases"),
+        (
+            experts is not None and experts.gated != target.gated,
+            f"{kinds[not target.gated]} experts: those of {name} are {kinds[target.gated]}",
+        ),
+    ]
+    for need in target.needs:
+        if hasattr(dense, need.field):
+            value = getattr(dense, need.field)
+            conditions.append((not need.holds(value), f"`{need.field}={value!r}`: {name} has {need.why}"))
+    return [obstacle for stands, obstacle in conditions if stands] + _unknown_fields(target, config)
+
+
+def _unknown_fields(target: ExportTarget, config: SparseMoeConfig) -> list[str]:
+    """Fields that the target lacks, with a value other than their default."""
+    dense = config.dense_config
+    known = TRAINING_FIELDS | _SAID_OTHERWISE | {need.field for need in target.needs}
+    known |= {*CONFIG_MAPPING[target.model_type].__dataclass_fields__, *target.derived(dense)}
+    return [
+        f"`{field}={getattr(part, field)!r}`: {target.model_type} has no such field"
+        for part, without in ((config, TRAINING_FIELDS | _OUR_FIELDS), (dense, known))
+        for field, default in own_fields(type(part)).items()
+        if field not in without and getattr(part, field) != default
+    ]
+
+
+def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> PreTrainedConfig:
+    dense, config_class, shared = config.dense_config, CONFIG_MAPPING[target.model_type], target.shared
+    theirs = own_fields(config_class)
     # None may mean something else than the target's default does.
-    fields |= {
-        name: None for name in own_fields(config_class) if name in own_fields(type(dense)) and name not in fields
-    }
-    if "head_dim" in config_class.__dataclass_fields__:
+    fields: dict[Any, Any] = {name: getattr(dense, name) for name in own_fields(type(dense)) if name in theirs}
+    for name in (*COMMON_FIELDS, "head_dim"):
+        if getattr(dense, name, None) is not None:
+            fields[name] = getattr(dense, name)
+    if "head_dim" in theirs:
         fields.setdefault("head_dim", dense.hidden_size // dense.num_attention_heads)
-    fields |= {**target.fixed, **target.dense[dense.model_type]}
-    if target.derived:
-        fields |= target.derived(dense)
-    size = model.sparse_blocks[0].experts.intermediate_dim
-    sizes = (config.num_experts, config.num_experts_per_tok, size)
-    fields |= {name: value for name, value in zip(target.fields, sizes, strict=True) if name is not None}
+    fields |= {**target.fixed, **target.dense[dense.model_type], **target.derived(dense)}
+    size, count = model.sparse_blocks[0].experts.intermediate_dim, config.num_shared_experts
+    fields |= dict(zip(target.fields, (config.num_experts, config.num_experts_per_tok, size), strict=True))
     if target.router[config.scoring_func] is None:
         fields["norm_topk_prob"] = config.norm_topk_prob
-    if target.scoring_field:
-        fields[target.scoring_field] = config.scoring_func
-    if target.scaling_field:
-        fields[target.scaling_field] = float(config.routed_scaling_factor)
-    if target.shared:
-        count = config.num_shared_experts
-        if target.shared.count_field:
-            fields[target.shared.count_field] = count or int(target.shared.required)
-        if target.shared.size_field:
-            fields[target.shared.size_field] = count * size or ZERO_EXPERT_UNITS * target.shared.required
-    fields |= target.layers(_layers(config, model))
-    fields["dtype"] = config.dtype
+    fields[target.scoring_field] = config.scoring_func
+    fields[target.scaling_field] = float(config.routed_scaling_factor)
+    if shared:
+        fields[shared.count_field] = count or int(shared.required)
+        fields[shared.size_field] = count * size or _ZERO_EXPERT_UNITS * shared.required
+    fields |= target.layers(_layer_types(config, model)) | {"dtype": config.dtype}
+    fields.pop(None, None)  # what the target has no name for
     result = config_class(**fields)
     result.architectures = [type(empty_model(result)).__name__]
     return result
 
 
-def _layers(config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> dict[str, list[str]]:
+def _layer_types(config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> dict[str, list[str]]:
     counts = {side: sum(block.side == side for block in model.sparse_blocks) for side in ("encoder", "decoder")}
     return {
         side: getattr(config, field) or ["sparse"] * counts[side] for field, side in config._layer_type_fields.items()
     }
 
 
-def _structure_obstacles(target: ExportTarget, ours: SparseMoePreTrainedModel, theirs: PreTrainedModel) -> list[str]:
+def _unplaced_tensors(target: ExportTarget, ours: SparseMoePreTrainedModel, theirs: PreTrainedModel) -> list[str]:
     """Tensors without a place on the other side, or of another shape there."""
-    wanted = {name: tensor.shape for name, tensor in stored_tensors(theirs).items()}
-    state = stored_tensors(ours)
-    paths = block_paths(ours)
-    dense_layers = [f"{layer_path(path)}.{target.router_name}" not in wanted for path in paths]
-    routers = sum(name.endswith(f".{target.router_name}") for name in wanted)
-    if any(dense_layers) or routers != len(paths):
-        return [f"the choice of sparse layers: {target.model_type} cannot leave exactly these layers dense"]
+    name = target.model_type
+    wanted = {key: tensor.shape for key, tensor in stored_tensors(theirs).items()}
+    parts = parts_of(ours)
+    sparse = {f"{layer_of(path)}.{target.router_name}" for path, _ in parts if path}
+    if sparse != {key for key in wanted if key.endswith(f".{target.router_name}")}:
+        return [f"the choice of sparse layers: {name} cannot leave exactly these layers dense"]
+    state = ours.state_dict()
     found: dict[str, torch.Size] = {}
-    for path in paths:
-        layer = layer_path(path)
-        block = to_target(target, in_layer(state, path), in_layer(wanted, layer))
-        found |= {f"{layer}.{name}": tensor.shape for name, tensor in block.items()}
-    inside = tuple(f"{path}." for path in paths)
-    found |= {target_name(target, name): tensor.shape for name, tensor in state.items() if not name.startswith(inside)}
-    obstacles = [f"`{name}` has no place in {target.model_type}" for name in sorted(found.keys() - wanted.keys())]
-    obstacles += [f"{target.model_type} needs `{name}`" for name in sorted(wanted.keys() - found.keys())]
+    for path, keys in parts:
+        converted = part_to_target(target, path, {key: state[key] for key in keys}, wanted)
+        found |= {key: tensor.shape for key, tensor in converted.items()}
+    obstacles = [f"`{key}` has no place in {name}" for key in sorted(found.keys() - wanted.keys())]
+    obstacles += [f"{name} needs `{key}`" for key in sorted(wanted.keys() - found.keys())]
     obstacles += [
-        f"`{name}` is {tuple(found[name])}, in {target.model_type} {tuple(wanted[name])}"
-        for name in sorted(found.keys() & wanted.keys())
-        if found[name] != wanted[name]
+        f"`{key}` is {tuple(found[key])}, in {name} {tuple(wanted[key])}"
+        for key in sorted(found.keys() & wanted.keys())
+        if found[key] != wanted[key]
     ]
     return obstacles[:3]

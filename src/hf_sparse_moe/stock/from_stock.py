@@ -16,8 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.config import read_config, sensible_config
-from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
-from hf_sparse_moe.checkpoints.folder import write_checkpoint
+from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import (
@@ -30,17 +29,18 @@ from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
 from hf_sparse_moe.upcycling.mixtures import UpcycleReport
 from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, versions
 
-from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_target, empty_model, in_layer, own_fields, stored_tensors
+from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_fit, empty_model, own_fields
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
-from .tensors import SCORE_BIAS, Tensors, from_target, our_name
+from .tensors import SCORE_BIAS, Tensors, block_from_target, in_layer, our_name, stored_tensors
 from .without_sibling import WITHOUT_SIBLING
 
 
 logger = logging.get_logger(__name__)
 
-# Fields of a stock config that change nothing that the tensors' shapes do not say.
-_NO_MATTER = {*TRAINING_FIELDS, "add_router_probs", "router_ignore_padding_tokens", "prefix_dense_intermediate_size"}
-_NO_MATTER |= {"expert_capacity"}  # said by a warning
+# Fields of a stock config that change nothing that the tensors' shapes, or a warning, do not say.
+_NO_MATTER = TRAINING_FIELDS | {
+    "add_router_probs", "router_ignore_padding_tokens", "prefix_dense_intermediate_size", "expert_capacity",
+}  # fmt: skip
 
 
 class ImportReport(UpcycleReport):
@@ -89,12 +89,10 @@ def import_stock(
         ```
     """
     if output is not None:
-        check_output_dir(output)
-    found = None
-    if isinstance(source, PreTrainedModel):
-        stock = source
-    else:
-        found = find_source(source, revision, token=token)
+        check_target(output)
+    found, stock = None, source
+    if not isinstance(stock, PreTrainedModel):
+        found = find_source(source, revision, token=token)  # type: ignore[arg-type]
         stock_config = read_config(found)
         _row_of(stock_config)  # refuses before anything large is read
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
@@ -132,7 +130,14 @@ def _import_model(
     chosen: Any = stock.dtype if dtype == "auto" else dtype
     sparse: Any = load_mixture(_class_of(stock.config), config, converted, chosen, stock.generation_config)
     sparse = sparse.to(stock.device)
-    sparse.receipt = _receipt(stock, sparse, source, config_fields)
+    sparse.receipt = {
+        "source": describe_source(stock, source),
+        "arguments": {"method": "import_native", **config_fields},  # its name in version 0.1
+        "versions": versions(),
+        "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
+        "flops_per_token": count_flops_per_token(sparse),
+        "equality": output_difference(stock, sparse),
+    }
     return sparse
 
 
@@ -152,7 +157,6 @@ def _row_of(config: PreTrainedConfig) -> ExportTarget:
 def _sparse_config(
     row: ExportTarget, stock: Any, state: Tensors, layers: list[str], config_fields: dict[str, Any]
 ) -> SparseMoeConfig:
-    dense = _dense_config(row, stock)
     num_experts, top_k, size = (row.top_k if name is None else getattr(stock, name) for name in row.fields)
     scoring = getattr(stock, row.scoring_field) if row.scoring_field else next(iter(row.router))
     normalised = row.router[scoring]
@@ -167,14 +171,13 @@ def _sparse_config(
         **_layer_types(stock, layers),
         **config_fields,
     }
-    config = _class_of(stock).config_class.from_dense(dense, **fields)
+    config = _class_of(stock).config_class.from_dense(_dense_config(row, stock), **fields)
     # What holds on the way there holds on the way back: the same fields and the same tensors.
-    report = check_target(row, config)
+    report = check_fit(row, config)
     if report.config is None:
         raise ValueError(f"This `{row.model_type}` cannot be read: {'; '.join(report.obstacles)}.")
-    shared = (
-        {row.shared.count_field, row.shared.size_field} if row.shared else set()
-    )  # `_num_shared_experts` saw to them
+    # `_num_shared_experts` saw to these.
+    shared = {row.shared.count_field, row.shared.size_field} if row.shared else set()
     for field in own_fields(type(stock)).keys() - _NO_MATTER - shared:
         _require(row, stock, field, getattr(report.config, field))
     return config
@@ -191,7 +194,7 @@ def _dense_config(row: ExportTarget, stock: Any) -> PreTrainedConfig:
     fields = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
     if "head_dim" in dense_class.__dataclass_fields__:
         fields.setdefault("head_dim", stock.hidden_size // stock.num_attention_heads)
-    return dense_class(**fields | (row.dense_fields(stock) if row.dense_fields else {}))
+    return dense_class(**fields | row.dense_fields(stock))
 
 
 def _require(row: ExportTarget, stock: Any, field: str, value: Any) -> None:
@@ -204,9 +207,8 @@ def _require(row: ExportTarget, stock: Any, field: str, value: Any) -> None:
 
 def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], size: Any) -> int:
     """How many routed experts the shared ones are as large as; 0 where they are zeros."""
-    if row.shared is None:
-        return 0
-    downs = [state[name] for layer in layers if (name := f"{layer}.{row.shared.weights[-1]}") in state]
+    names = [f"{layer}.{row.shared.weights[-1]}" for layer in layers] if row.shared else []
+    downs = [state[name] for name in names if name in state]
     if not any(down.any() for down in downs):
         return 0
     units = downs[0].shape[1]
@@ -234,27 +236,14 @@ def _layer_types(stock: Any, layers: list[str]) -> dict[str, list[str]]:
 
 def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers: list[str]) -> Tensors:
     """The stock model's tensors in our names; tensors other than shared experts and experts in modules are its own."""
-    result: Tensors = {}
+    inside = tuple(f"{layer}." for layer in layers)
+    result = {our_name(row, name): tensor for name, tensor in state.items() if not name.startswith(inside)}
     for layer in layers:
-        block, left = from_target(row, in_layer(state, layer), config.num_shared_experts)
+        block, left = block_from_target(row, in_layer(state, layer), config.num_shared_experts)
         if config.scoring_func == "sigmoid":
             block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
         else:
             block.pop(SCORE_BIAS, None)
         result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
         result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}
-    inside = tuple(f"{layer}." for layer in layers)
-    return result | {our_name(row, name): tensor for name, tensor in state.items() if not name.startswith(inside)}
-
-
-def _receipt(
-    stock: PreTrainedModel, sparse: SparseMoePreTrainedModel, source: Source | None, fields: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "source": describe_source(stock, source),
-        "arguments": {"method": "import_native", **fields},  # its name in version 0.1
-        "versions": versions(),
-        "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
-        "flops_per_token": count_flops_per_token(sparse),
-        "equality": output_difference(stock, sparse),
-    }
+    return result

@@ -1,10 +1,15 @@
-"""The tensors of one sparse layer, in our names and in a target's. E experts, I intermediate, H hidden."""
+"""The tensors of a mixture in our names and in a target's, part by part. E experts, I intermediate, H hidden."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from hf_sparse_moe.models.moe_block import SparseMoeBlock
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .targets import ExportTarget
 
@@ -12,99 +17,125 @@ from .targets import ExportTarget
 Tensors = dict[str, torch.Tensor]
 
 SCORE_BIAS = "gate.e_score_correction_bias"
-# Units of a shared expert of zeros where the target names its size: enough for tensor parallelism to divide.
-ZERO_EXPERT_UNITS = 64
+_SHARED_UP, _SHARED_DOWN = "shared_experts.up_proj.weight", "shared_experts.down_proj.weight"
 
 
-def target_name(target: ExportTarget, name: str) -> str:
-    """The target's name of a tensor outside the sparse blocks."""
-    return name.removeprefix("dense.").replace(f".{target.feed_forward}.", ".mlp.")
+def stored_tensors(model: PreTrainedModel) -> Tensors:
+    """What a checkpoint of `model` holds: its state without tied copies."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def in_layer(names: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """The entries below `layer`, by their names from there."""
+    return {name.removeprefix(f"{layer}."): value for name, value in names.items() if name.startswith(f"{layer}.")}
+
+
+def parts_of(model: SparseMoePreTrainedModel) -> list[tuple[str, list[str]]]:
+    """The stored tensors of a mixture, part by part: first each other one alone, under "", then each sparse block."""
+    names = list(stored_tensors(model))
+    paths = [path for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)]
+    inside = tuple(f"{path}." for path in paths)
+    alone = [("", [name]) for name in names if not name.startswith(inside)]
+    return alone + [(path, [name for name in names if name.startswith(f"{path}.")]) for path in paths]
+
+
+def layer_of(block: str) -> str:
+    """Where the layer of a sparse block is, in the target."""
+    return block.removeprefix("dense.").rpartition(".")[0]
+
+
+def part_to_target(
+    target: ExportTarget, path: str, part: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
+) -> Tensors:
+    """A part of [`parts_of`] in the target's names, which has tensors of these `shapes`."""
+    if not path:
+        names = {name: name.removeprefix("dense.").replace(f".{target.feed_forward}.", ".mlp.") for name in part}
+        return {names[name]: tensor for name, tensor in part.items()}
+    layer = layer_of(path)
+    block = _block_to_target(target, in_layer(part, path), in_layer(shapes, layer))
+    return {f"{layer}.{name}": tensor for name, tensor in block.items()}
 
 
 def our_name(target: ExportTarget, name: str) -> str:
-    """The way back of [`target_name`]."""
+    """The way back of a tensor outside the sparse blocks."""
     return f"dense.{name.replace('.mlp.', f'.{target.feed_forward}.')}"
 
 
-def to_target(target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> Tensors:
-    """
-    One sparse block in the target's names, from the layer that holds it. Names that have no place keep theirs.
+def _places(target: ExportTarget, num_experts: int) -> dict[str, tuple[str, ...]]:
+    """Our names in a sparse block, each with the target's, from the layer; several where it keeps parts apart."""
+    up = "experts.gate_up_proj" if target.gated else "experts.up_proj"
+    places: dict[str, tuple[str, ...]] = {"gate.weight": (target.router_name,)}
+    for number, ours in enumerate((up, "experts.down_proj")):
+        if target.expert_modules:
+            places[ours] = tuple(map(target.expert_modules[number].format, range(num_experts)))
+        else:
+            places[ours] = (f"{target.experts_name}.{ours.removeprefix('experts.')}",)
+    if target.score_bias_name:
+        places[SCORE_BIAS] = (target.score_bias_name,)
+    if target.shared:
+        places |= {_SHARED_UP: target.shared.weights[:-1], _SHARED_DOWN: target.shared.weights[-1:]}
+    return places
 
-    Args:
-        target (`ExportTarget`): The row.
-        block (`dict[str, torch.Tensor]`): The block's tensors, in our names from the block.
-        shapes (`dict[str, torch.Size]`): Of all that the target has in the layer; what is asked for there and we have
-            not is written as zeros: a score bias, the gate of shared experts, shared experts as such.
 
-    Raises:
-        ValueError: a trained selection bias without a place there.
+def _block_to_target(
+    target: ExportTarget, block: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
+) -> Tensors:
     """
-    left = dict(block)
-    result: Tensors = {target.router_name: left.pop("gate.weight")}
-    bias_name, bias = target.score_bias_name, left.pop(SCORE_BIAS, None)
-    if bias is not None and bias_name is not None and bias_name in shapes:
-        result[bias_name] = bias.reshape(shapes[bias_name])
-    elif bias is not None and not bias.is_meta and bias.any():
+    One sparse block in the target's names, from the layer that holds it. Names that have no place keep theirs. What
+    `shapes` asks for and we have not is written as zeros: a score bias, shared experts and their gate.
+    """
+    left, result = dict(block), Tensors()
+    for ours, theirs in _places(target, len(block["gate.weight"])).items():
+        if ours in left and (ours != SCORE_BIAS or theirs[0] in shapes):
+            tensor = left.pop(ours)
+            if target.expert_modules and ours.startswith("experts."):
+                parts: Any = tensor.unbind()
+            else:
+                parts = tensor.chunk(len(theirs))
+            result |= dict(zip(theirs, parts, strict=True))
+    bias, gate = target.score_bias_name or "", (target.shared.gate if target.shared else None) or ""
+    if bias in result:
+        result[bias] = result[bias].reshape(shapes[bias])
+    elif (ours_bias := left.pop(SCORE_BIAS, None)) is not None and not ours_bias.is_meta and ours_bias.any():
         raise ValueError(
             f"The selection bias (`{SCORE_BIAS}`) is trained, and {target.model_type} has none. Set it to zeros to "
             "export without it."
         )
-    up_name = "gate_up_proj" if target.gated else "up_proj"
-    up, down = left.pop(f"experts.{up_name}"), left.pop("experts.down_proj")
-    if target.expert_modules:
-        for pattern, stacked in zip(target.expert_modules, (up, down), strict=True):
-            result |= {pattern.format(number): tensor for number, tensor in enumerate(stacked)}
-    else:
-        result |= {f"{target.experts_name}.{up_name}": up, f"{target.experts_name}.down_proj": down}
-    missing = {bias_name} if bias_name else set()
-    if target.shared:
-        missing |= {*target.shared.weights, *filter(None, [target.shared.gate])}
-        if "shared_experts.up_proj.weight" in left:
-            up, down = left.pop("shared_experts.up_proj.weight"), left.pop("shared_experts.down_proj.weight")
-            ups = up.chunk(2) if len(target.shared.weights) == 3 else (up,)
-            result |= dict(zip(target.shared.weights, (*ups, down * 2 if target.shared.gate else down), strict=True))
-    for name in sorted(missing & shapes.keys() - result.keys()):
-        dtype = torch.float32 if name == bias_name else down.dtype
-        result[name] = torch.zeros(shapes[name], dtype=dtype, device=down.device)
+    if target.shared and gate and (down := target.shared.weights[-1]) in result:
+        result[down] = result[down] * 2
+    like = block["experts.down_proj"]
+    zeros = {bias, gate, *(target.shared.weights if target.shared else ())} & shapes.keys() - result.keys()
+    for name in sorted(zeros):
+        dtype = torch.float32 if name == bias else like.dtype
+        result[name] = torch.zeros(shapes[name], dtype=dtype, device=like.device)
     return result | left
 
 
-def from_target(
+def block_from_target(
     target: ExportTarget, layer: Mapping[str, torch.Tensor], num_shared_experts: int
 ) -> tuple[Tensors, Tensors]:
     """
-    The way back: the block's tensors in our names, and what is left of the layer.
-
-    Args:
-        target (`ExportTarget`): The row.
-        layer (`dict[str, torch.Tensor]`): The layer's tensors, in the target's names from the layer.
-        num_shared_experts (`int`): Whether shared experts are read, or are zeros and left out.
-
-    Raises:
-        ValueError: shared experts with a trained gate, which our blocks have not.
+    The way back: the block's tensors in our names, and what is left of the layer. Shared experts of a mixture without
+    any are zeros and left out; those with a trained gate, which our blocks have not, are a `ValueError`.
     """
-    left = dict(layer)
-    block: Tensors = {"gate.weight": left.pop(target.router_name)}
-    up_name = "gate_up_proj" if target.gated else "up_proj"
-    if target.expert_modules:
-        count = len(block["gate.weight"])
-        up, down = (
-            torch.stack([left.pop(name.format(number)) for number in range(count)]) for name in target.expert_modules
-        )
-    else:
-        up, down = left.pop(f"{target.experts_name}.{up_name}"), left.pop(f"{target.experts_name}.down_proj")
-    block |= {f"experts.{up_name}": up, "experts.down_proj": down}
-    if target.score_bias_name in left:
-        block[SCORE_BIAS] = left.pop(target.score_bias_name).flatten()
-    if target.shared and target.shared.weights[0] in left:
-        *ups, down = (left.pop(name) for name in target.shared.weights)
-        gate = left.pop(target.shared.gate) if target.shared.gate else None
-        if num_shared_experts:
-            if gate is not None and gate.any():
-                raise ValueError(
-                    f"The gate of the shared experts (`{target.shared.gate}`) is trained, and here they have none. "
-                    "Only shared experts without a gate, or with one of zeros, can be read."
-                )
-            block["shared_experts.up_proj.weight"] = torch.cat(ups)
-            block["shared_experts.down_proj.weight"] = down if gate is None else down / 2
+    left, block = dict(layer), Tensors()
+    for ours, theirs in _places(target, len(layer[target.router_name])).items():
+        if theirs[0] in left:
+            parts = [left.pop(name) for name in theirs]
+            if target.expert_modules and ours.startswith("experts."):
+                block[ours] = torch.stack(parts)
+            else:
+                block[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if SCORE_BIAS in block:
+        block[SCORE_BIAS] = block[SCORE_BIAS].flatten()
+    gate = left.pop(target.shared.gate, None) if target.shared and target.shared.gate else None
+    if not num_shared_experts:
+        block = {name: tensor for name, tensor in block.items() if name not in (_SHARED_UP, _SHARED_DOWN)}
+    elif target.shared and gate is not None:
+        if gate.any():
+            raise ValueError(
+                f"The gate of the shared experts (`{target.shared.gate}`) is trained, and here they have none. Only "
+                "shared experts without a gate, or with one of zeros, can be read."
+            )
+        block[_SHARED_DOWN] = block[_SHARED_DOWN] / 2
     return block, left

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from warnings import warn
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_sparse_moe.checkpoints.config import read_generation_config
 from hf_sparse_moe.checkpoints.files import copy_companions, read_json
-from hf_sparse_moe.checkpoints.folder import check_target as check_output_dir
+from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.checkpoints.source import Source, find_source, weight_files
@@ -24,18 +23,11 @@ from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
+from hf_sparse_moe.upcycling.receipt import versions
 
-from .fit import (
-    block_paths,
-    check_target,
-    config_of,
-    empty_model,
-    in_layer,
-    layer_path,
-    stored_tensors,
-)
+from .fit import check_fit, config_of, empty_model
 from .targets import EXPORT_TARGETS, ExportTarget
-from .tensors import Tensors, target_name, to_target
+from .tensors import Tensors, part_to_target, parts_of, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -105,27 +97,25 @@ def export(
     if target is not None:
         warn("`target` of `export` is now `architecture`.", FutureWarning, stacklevel=2)
         architecture = target
-    rows = {row.model_type: row for row in EXPORT_TARGETS}
-    if architecture != "auto" and architecture not in rows:
-        raise ValueError(f"`architecture={architecture!r}` is not allowed: it must be 'auto' or one of {list(rows)}.")
-    if resume and isinstance(source, SparseMoePreTrainedModel):
+    rows = [row.model_type for row in EXPORT_TARGETS]
+    if architecture not in ("auto", *rows):
+        raise ValueError(f"`architecture={architecture!r}` is not allowed: it must be 'auto' or one of {rows}.")
+    in_memory = isinstance(source, SparseMoePreTrainedModel)
+    if resume and in_memory:
         raise ValueError(
             "`resume=True` is not allowed with a model in memory, which nothing tells from another one. Save it and "
             "pass the folder, or leave `resume` out."
         )
-    check_output_dir(output)
-    mixture: SparseMoePreTrainedModel | Source
-    if isinstance(source, SparseMoePreTrainedModel):
-        mixture, watched = source, None
-    else:
-        mixture = find_source(source, revision, token=token)
-        watched = WatchedSource(mixture)
-    config, saved_as = config_of(mixture.folder if isinstance(mixture, Source) else mixture)
+    check_target(output)
+    mixture: Any = source if in_memory else find_source(source, revision, token=token)  # type: ignore[arg-type]
+    watched = None if in_memory else WatchedSource(mixture)
+    config, saved_as = config_of(mixture)
     row, stock_config = _choose(architecture, config, saved_as)
-    if not isinstance(mixture, Source):
+    if in_memory:
         stock_config.dtype = mixture.dtype
-    conversion = _Conversion(row, config, empty_model(stock_config), _tensors_of(mixture))
-    made_from = {"export": {"architecture": row.model_type, "max_shard_size": max_shard_size, **_versions()}}
+    stored, read = _tensors_of(mixture)
+    conversion = _Conversion(row, config, empty_model(stock_config), stored, read)
+    made_from = {"export": {"architecture": row.model_type, "max_shard_size": max_shard_size, **versions()}}
     pieces, sizes = conversion.write, (max_shard_size, resume, show_progress)
     with written_shards(output, conversion.outputs, pieces, watched, made_from, *sizes) as (partial, _):
         stock_config.save_pretrained(partial)
@@ -135,126 +125,90 @@ def export(
 
 def _choose(target: str, config: SparseMoeConfig, saved_as: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
     dense = config.dense_config.model_type
-    rows = [row for row in EXPORT_TARGETS if row.model_type == target or (target == "auto" and dense in row.dense)]
     reports = []
-    for row in rows:
-        report = check_target(row, config, saved_as)
-        if report.config is not None:
-            return row, report.config
-        reports.append(report)
+    for row in EXPORT_TARGETS:
+        if row.model_type == target or (target == "auto" and dense in row.dense):
+            report = check_fit(row, config, saved_as)
+            if report.config is not None:
+                return row, report.config
+            reports.append(f"- {row.model_type}: {'; '.join(report.obstacles)}")
     if not reports:
         raise ValueError(
             f"No stock architecture is the sparse sibling of {dense}, so `architecture` has nothing to choose from. "
             "Serve the checkpoint with `trust_remote_code=True`, or see `explain_export`."
         )
-    reasons = "\n".join(f"- {report.target}: {'; '.join(report.obstacles)}" for report in reports)
-    raise ValueError(f"The {dense} mixture cannot be written as `architecture={target!r}`:\n{reasons}")
+    raise ValueError("\n".join([f"The {dense} mixture cannot be written as `architecture={target!r}`:", *reports]))
 
 
-@dataclass(frozen=True)
-class _Tensors:
+def _tensors_of(mixture: SparseMoePreTrainedModel | Source) -> tuple[Tensors, Callable[[str], torch.Tensor]]:
     """A mixture's tensors: all of them without storage, and how to read one."""
-
-    stored: Tensors
-    read: Callable[[str], torch.Tensor]
-
-
-def _tensors_of(mixture: SparseMoePreTrainedModel | Source) -> _Tensors:
     if not isinstance(mixture, Source):
         tensors = stored_tensors(mixture)
-        stored = {name: _without_storage(tensor) for name, tensor in tensors.items()}
-        return _Tensors(stored, lambda name: tensors[name].detach().cpu())
+        return {name: _without_storage(tensor) for name, tensor in tensors.items()}, lambda name: tensors[name].cpu()
     try:
         files = TensorFiles(weight_files(mixture))
     except NotStreamableError as reason:
         raise ValueError(f"`{mixture.name}` cannot be exported: {reason}. Save it in another dtype first.") from None
     stored = {name: torch.empty(files.shape(name), dtype=files.dtype(name), device="meta") for name in files.names}
-
-    def read(name: str) -> torch.Tensor:
-        return files.read(name, files.dtype(name), torch.empty(stored[name].nbytes, dtype=torch.uint8))
-
-    return _Tensors(stored, read)
+    return stored, files.read
 
 
 def _without_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """In meta memory of its own, as the writer counts that."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 class _Conversion:
-    """
-    Our tensors to the target's, in the names of the Hub, part by part: a sparse block, or a single other tensor.
+    """Our tensors to those of `theirs`, the target's model without storage, in the names of the Hub, part by part."""
 
-    Args:
-        row (`ExportTarget`): The target.
-        config (`SparseMoeConfig`): Of the mixture.
-        theirs (`PreTrainedModel`): The target's model, without storage.
-        tensors (`_Tensors`): The mixture's.
-    """
-
-    def __init__(self, row: ExportTarget, config: SparseMoeConfig, theirs: PreTrainedModel, tensors: _Tensors):
-        self._row, self._theirs, self._tensors = row, theirs, tensors
+    def __init__(
+        self,
+        row: ExportTarget,
+        config: SparseMoeConfig,
+        theirs: PreTrainedModel,
+        stored: Tensors,
+        read: Callable[[str], torch.Tensor],
+    ):
+        self._row, self._theirs, self._read = row, theirs, read
         self._shapes = {name: tensor.shape for name, tensor in stored_tensors(theirs).items()}
-        ours = meta_model(config)
-        names, paths = list(stored_tensors(ours)), block_paths(ours)
-        missing = [name for name in names if name not in tensors.stored]
+        self._parts = parts_of(meta_model(config))
+        missing = [name for _, names in self._parts for name in names if name not in stored]
         if missing:
             raise ValueError(f"The checkpoint lacks `{missing[0]}`. Pass a complete one.")
-        inside = tuple(f"{path}." for path in paths)
-        self._parts = [("", [name]) for name in names if not name.startswith(inside)]
-        self._parts += [(path, [name for name in names if name.startswith(f"{path}.")]) for path in paths]
-        # A dry run without storage says what will come out; in memory of its own, as the writer counts that.
-        self._made = [
-            {name: _without_storage(tensor) for name, tensor in self._convert(*part, tensors.stored.__getitem__)}
-            for part in self._parts
-        ]
+        # A dry run without storage says what will come out.
+        self._made = [self._convert(path, {name: stored[name] for name in names}) for path, names in self._parts]
 
     @property
     def outputs(self) -> Tensors:
         """All that comes out, in its order, without storage."""
-        return {name: tensor for made in self._made for name, tensor in made.items()}
+        return {name: _without_storage(tensor) for made in self._made for name, tensor in made.items()}
 
     def write(self, writer: ShardWriter) -> Generator[int]:
         """Write every tensor that is wanted; yields the bytes of each."""
-        for part, made in zip(self._parts, self._made, strict=True):
+        for (path, names), made in zip(self._parts, self._made, strict=True):
             if any(map(writer.wants, made)):
-                yield from self._write_part(*part, writer)
+                yield from self._write_part(path, names, writer)
 
-    def _write_part(self, path: str, names: list[str], writer: ShardWriter) -> Iterator[int]:
-        for name, tensor in self._convert(path, names, self._tensors.read):
+    def _write_part(self, path: str, names: list[str], writer: ShardWriter) -> Generator[int]:
+        """In a function of its own, which lets go of the part before the next one is read."""
+        for name, tensor in self._convert(path, {name: self._read(name) for name in names}).items():
             if writer.wants(name):
                 yield writer.write(name, tensor)
 
-    def _convert(
-        self, path: str, names: list[str], read: Callable[[str], torch.Tensor]
-    ) -> Iterable[tuple[str, torch.Tensor]]:
-        if path:
-            layer = layer_path(path)
-            block = {name.removeprefix(f"{path}."): read(name) for name in names}
-            converted = to_target(self._row, block, in_layer(self._shapes, layer))
-            renamed = {f"{layer}.{name}": tensor for name, tensor in converted.items()}
-        else:
-            renamed = {target_name(self._row, name): read(name) for name in names}
-        return revert_weight_conversion(self._theirs, renamed).items()
+    def _convert(self, path: str, part: Mapping[str, torch.Tensor]) -> Tensors:
+        return revert_weight_conversion(self._theirs, part_to_target(self._row, path, part, self._shapes))
 
 
 def _write_companions(partial: Path, mixture: SparseMoePreTrainedModel | Source, row: ExportTarget) -> None:
     """Tokenizer, licence, generation config and receipt."""
-    receipt = None
-    if not isinstance(mixture, Source):
-        receipt = mixture.receipt
-        mixture.generation_config.save_pretrained(partial)
+    if isinstance(mixture, Source):
+        copy_companions(mixture.folder, partial)
+        generation_config = read_generation_config(mixture.folder)
+        receipt = read_json(mixture.folder / RECEIPT_NAME, optional=True)
     else:
-        folder = mixture.folder
-        copy_companions(folder, partial)
-        if generation := read_generation_config(folder):
-            generation.save_pretrained(partial)
-        receipt = read_json(folder / RECEIPT_NAME, optional=True) or None
-    if receipt is not None:
-        receipt = {**receipt, "export": {"target": row.model_type, "hf_sparse_moe": _versions()["hf_sparse_moe"]}}
+        generation_config, receipt = mixture.generation_config, mixture.receipt
+    if generation_config is not None:
+        generation_config.save_pretrained(partial)
+    if receipt:
+        receipt = {**receipt, "export": {"target": row.model_type, "hf_sparse_moe": versions()["hf_sparse_moe"]}}
         (partial / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    from hf_sparse_moe import __version__
-
-    return {"hf_sparse_moe": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
