@@ -129,7 +129,7 @@ def test_shards_of_expert_and_tensor_parallelism(sizes, tmp_path):
     assert_same(loaded(tmp_path / "model"), model.state_dict())
     # Without one of the ranks' files.
     sorted((tmp_path / "shards").glob("shard-*"))[1].unlink()
-    with pytest.raises(ValueError, match=r"describes one of shape|are missing|it lacks"):
+    with pytest.raises(ValueError, match=r"are missing|it lacks|in the model"):
         consolidate(tmp_path / "shards", tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
@@ -170,7 +170,7 @@ def test_a_shard_cut_short(name, share, checkpoint, tmp_path):
     path = checkpoint / "pytorch_model_fsdp_0" / name
     with path.open("r+b") as file:
         file.truncate(int(share * path.stat().st_size))
-    with pytest.raises(ValueError, match=r"incomplete or corrupt.*(cut short|\.metadata)"):
+    with pytest.raises(ValueError, match=r"incomplete or corrupt.*cannot be read"):
         consolidate(checkpoint, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -202,7 +202,7 @@ def test_a_pickle_that_would_run_code(name, checkpoint, tmp_path):
 
 def test_a_config_of_another_model(checkpoint, tmp_path):
     tiny_sparse("decoder", num_experts=8, **BIAS).config.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"holds `.*` of shape .* and the config describes one of shape"):
+    with pytest.raises(ValueError, match=r"is of another model: its `.*` of shape .* is .* in the model"):
         consolidate(checkpoint, tmp_path / "model", config=tmp_path / "other")
 
 

@@ -171,13 +171,12 @@ def train_on_a_disk_that_fills(run: Run, folder: Path, ranks: tuple[int, ...]) -
     [("ddp", {}, (0,)), ("fsdp2", {}, (1,)), ("fsdp2", FULL, (0,))],
     ids=["ddp", "fsdp2", "fsdp2-gathered"],
 )
-def test_a_full_disk_is_told_on_every_rank(engine, arguments, ranks, tmp_path):
+def test_a_full_disk_is_told_and_ends_every_rank(engine, arguments, ranks, tmp_path):
     run = Run("decoder", engine, 2, arguments=arguments)
     assert in_processes(2, train_on_a_disk_that_fills, run, tmp_path, ranks) == [0, 0]
     for number in (0, 1):
-        assert "checkpoint-4` " in told(tmp_path, number)
-        assert "earlier ones are as they were" in told(tmp_path, number)
-        assert ("is full" in told(tmp_path, number)) or number not in ranks
+        full = "checkpoint-4` is full" in told(tmp_path, number)
+        assert full or (number not in ranks and "peer" in told(tmp_path, number))
     last = find_last_checkpoint(tmp_path)
     assert last == str(tmp_path / "checkpoint-2")
     check_same_model(tiny_sparse("decoder"), last)
@@ -200,7 +199,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         (tiny_sparse("decoder"), "adapter", "it holds an adapter, and the model has none"),
         (make_trainer(Run("encoder", lora=True), tmp_path / "out").model, "adapter", "is nowhere in the model"),
     ):
-        with pytest.raises(ValueError, match=rf"is of another model: .*{reason}.* Name another `--output_dir`"):
+        with pytest.raises(ValueError, match=rf"is of another model: .*{reason}"):
             check_same_model(other, tmp_path / folder)
 
 

@@ -20,8 +20,8 @@ def write(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def test_every_installation_has_four_domains(python_corpus):
-    assert python_corpus.domains == ["code", "documentation", "licences", "reference"]
+def test_every_installation_has_three_domains(python_corpus):
+    assert python_corpus.domains == ["code", "documentation", "reference"]
     for domain in python_corpus.domains:
         assert sum(map(len, python_corpus.train[domain])) > 50_000
         assert sum(map(len, python_corpus.held_out[domain])) > 5_000
@@ -29,13 +29,14 @@ def test_every_installation_has_four_domains(python_corpus):
 
 def test_nothing_held_out_was_seen(python_corpus):
     seen = {part for texts in python_corpus.train.values() for text in texts for part in text.split("\n\n")}
-    for domain in ("documentation", "licences", "reference"):
+    for domain in ("documentation", "reference"):
         held_out = [part for text in python_corpus.held_out[domain] for part in text.split("\n\n")]
         assert not [part for part in held_out if len(part) > 80 and part in seen]
 
 
 def test_code_has_no_documentation_in_it(python_corpus):
-    assert not any('"""' in text for text in python_corpus.train["code"])
+    assert not any(text.startswith(('"', "'")) for text in python_corpus.train["code"])
+    assert sum('"""' in text for text in python_corpus.train["code"]) < len(python_corpus.train["code"]) / 4
 
 
 def test_split_folders(tmp_path):
@@ -79,6 +80,12 @@ def test_data_that_cannot_be_used(content, message, tmp_path):
         load_corpus(str(tmp_path))
 
 
+def test_a_line_that_is_no_object(tmp_path):
+    (tmp_path / "notes.jsonl").write_text("4\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_corpus(str(tmp_path))
+
+
 def test_a_broken_archive(tmp_path):
     write(tmp_path / "notes.jsonl.gz", [{"text": "words " * 1000}])
     content = (tmp_path / "notes.jsonl.gz").read_bytes()
@@ -88,7 +95,7 @@ def test_a_broken_archive(tmp_path):
 
 
 def test_no_such_folder():
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="neither a folder nor"):
         load_corpus("/nowhere")
 
 

@@ -1,4 +1,4 @@
-"""`quickstart`: the whole story in minutes."""
+"""`quickstart`: an end-to-end demo."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from .options import ExpertsOption, SeedOption, TopKOption
 def quickstart(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a dense language model; without one, a small one is trained."),
+        typer.Option(help="Folder or Hub id of a dense language model.", show_default="a small one, trained first"),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of .jsonl(.gz) and .txt(.gz) files, a domain each (or a column `domain`), or a Hub data set "
-            "with a column `text`; without one, text of this Python installation."
+            help="Folder of .jsonl(.gz) and .txt(.gz) files, one for each domain (or with a column `domain`), or a Hub "
+            "data set with a column `text`.",
+            show_default="text of this Python installation",
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="The folder to make.", show_default="quickstart, quickstart-2, ...")
+        str | None, typer.Option(help="The folder to create.", show_default="quickstart, quickstart-2, ...")
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option(help="`user/name` to publish to; `HF_ENDPOINT` names the Hub.")
+        str | None, typer.Option(help="`user/name` to publish to, on the Hub that `HF_ENDPOINT` names.")
     ] = None,
     num_experts: ExpertsOption = 8,
     num_experts_per_tok: TopKOption = 2,
     dense_steps: Annotated[int, typer.Option(min=1, help="Training steps of the small dense model.")] = 300,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the mixture, and of its dense twin.")] = 160,
     adapter_steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapter.")] = 40,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 16,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Of mixture and twin; the adapter's is twice that.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of mixture and twin; the adapter uses twice that.")] = 1e-3,
     seed: SeedOption = 0,
 ) -> None:
     """
-    The whole story in minutes: dense model, mixture, training beside its dense twin, comparison by domain, adapter,
-    sharing, reloading, a picture of which expert served which domain.
+    Run the package's main job from end to end, in minutes.
+
+    Upcycles a dense model, trains the mixture beside its dense twin, compares them by domain, shows which expert served
+    which domain, trains an adapter, and saves, publishes (with `--push-to`) and checks the result.
     """
     arguments = dict(locals())
     from transformers.utils import logging

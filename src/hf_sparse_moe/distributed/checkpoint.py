@@ -31,28 +31,23 @@ logger = logging.get_logger(__name__)
 INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"  # as the JIT checkpoints of transformers name it
 ADAPTER_NAME = "adapter_model.safetensors"
 
-# Where the engines keep the weights of a checkpoint; what each of them writes last. `*` is a step, an index or a part.
+# What the engines write: `latest` is DeepSpeed's, `.metadata` is what torch writes last.
 _WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "shard-*.safetensors",  # expert parallelism
+    "*.safetensors",
+    f"*/{ADAPTER_NAME}",
     "pytorch_model_fsdp*.bin",
     "pytorch_model_fsdp_*/.metadata",
-    "latest",  # DeepSpeed
-    ADAPTER_NAME,
-    f"*/{ADAPTER_NAME}",
+    "latest",
 )
-# What a training needs beside them; a checkpoint with `save_only_model=True` has none of it.
+# What a training needs beside the weights; a checkpoint with `save_only_model=True` has none of it.
 _STATES = {
-    "the optimizer's state": ("optimizer.pt", "optimizer*.bin", "optimizer_*/.metadata", "latest"),
+    "the optimizer's state": ("optimizer*.pt", "optimizer*.bin", "optimizer_*/.metadata", "latest"),
     "the scheduler's state": ("scheduler.pt", "latest"),
     "the random state": ("rng_state*.pth",),
 }
-_ZIP_FILES = (".pt", ".pth", ".bin")  # what torch.save writes
 _FULL_DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # torch.save names no number, and a distributed save wraps its error as text.
 _WRITE_FAILED = re.compile(rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({_FULL_DISK})\b")
-_RANK_GONE = re.compile(r"\bgloo/transport|\bNCCL\b")
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
@@ -61,10 +56,10 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
     whole that a kill, a crash or a power cut ended.
 
     On this one trainer, whatever its subclass and engine, a checkpoint is whole when all ranks have written their part
-    and the disk holds it; only then older ones go by `save_total_limit`. A full disk, or a rank that ends meanwhile,
-    ends the training with one sentence on every rank, and leaves the older checkpoints as they are. Each checkpoint is
-    logged, so that the numbers of the steps since the last log are not lost in a resume. From the checkpoint of its
-    last step a training takes no step more.
+    and the disk holds it; only then older ones go by `save_total_limit`. A full disk ends the
+    training with one sentence, and leaves the older checkpoints as they are. Each checkpoint is logged, so that the
+    numbers of the steps since the last log are not lost in a resume. A training that is resumed from the checkpoint of
+    its last step takes no further step.
 
     Args:
         trainer (`Trainer`): Call it before `train`.
@@ -76,11 +71,10 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
         trainer.train(resume_from_checkpoint=find_last_checkpoint(args.output_dir))
         ```
     """
-    if "_save_checkpoint" in trainer.__dict__:
-        return
-    trainer.__dict__["_save_checkpoint"] = partial(_save_whole, trainer, trainer._save_checkpoint)
-    trainer.__dict__["_run_epoch"] = partial(_run_epoch_with_steps, trainer, trainer._run_epoch)
-    trainer.add_callback(_LogAtCheckpoints())
+    if "_save_checkpoint" not in trainer.__dict__:
+        trainer.__dict__["_save_checkpoint"] = partial(_save_whole, trainer, trainer._save_checkpoint)
+        trainer.__dict__["_run_epoch"] = partial(_run_unfinished_epoch, trainer, trainer._run_epoch)
+        trainer.add_callback(_LogAtCheckpoints())
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
@@ -122,12 +116,28 @@ def checkpoint_damage(folder: str | Path) -> str | None:
     missing = [name for name, patterns in _STATES.items() if not _has(folder, patterns)]
     if 0 < len(missing) < len(_STATES):
         return f"it lacks {missing[0]}"
-    return next(_cut_short(folder), None)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if path.name.endswith(".safetensors.index.json"):
+                    for shard in sorted(set(content["weight_map"].values())):
+                        if not (path.parent / shard).is_file():
+                            return f"it lacks {shard}"
+            elif path.suffix == ".safetensors":
+                tensor_names(path)
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):  # what torch.save writes
+                return f"its {path.relative_to(folder)} is cut short"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return f"its {path.relative_to(folder)} is cut short"
+    return None
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 class _LogAtCheckpoints(TrainerCallback):
-    """A resumed training logs the steps since its checkpoint: the ones before are to be in a log already."""
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -135,6 +145,14 @@ class _LogAtCheckpoints(TrainerCallback):
             control.should_log = True
 
     on_epoch_end = on_step_end
+
+
+def _run_unfinished_epoch(trainer: Trainer, run_epoch: Any, **arguments: Any) -> None:
+    """Trainer asks only after a step whether it was the last, and would take one too many."""
+    if trainer.state.global_step >= trainer.state.max_steps:
+        trainer.control.should_training_stop = True
+    else:
+        run_epoch(**arguments)
 
 
 def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> None:
@@ -150,11 +168,10 @@ def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> No
     trainer.accelerator.wait_for_everyone()  # no rank writes before the mark is there
     args.save_total_limit = None  # nothing older goes before this one is whole
     try:
-        # Other ranks may still write there; what is left is marked, and goes when this step is saved again.
-        with _failure_told(folder, removable=args.world_size == 1):
+        with _full_disk_explained(folder):
             save(model, trial)
             if args.should_save:
-                _describe(trainer, folder)
+                _save_config(trainer, folder)
             _flush(folder)
             trainer.accelerator.wait_for_everyone()
     finally:
@@ -165,7 +182,7 @@ def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> No
         rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
-def _describe(trainer: Trainer, folder: Path) -> None:
+def _save_config(trainer: Trainer, folder: Path) -> None:
     """Engines that leave the weights in shards save no config with them, without which they cannot be loaded."""
     model: Any = trainer.model
     if hasattr(model, "peft_config") or not hasattr(model, "config") or (folder / CONFIG_NAME).exists():
@@ -180,57 +197,17 @@ def _describe(trainer: Trainer, folder: Path) -> None:
 
 
 @contextmanager
-def _failure_told(folder: Path, removable: bool) -> Iterator[None]:
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """What is left of the checkpoint is marked, and goes when its step is saved again."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        if _WRITE_FAILED.search(str(error)):
-            told = (
-                f"The disk of `{folder}` is full, so that this checkpoint could not be written; earlier ones are as "
-                "they were. Free some space, and start the same command again."
-            )
-        elif _RANK_GONE.search(str(error)):
-            told = (
-                f"Another rank ended, or hung, while `{folder}` was being written, so that this checkpoint is not "
-                "whole; earlier ones are as they were. See that rank's own error, and start the same command again."
-            )
-        else:
+        if not _WRITE_FAILED.search(str(error)):
             raise
-        if removable:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(told) from error
-
-
-def _run_epoch_with_steps(trainer: Trainer, run_epoch: Any, **arguments: Any) -> None:
-    """Trainer asks after a step whether it was the last, and so takes one too many from the end of a training."""
-    if trainer.state.global_step >= trainer.state.max_steps:
-        trainer.control.should_training_stop = True
-    else:
-        run_epoch(**arguments)
-
-
-def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
-
-
-def _cut_short(folder: Path) -> Iterator[str]:
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        relative = path.relative_to(folder)
-        if path.suffix == ".json":
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if path.name.endswith(".safetensors.index.json"):
-                    shards = sorted(set(content["weight_map"].values()))
-                    yield from (f"it lacks {name}" for name in shards if not (path.parent / name).is_file())
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                yield f"its {relative} is cut short"
-        elif path.suffix == ".safetensors":
-            try:
-                tensor_names(path)
-            except ValueError:
-                yield f"its {relative} is cut short"
-        elif path.suffix in _ZIP_FILES and not zipfile.is_zipfile(path):
-            yield f"its {relative} is cut short"
+        raise OSError(
+            f"The disk of `{folder}` is full, so that this checkpoint is incomplete; earlier ones are as they were. "
+            "Free some space, and start the same command again."
+        ) from error
 
 
 def _flush(folder: Path) -> None:

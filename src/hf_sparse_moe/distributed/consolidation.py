@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
@@ -23,7 +20,7 @@ from hf_sparse_moe.hub import write_model_card
 from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 
-from .stored_weights import StoredTensor, incomplete, stored_tensors
+from .stored_weights import StoredTensor, matched, stored_tensors
 
 
 _BESIDE = ("README.md", "training_record.json", "routing_statistics.json", "expert_load.png")
@@ -87,12 +84,14 @@ def consolidate(
     engine, stored = stored_tensors(source)
     described = _config_folder(source, config)
     model = model_without_weights(read_mixture_config(described))
-    tensors = _matched(source, model, stored)
-    dtypes = _dtypes(model, tensors, dtype)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tensors = matched(source, stored, shapes, model.all_tied_weights_keys)
+    dtypes = _set_dtype(model, tensors, dtype)
     outputs = {key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta") for key, tensor in tensors.items()}
     parameters = sum(tensor.numel() for tensor in outputs.values())
     size = sum(tensor.nbytes for tensor in outputs.values())
     with new_folder(output, needed_bytes=size) as folder:
+        _describe(model, described, folder)
         writer = ShardWriter(folder, outputs, max_shard_size)
         try:
             for shard in writer.shards.values():
@@ -101,14 +100,14 @@ def consolidate(
             writer.close()
         finally:
             writer.abandon()
-        _describe(model, described, folder)
-        write_model_card(folder, _card_name(output))
+        # The title of the card: the folder's name in letters that the Hub allows.
+        name = re.sub(r"[^0-9A-Za-z]+", "-", Path(output).resolve().name)[:96].strip("-")
+        write_model_card(folder, name or "mixture")
     return ConsolidateReport(engine, len(tensors), parameters, size)
 
 
 def _config_folder(source: Path, config: str | Path | None) -> Path:
-    candidates = [source, source.absolute().parent] if config is None else [Path(config)]
-    for folder in candidates:
+    for folder in [source, source.absolute().parent] if config is None else [Path(config)]:
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise ValueError(
@@ -117,33 +116,10 @@ def _config_folder(source: Path, config: str | Path | None) -> Path:
     )
 
 
-def _matched(
-    source: Path, model: SparseMoePreTrainedModel, stored: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """The stored tensor of each of the model's keys, tied ones once."""
-    state, tied = model.state_dict(), model.all_tied_weights_keys
-    for key, tensor in stored.items():
-        if key not in state or tuple(state[key].shape) != tensor.shape:
-            wanted = f"one of shape {tuple(state[key].shape)}" if key in state else "none of that name"
-            raise ValueError(
-                f"`{source}` holds `{key}` of shape {tensor.shape}, and the config describes {wanted}. Pass the "
-                "config of the model that was trained."
-            )
-    found = {}
-    for key in state:
-        if key in tied:
-            continue
-        names = [key, *(alias for alias, first in tied.items() if first == key)]
-        name = next((name for name in names if name in stored), None)
-        if name is None:
-            raise incomplete(source, f"it lacks `{key}`")
-        found[key] = stored[name]
-    return found
-
-
-def _dtypes(
+def _set_dtype(
     model: SparseMoePreTrainedModel, tensors: dict[str, StoredTensor], dtype: str | torch.dtype
 ) -> dict[str, torch.dtype]:
+    """The dtype of each tensor to write; the model's config will name that of most."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if wanted == "auto":
         dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
@@ -163,20 +139,7 @@ def _describe(model: SparseMoePreTrainedModel, described: Path, folder: Path) ->
     if model.can_generate() and (generation := read_generation_config(described)):
         model.generation_config = generation
     model.receipt = read_json(described / RECEIPT_NAME, optional=True) or None
-    with TemporaryDirectory(dir=folder) as saved:
-        model.save_pretrained(saved, state_dict={})
-        for path in Path(saved).iterdir():
-            if path.name != SAFE_WEIGHTS_NAME:
-                path.replace(folder / path.name)
+    model.save_pretrained(folder, state_dict={})
+    (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     copy_companions(described, folder)
     copy_own(described, folder, _BESIDE)
-
-
-def _card_name(output: str | Path) -> str:
-    """The folder's name where the Hub allows it, else the nearest that it does."""
-    name = Path(output).resolve().name
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return re.sub(r"[^0-9A-Za-z]+", "-", name).strip("-")[:96].strip("-") or "mixture"
-    return name

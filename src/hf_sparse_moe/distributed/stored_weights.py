@@ -6,16 +6,17 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -23,6 +24,13 @@ from hf_sparse_moe.checkpoints.reader import TensorFiles
 from hf_sparse_moe.checkpoints.source import Source, weight_files
 
 from .checkpoint import ADAPTER_NAME, INCOMPLETE_NAME
+
+
+# What torch, DeepSpeed and safetensors raise where a file is missing, cut short or holds something else.
+_UNREADABLE = (
+    RuntimeError, OSError, EOFError, LookupError, AssertionError, TypeError, AttributeError, ValueError,
+    pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,16 +61,16 @@ def stored_tensors(checkpoint: str | Path) -> tuple[str, dict[str, StoredTensor]
     if not folder.is_dir():
         raise ValueError(f"`{folder}` is not a folder. Pass the folder `checkpoint-...` of a training.")
     if (folder / INCOMPLETE_NAME).exists():
-        raise incomplete(folder, "its writing was not finished")
+        raise _incomplete(folder, "its writing was not finished")
     sharded = [folder] if (folder / ".metadata").exists() else sorted(folder.glob("pytorch_model_fsdp_[0-9]*"))
     if (folder / "latest").is_file():
         return "DeepSpeed ZeRO", _zero_tensors(folder)
     if sharded:
         return "FSDP, sharded", _sharded_tensors(_SafeReader(sharded[0]), prefix="model.")
     if any(folder.glob("shard-*.safetensors")):
-        return "expert parallelism", _sharded_tensors(_ExpertParallelReader(str(folder)))
+        return "expert parallelism", _sharded_tensors(HuggingFaceStorageReader(str(folder)))
     if files := weight_files(Source(str(folder), folder, None)):
-        return "one process, or gathered", safetensors_tensors(files)
+        return "one process, or gathered", _safetensors(files)
     if (folder / "pytorch_model_fsdp.bin").is_file():
         return "FSDP, gathered", _gathered_tensors(folder / "pytorch_model_fsdp.bin")
     if (folder / ADAPTER_NAME).is_file():
@@ -75,8 +83,69 @@ def stored_tensors(checkpoint: str | Path) -> tuple[str, dict[str, StoredTensor]
     )
 
 
-def safetensors_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
-    """The tensors in some safetensors files."""
+def matched(
+    checkpoint: str | Path,
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> dict[str, StoredTensor]:
+    """
+    The stored tensor of each of a model's keys, tied ones once.
+
+    Raises:
+        ValueError: the tensors are not the model's, by name and shape.
+    """
+    reason = None
+    for key, tensor in stored.items():
+        if shapes.get(key) != tensor.shape:
+            wanted = f"is {shapes[key]} in the model" if key in shapes else "is nowhere in the model"
+            reason = f"its `{key}` of shape {tensor.shape} {wanted}"
+    found = {}
+    for key in shapes:
+        names = [key, *(alias for alias, first in tied.items() if first == key)]
+        name = next((name for name in names if name in stored), None)
+        if name is not None:
+            found[key] = stored[name]
+        elif key not in tied:
+            reason = f"it lacks `{key}`"
+    if reason is not None:
+        raise ValueError(
+            f"`{checkpoint}` is of another model: {reason}. Pass the model, or the config, that it was trained with."
+        )
+    return {key: tensor for key, tensor in found.items() if key not in tied}
+
+
+def check_same_model(model: Any, checkpoint: str | Path) -> None:
+    """
+    Raise unless the tensors of a checkpoint, of whatever engine, are the model's by name and shape. Trainer would
+    leave the others out without a word, or stop with some of the weights loaded. Headers are read, no weights.
+
+    Args:
+        model (`SparseMoePreTrainedModel` or `PeftModel`): That of the trainer, before `train`.
+        checkpoint (`str` or `Path`): The folder `checkpoint-...` to go on from.
+
+    Raises:
+        ValueError: a checkpoint of another model, or a damaged one.
+    """
+    folder = Path(checkpoint)
+    holds_adapter, is_adapted = (folder / ADAPTER_NAME).is_file(), hasattr(model, "peft_config")
+    if holds_adapter and not is_adapted:
+        raise ValueError(f"`{folder}` is of another model: it holds an adapter, and the model has none.")
+    if is_adapted and not holds_adapter:
+        return  # the engines that shard keep an adapter in ways of their own
+    if is_adapted:
+        from peft import get_peft_model_state_dict
+
+        stored, state, tied = _safetensors([folder / ADAPTER_NAME]), get_peft_model_state_dict(model), {}
+    else:
+        stored, state, tied = stored_tensors(folder)[1], model.state_dict(), model.all_tied_weights_keys
+    parameters = dict(model.named_parameters())
+    # A parameter that ZeRO-3 cut up is empty here, and remembers its shape.
+    shapes = {key: tuple(getattr(parameters.get(key), "ds_shape", value.shape)) for key, value in state.items()}
+    matched(folder, stored, shapes, tied)
+
+
+def _safetensors(paths: list[Path]) -> dict[str, StoredTensor]:
     files = TensorFiles(paths)
 
     def read(name: str) -> torch.Tensor:
@@ -88,38 +157,23 @@ def safetensors_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
     }
 
 
-def incomplete(checkpoint: str | os.PathLike, reason: str) -> ValueError:
-    """The error for a checkpoint of which something is missing or broken."""
+def _incomplete(checkpoint: str | os.PathLike, reason: object) -> ValueError:
+    told = " ".join(str(reason).split())[:200] or "it is cut short"
     return ValueError(
-        f"`{checkpoint}` is incomplete or corrupt: {reason}. Take an earlier checkpoint of the training, or copy it "
+        f"`{checkpoint}` is incomplete or corrupt: {told}. Take an earlier checkpoint of the training, or copy it "
         "again."
     )
 
 
-# ---- shards of torch.distributed.checkpoint -------------------------------------------------------------------------
-
-
 class _SafeReader(FileSystemReader):
-    """Torch's reader, which refuses metadata that would run code, and files that are missing or cut short."""
+    """Torch's reader, which refuses metadata that would run code or name files elsewhere."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        folder = Path(self.path)
-        try:
-            with (folder / ".metadata").open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise incomplete(folder, "it has no .metadata, which is written last") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise incomplete(folder, f"its .metadata cannot be read ({reason})") from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise incomplete(folder, "its .metadata describes no tensors")
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
         for place in metadata.storage_data.values():
-            path = folder / Path(place.relative_path).name
-            if not path.is_file():
-                raise incomplete(folder, f"it lacks `{path.name}`")
-            if path.stat().st_size < place.offset + place.length:
-                raise incomplete(folder, f"`{path.name}` is cut short")
+            if Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f"its .metadata names the file `{place.relative_path}`")
         return metadata
 
 
@@ -142,26 +196,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._allowed.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names `{module}.{name}`, which is none of its own types")
-
-
-class _ExpertParallelReader(HuggingFaceStorageReader):
-    """Torch's reader of what `save_pretrained(distributed_checkpoint=True)` of transformers writes."""
-
-    def read_metadata(self) -> Metadata:
-        try:
-            for path in sorted(Path(self.path).glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    if "DCP_SHARDING_INFO" not in (file.metadata() or {}):
-                        raise incomplete(self.path, f"`{path.name}` does not say where its tensors belong")
-            return super().read_metadata()
-        except (SafetensorError, LookupError, TypeError, AttributeError) as error:
-            raise incomplete(self.path, f"a file of it is cut short or corrupt ({error})") from error
+        raise pickle.UnpicklingError(f"its .metadata names `{module}.{name}`, which is none of its own types")
 
 
 def _sharded_tensors(reader: FileSystemReader, prefix: str = "") -> dict[str, StoredTensor]:
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    try:
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+    except _UNREADABLE as error:
+        raise _incomplete(reader.path, f".metadata cannot be read ({error})") from error
 
     def read(key: str, described: TensorStorageMetadata) -> torch.Tensor:
         tensor = torch.empty(described.size, dtype=described.properties.dtype)
@@ -169,30 +212,24 @@ def _sharded_tensors(reader: FileSystemReader, prefix: str = "") -> dict[str, St
         planner.set_up_planner({key: tensor}, metadata, is_coordinator=True)
         try:
             reader.read_data(planner.create_local_plan(), planner).wait()
-        except (RuntimeError, OSError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
-            raise incomplete(reader.path, f"its `{key}` cannot be read") from error
+        except _UNREADABLE as error:
+            raise _incomplete(reader.path, f"its `{key}` cannot be read ({error})") from error
         return tensor
 
     found = {}
     for key, described in metadata.state_dict_metadata.items():
         if isinstance(described, TensorStorageMetadata):
             if sum(prod(chunk.sizes) for chunk in described.chunks) != prod(described.size):
-                raise incomplete(reader.path, f"parts of `{key}` are missing")
-            found[key.removeprefix(prefix)] = StoredTensor(
-                tuple(described.size), described.properties.dtype, partial(read, key, described)
-            )
+                raise _incomplete(reader.path, f"parts of `{key}` are missing")
+            size, dtype = tuple(described.size), described.properties.dtype
+            found[key.removeprefix(prefix)] = StoredTensor(size, dtype, partial(read, key, described))
     return found
-
-
-# ---- what torch.save wrote ------------------------------------------------------------------------------------------
 
 
 def _gathered_tensors(path: Path) -> dict[str, StoredTensor]:
     with _pickles_run_no_code(path):
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise incomplete(path, "it holds more than tensors")
-    return {key: StoredTensor.of(tensor) for key, tensor in weights.items()}
+        return {key: StoredTensor.of(tensor) for key, tensor in weights.items()}
 
 
 def _zero_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
@@ -207,80 +244,19 @@ def _zero_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     types = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     with _pickles_run_no_code(checkpoint), torch.serialization.safe_globals(types), redirect_stdout(sys.stderr):
         tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
-    return {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
-
-
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # DeepSpeed asks for the opposite
+        return {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
 
 
 @contextmanager
 def _pickles_run_no_code(path: Path) -> Iterator[None]:
-    before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"
     try:
-        yield
+        with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):  # DeepSpeed asks for the opposite
+            yield
     except pickle.UnpicklingError as error:
-        _refuse(path, error)
-    except (RuntimeError, OSError, EOFError, LookupError, AssertionError, TypeError, AttributeError) as error:
-        raise incomplete(path, " ".join(str(error).split())[:200] or "it is cut short") from error
-    finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
-
-
-def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    reason = f"names `{name[1]}`" if name else "is not a file of tensors"
-    raise ValueError(
-        f"`{path}` {reason}, and could run code when it is read: it is refused. Consolidate it with the engine's own "
-        "tool if you trust where it comes from."
-    ) from error
-
-
-# ---- whether they are the model's -----------------------------------------------------------------------------------
-
-
-def check_same_model(model: Any, checkpoint: str | Path) -> None:
-    """
-    Raise unless the tensors of a checkpoint, of whatever engine, are the model's by name and shape. Trainer would
-    leave the others out without a word, or stop with some of the weights loaded. Headers are read, no weights.
-
-    Args:
-        model (`SparseMoePreTrainedModel` or `PeftModel`): That of the trainer, before `train`.
-        checkpoint (`str` or `Path`): The folder `checkpoint-...` to go on from.
-
-    Raises:
-        ValueError: a checkpoint of another model, or a damaged one.
-    """
-    folder = Path(checkpoint)
-    adapted = (folder / ADAPTER_NAME).is_file()
-    if adapted and hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        stored, state, tied = safetensors_tensors([folder / ADAPTER_NAME]), get_peft_model_state_dict(model), {}
-    elif hasattr(model, "peft_config"):
-        return  # the engines that shard keep an adapter in ways of their own
-    elif adapted:
-        raise _another(folder, "it holds an adapter, and the model has none")
-    else:
-        stored, state, tied = stored_tensors(folder)[1], model.state_dict(), model.all_tied_weights_keys
-    parameters = dict(model.named_parameters())
-    # A parameter that ZeRO-3 cut up is empty here, and remembers its shape.
-    shapes = {key: tuple(getattr(parameters.get(key), "ds_shape", value.shape)) for key, value in state.items()}
-    for key, tensor in stored.items():
-        if shapes.get(key) != tensor.shape:
-            wanted = f"is {shapes[key]} in the model" if key in shapes else "is nowhere in the model"
-            raise _another(folder, f"its `{key}` of shape {tensor.shape} {wanted}")
-    for key in shapes:
-        names = {key, tied.get(key, key), *(alias for alias, first in tied.items() if first == key)}
-        if names.isdisjoint(stored):
-            raise _another(folder, f"it lacks `{key}`")
-
-
-def _another(folder: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"`{folder}` is of another model: {reason}. Name another `--output_dir` to begin anew, or go on with the "
-        "model that the checkpoint was made of."
-    )
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"`{path}` {f'names `{name[1]}`' if name else 'is not a file of tensors'}, and could run code when it is "
+            "read: it is refused. Consolidate it with the engine's own tool if you trust where it comes from."
+        ) from error
+    except _UNREADABLE as error:
+        raise _incomplete(path, error) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 
@@ -13,18 +13,10 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, which any text can be written with."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, which can encode any text."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, VOCAB_SIZE, min_frequency=0, show_progress=False, special_tokens=[END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, bos_token=END, pad_token=END)
 
 
 def new_dense_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
