@@ -23,8 +23,8 @@ def quickstart(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of .jsonl(.gz) and .txt(.gz) files, one for each domain (or with a column `domain`), or a Hub "
-            "data set with a column `text`.",
+            help="Folder of .jsonl(.gz) and .txt(.gz) files, one for each domain (or with a column `domain`), or the "
+            "id of a Hub data set with a column `text`.",
             show_default="text of this Python installation",
         ),
     ] = None,
@@ -47,8 +47,8 @@ def quickstart(
     """
     Run the package's main job from end to end, in minutes.
 
-    Upcycles a dense model, trains the mixture beside its dense twin, compares them by domain, shows which expert served
-    which domain, trains an adapter, and saves, publishes (with `--push-to`) and checks the result.
+    Upcycles a dense model, trains the mixture beside its dense twin, compares them by domain, shows which expert
+    served which domain, trains an adapter, and saves, publishes (with `--push-to`) and checks the result.
     """
     arguments = dict(locals())
     from transformers.utils import logging

@@ -95,24 +95,25 @@ def matched(
     Raises:
         ValueError: the tensors are not the model's, by name and shape.
     """
-    reason = None
+    reasons = []
     for key, tensor in stored.items():
         if shapes.get(key) != tensor.shape:
             wanted = f"is {shapes[key]} in the model" if key in shapes else "is nowhere in the model"
-            reason = f"its `{key}` of shape {tensor.shape} {wanted}"
+            reasons.append(f"its `{key}` of shape {tensor.shape} {wanted}")
     found = {}
-    for key in shapes:
+    for key in (key for key in shapes if key not in tied):
         names = [key, *(alias for alias, first in tied.items() if first == key)]
         name = next((name for name in names if name in stored), None)
-        if name is not None:
+        if name is None:
+            reasons.append(f"it lacks `{key}`")
+        else:
             found[key] = stored[name]
-        elif key not in tied:
-            reason = f"it lacks `{key}`"
-    if reason is not None:
+    if reasons:
         raise ValueError(
-            f"`{checkpoint}` is of another model: {reason}. Pass the model, or the config, that it was trained with."
+            f"`{checkpoint}` is of another model: {reasons[0]}. Pass the model, or the config, that it was trained "
+            "with."
         )
-    return {key: tensor for key, tensor in found.items() if key not in tied}
+    return found
 
 
 def check_same_model(model: Any, checkpoint: str | Path) -> None:
