@@ -63,9 +63,10 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._trains_adapters and state_dict is None:  # else PEFT gathers the whole base on each rank
+            model: Any = self.model
             state_dict = {
                 name: value
-                for name, value in self.model.state_dict(keep_vars=True).items()
+                for name, value in model.state_dict(keep_vars=True).items()
                 if value.requires_grad or not isinstance(value, DTensor)
             }
         super()._save(output_dir, state_dict)
@@ -73,10 +74,10 @@ class ResumableTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._trains_adapters:
             return super()._save_optimizer_and_scheduler(output_dir)
-        optimizer: Any = self.optimizer  # as accelerate wraps it
-        save_optimizer_distributed(self.model, optimizer.optimizer, os.path.join(output_dir, _OPTIMIZER_FOLDER))
+        optimizer, scheduler = self._prepared()
+        save_optimizer_distributed(self.model, optimizer, os.path.join(output_dir, _OPTIMIZER_FOLDER))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -90,14 +91,19 @@ class ResumableTrainer(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not os.path.isdir(os.path.join(checkpoint, _OPTIMIZER_FOLDER)):
             return None
-        optimizer: Any = self.optimizer
-        load_optimizer_distributed(self.model, optimizer.optimizer, os.path.join(checkpoint, _OPTIMIZER_FOLDER))
+        optimizer, scheduler = self._prepared()
+        load_optimizer_distributed(self.model, optimizer, os.path.join(checkpoint, _OPTIMIZER_FOLDER))
         states = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
         # Another layout has other groups of parameters, all with the same learning rate.
         groups = len(optimizer.param_groups)
         states = {name: value[:1] * groups if isinstance(value, list) else value for name, value in states.items()}
-        self.lr_scheduler.load_state_dict(states)
+        scheduler.load_state_dict(states)
         return None
+
+    def _prepared(self) -> tuple[Any, Any]:
+        """Optimizer and scheduler, without what accelerate puts around the former."""
+        prepared: Any = self.optimizer
+        return prepared.optimizer, self.lr_scheduler
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -157,10 +157,11 @@ def _code_and_documentation(source: str) -> tuple[str, str]:
     tree = ast.parse(source)
     documentation = []
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (text := ast.get_docstring(node)) is not None:
-            documentation.append(text)
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None:
+                documentation.append(text)
+                node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree), "\n\n".join(documentation)
 
 
