@@ -1,6 +1,7 @@
 """Trainings on several ranks."""
 
 import json
+import logging
 
 import pytest
 
@@ -19,3 +20,17 @@ def train_on_two_ranks(tmp_path):
         return first | {"biases": [first["biases"], second["biases"]]}
 
     return run
+
+
+@pytest.fixture
+def warnings_of_ours(caplog, monkeypatch):
+    """The warnings of hf_sparse_moe so far; reading them empties the list."""
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+
+    def read():
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("hf_sparse_moe")]
+        caplog.clear()
+        return messages
+
+    return read

@@ -1,7 +1,5 @@
 """The bias moves by its formula, once an optimizer step, and comes back as it was."""
 
-import logging
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -163,13 +161,6 @@ def test_the_load_of_a_skewed_router_evens_out(family, tmp_path):
     assert moving[0] > 0.5
     assert moving[-1] < 0.5 * moving[0]
     assert moving[-1] < 0.5 * still[-1]
-
-
-@pytest.fixture
-def warnings_of_ours(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_sparse_moe")]
 
 
 @pytest.mark.parametrize("family", ["decoder", "deepseek_v3"])

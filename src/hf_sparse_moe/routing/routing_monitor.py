@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -56,12 +57,14 @@ class RoutingMonitor(EventCallback):
             Whether to log every layer apart. By default where `report_to` names an integration to draw it.
         min_evenness (`float`, defaults to 0.5):
             Warn of collapse when a layer's entropy, rescaled so that all tokens on the same K experts is 0 and an even
-            load 1, is below this.
-        max_dominance (`float`, defaults to 0.8):
-            Warn of collapse when a layer's MaxVio is above this share of its highest possible value, E / K - 1, at
+            load 1, stays below this.
+        max_dominance (`float`, defaults to 0.95):
+            Warn of collapse when a layer's MaxVio stays above this share of its highest possible value, E / K - 1, at
             which one expert serves every token.
-        starvation (`float`, defaults to 0.1): Warn when an expert got less than this share of an even load ...
-        starvation_logs (`int`, defaults to 3): ... for this many logs in a row.
+        starvation (`float`, defaults to 0.1): Warn when an expert gets less than this share of an even load.
+        patience (`int`, defaults to 40):
+            For how many optimizer steps a collapse must last without getting better, and starvation half as long
+            again, whatever `logging_steps` is. Routers that were just made are uneven for some dozens of steps.
         max_z_loss (`float`, defaults to 1000.0):
             Warn when a layer's mean of logsumexp(logits)^2 is above this, or not finite. bfloat16 rounds a logit of
             that size (32) to an eighth.
@@ -78,16 +81,23 @@ class RoutingMonitor(EventCallback):
         self,
         log_layers: bool | None = None,
         min_evenness: float = 0.5,
-        max_dominance: float = 0.8,
+        max_dominance: float = 0.95,
         starvation: float = 0.1,
-        starvation_logs: int = 3,
+        patience: int = 40,
         max_z_loss: float = 1000.0,
+        starvation_logs: int | None = None,
     ):
+        if starvation_logs is not None:
+            warnings.warn(
+                "`starvation_logs` has no effect any more: give `patience`, in optimizer steps.",
+                FutureWarning,
+                stacklevel=2,
+            )
         for name, value, least, most in (
             ("min_evenness", min_evenness, 0, 1),
             ("max_dominance", max_dominance, 0, 1),
             ("starvation", starvation, 0, 1),
-            ("starvation_logs", starvation_logs, 1, math.inf),
+            ("patience", patience, 1, math.inf),
             ("max_z_loss", max_z_loss, 0, math.inf),
         ):
             if not least <= value <= most:
@@ -97,7 +107,7 @@ class RoutingMonitor(EventCallback):
             "min_evenness": min_evenness,
             "max_dominance": max_dominance,
             "starvation": starvation,
-            "starvation_logs": starvation_logs,
+            "patience": patience,
             "max_z_loss": max_z_loss,
         }
 
@@ -118,7 +128,7 @@ class RoutingMonitor(EventCallback):
         routing = self.watch(model, self._layers, self._add_events, self._add_losses)
         self._config: Any = getattr(routing.model, "config", None)
         self._alarms = RoutingAlarms(**self.thresholds, balance_remedy=_balance_remedy(self._layers, self._config))
-        self._steps = 0
+        self._steps = self._steps_at_log = 0
         self._biases_at_start = self._biases() if getattr(self._config, "router_bias_update_speed", 0) > 0 else None
 
     def on_optimizer_step(
@@ -159,7 +169,8 @@ class RoutingMonitor(EventCallback):
         state.log_history[-1].update(values)  # Trainer wrote its copy of `logs` before it called
         self._warn_of_still_bias(layers)
         if state.is_world_process_zero:
-            self._alarms.check(layers)
+            self._alarms.check(layers, self._steps, self._steps_at_log)
+        self._steps_at_log = self._steps
 
     def _add_events(self, events: list[RoutingEvent]) -> None:
         key = tuple(self._places[event.layer] for event in events)
