@@ -23,11 +23,10 @@ class Finished:
 def run_cli(*arguments: object) -> Finished:
     """`hf-sparse-moe <arguments>`; puts back what the script may change in its process."""
     out, err = io.StringIO(), io.StringIO()
-    handler, verbosity, bars = (
-        signal.getsignal(signal.SIGTERM),
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-    )
+    handler, verbosity = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # which the script asks for before transformers is imported
+    logging.disable_progress_bar()
     code = 0
     with (
         redirect_stdout(out),

@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     )
     from .models.feed_forward import (
         explain_layouts as explain_layouts,
-        list_feed_forward_layouts as list_feed_forward_layouts,
     )
     from .models.modeling_sparse_moe import (
         SparseMoeDecoderForCausalLM as SparseMoeDecoderForCausalLM,
@@ -95,79 +94,32 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
 
 __version__ = "0.1.0"
 
+# The module of each public name.
 _HOMES = {
-    ".adapters": (
-        "dequantize_experts",
-        "expert_lora_config",
-        "load_expert_lora",
-        "quantize_experts",
-        "select_experts",
-    ),
-    ".distributed.consolidation": ("consolidate",),
-    ".hub": (
-        "ModelCardCallback",
-        "add_model_card",
-        "doctor",
-        "load_adapter",
-        "pull",
-        "push",
-        "render_model_card",
-        "write_model_card",
-    ),
+    ".adapters": "dequantize_experts expert_lora_config load_expert_lora quantize_experts select_experts",
+    ".distributed.consolidation": "consolidate",
+    ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push render_model_card write_model_card",
     ".models.configuration_sparse_moe": (
-        "SparseMoeConfig",
-        "SparseMoeDecoderConfig",
-        "SparseMoeEncoderConfig",
-        "SparseMoeEncoderDecoderConfig",
+        "SparseMoeConfig SparseMoeDecoderConfig SparseMoeEncoderConfig SparseMoeEncoderDecoderConfig"
     ),
-    ".models.feed_forward": (
-        "explain_layouts",
-        "list_feed_forward_layouts",
-    ),
+    ".models.feed_forward": "explain_layouts",
     ".models.modeling_sparse_moe": (
-        "SparseMoeDecoderForCausalLM",
-        "SparseMoeDecoderForQuestionAnswering",
-        "SparseMoeDecoderForSequenceClassification",
-        "SparseMoeDecoderForTokenClassification",
-        "SparseMoeDecoderModel",
-        "SparseMoeEncoderDecoderForConditionalGeneration",
-        "SparseMoeEncoderDecoderForQuestionAnswering",
-        "SparseMoeEncoderDecoderForSequenceClassification",
-        "SparseMoeEncoderDecoderModel",
-        "SparseMoeEncoderForMaskedLM",
-        "SparseMoeEncoderForMultipleChoice",
-        "SparseMoeEncoderForQuestionAnswering",
-        "SparseMoeEncoderForSequenceClassification",
-        "SparseMoeEncoderForTokenClassification",
-        "SparseMoeEncoderModel",
+        "SparseMoeDecoderForCausalLM SparseMoeDecoderForQuestionAnswering "
+        "SparseMoeDecoderForSequenceClassification SparseMoeDecoderForTokenClassification SparseMoeDecoderModel "
+        "SparseMoeEncoderDecoderForConditionalGeneration SparseMoeEncoderDecoderForQuestionAnswering "
+        "SparseMoeEncoderDecoderForSequenceClassification SparseMoeEncoderDecoderModel SparseMoeEncoderForMaskedLM "
+        "SparseMoeEncoderForMultipleChoice SparseMoeEncoderForQuestionAnswering "
+        "SparseMoeEncoderForSequenceClassification SparseMoeEncoderForTokenClassification SparseMoeEncoderModel"
     ),
-    ".models.pretrained_model": ("SparseMoePreTrainedModel",),
+    ".models.pretrained_model": "SparseMoePreTrainedModel",
     ".routing": (
-        "RoutingMonitor",
-        "SelectionBiasCallback",
-        "add_leading_callback",
-        "disable_experts",
-        "find_mixture_layers",
-        "fix_balance",
-        "observe_routing",
-        "record_routing",
-        "replay_routing",
-        "routing_statistics",
-        "use_top_k",
+        "RoutingMonitor SelectionBiasCallback add_leading_callback disable_experts find_mixture_layers fix_balance "
+        "observe_routing record_routing replay_routing routing_statistics use_top_k"
     ),
-    ".stock": (
-        "explain_export",
-        "export",
-        "import_stock",
-    ),
-    ".upcycling": (
-        "expand",
-        "plan",
-        "upcycle",
-        "verify",
-    ),
+    ".stock": "explain_export export import_stock",
+    ".upcycling": "expand plan upcycle verify",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 # Names of version 0.1, which work for one more release: old name -> (module, new name). Where the arguments changed,
@@ -175,6 +127,7 @@ __all__ = sorted(_HOME)
 _RENAMED: dict[str, tuple[str, str]] = {
     "explain": (".models.feed_forward", "explain_layouts"),
     "import_native": (".stock", "import_stock"),
+    "list_feed_forward_layouts": (".models.feed_forward", "explain_layouts"),
     "push_adapter": (".hub.publish", "push"),
     "push_folder": (".hub.publish", "push"),
     "push_to_hub": (".hub.publish", "push"),

@@ -1,9 +1,7 @@
 """
 Registers the package with transformers, without importing transformers.
 
-Each step runs right after the module of transformers that it needs was imported, or at once if that has happened
-already. So `AutoConfig`, `AutoModelFor...` and `experts_implementation` know this package whichever of the two was
-imported first, and a program that uses neither does not pay for them.
+Each step runs right after the module of transformers that it needs was imported, or at once if it was imported before.
 """
 
 from __future__ import annotations
@@ -21,11 +19,7 @@ def _register_configs() -> None:
 
     from .models import configuration_sparse_moe as ours
 
-    for config_class in (
-        ours.SparseMoeEncoderConfig,
-        ours.SparseMoeDecoderConfig,
-        ours.SparseMoeEncoderDecoderConfig,
-    ):
+    for config_class in (ours.SparseMoeEncoderConfig, ours.SparseMoeDecoderConfig, ours.SparseMoeEncoderDecoderConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 

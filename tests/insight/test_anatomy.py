@@ -34,5 +34,5 @@ def test_llama_by_hand():
 def test_the_checkpoints_own_head_is_described(tmp_path):
     tiny_sparse("bert", AutoModelForSequenceClassification).save_pretrained(tmp_path)
     description = describe_checkpoint(str(tmp_path))
-    assert description["class"] == "SparseMoeEncoderForSequenceClassification"
-    assert description["receipt"] is None
+    assert description.architecture == "SparseMoeEncoderForSequenceClassification"
+    assert description.receipt is None

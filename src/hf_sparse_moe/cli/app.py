@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -28,20 +26,6 @@ app = typer.Typer(
     "not available, and the same command may succeed later; 70 a bug. With 2 and 3, one sentence on stderr says what "
     "to do.",
 )
-
-
-def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Callable]:
-    """`app.command`, for a function that imports what it needs when it runs, so that `--help` is instant."""
-
-    def register(function: Callable) -> Callable:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            _silence_libraries()
-            function(*args, **kwargs)
-
-        return app.command(name, **settings)(run)
-
-    return register
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,6 +53,11 @@ def options(
 def main() -> None:
     """The entry point: an error that a user can act on ends with one sentence and exit code 2 or 3."""
     signal.signal(signal.SIGTERM, leave_on_signal)
+    # The libraries' warnings would bury our one sentence, and some of the Hub's show signed addresses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get("HF_SPARSE_MOE_DEBUG", "0") not in ("", "0")
     try:
@@ -97,14 +86,3 @@ def _sentence(error: Exception) -> str | None:
 def leave_on_signal(number: int, _: Any) -> None:
     """Leave through every `finally`, so that no half-written folder stays."""
     sys.exit(128 + number)
-
-
-def _silence_libraries() -> None:
-    """Progress bars are for people; warnings of the libraries underneath would bury our one sentence."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # its warnings show addresses, some of them signed
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .app import command
+from .app import app
 from .options import (
     DtypeOption,
     JsonOption,
@@ -19,53 +19,49 @@ from .options import (
     ShardSizeOption,
     SourceArgument,
     describe_difference,
+    facts_table,
     print_json,
 )
 
 
-@command(epilog="Examples:\n\n`hf-sparse-moe info ./gpt2-8x`\n\n`hf-sparse-moe info user/gpt2-8x --json`")
+@app.command(epilog="Examples:\n\n`hf-sparse-moe info ./gpt2-8x`\n\n`hf-sparse-moe info user/gpt2-8x --json`")
 def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
     """Show the experts, parameters and receipt of a mixture. Reads no weights."""
     from hf_sparse_moe.insight.anatomy import describe_checkpoint
 
     description = describe_checkpoint(source, revision)
     if as_json:
-        print_json(description)
-    else:
-        _print_description(description)
-
-
-def _print_description(description: dict[str, Any]) -> None:
+        print_json(description.to_dict())
+        return
     console = Console()
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name in ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers"):
-        facts.add_row(name.replace("_", " "), escape(str(description[name])))
-    facts.add_row("FLOPs per token", f"{description['flops_per_token']:,}")
-    console.print(facts, highlight=False)
+    names = ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers")
+    facts = {name.replace("_", " "): description.to_dict()[name] for name in names}
+    console.print(facts_table(facts | {"FLOPs per token": f"{description.flops_per_token:,}"}), highlight=False)
     parts = Table("parameters", "total", "active per token")
     for column in parts.columns[1:]:
         column.justify = "right"
-    for name, count in description["parameters"].items():
+    for name, count in description.parameters.items():
         if name == "total":
             parts.add_section()
         parts.add_row(name, f"{count['total']:,}", f"{count['active']:,}")
     console.print(parts)
-    receipt = description["receipt"]
+    console.print(escape(_describe_receipt(description.receipt)), highlight=False)
+
+
+def _describe_receipt(receipt: dict[str, Any] | None) -> str:
     if receipt is None:
-        console.print("No receipt: the checkpoint does not say how it was made.")
-        return
+        return "No receipt: the checkpoint does not say how it was made."
     try:
         source, arguments = receipt["source"], receipt["arguments"]
-        told = (
+        return (
             f"receipt: {arguments['method']} of {source['name_or_path']} ({source['architecture']}), seed "
             f"{arguments['seed']}; {describe_difference(receipt['equality'])}"
         )
     except (LookupError, TypeError, ValueError):
-        told = "The receipt is not one that this package writes; `--json` shows it."
-    console.print(escape(told), highlight=False)
+        return "The receipt is not one that this package writes; `--json` shows it."
 
 
-@command(epilog="Example:\n\n`hf-sparse-moe consolidate ./run/checkpoint-1000 ./mixture`")
+@app.command(epilog="Example:\n\n`hf-sparse-moe consolidate ./run/checkpoint-1000 ./mixture`")
 def consolidate(
     source: Annotated[Path, typer.Argument(help="A folder `checkpoint-...` of a training.")],
     output: OutputArgument,
@@ -86,6 +82,6 @@ def consolidate(
 
     done = write_normal_checkpoint(source, output, config, dtype, max_shard_size)
     if as_json:
-        print_json({"path": str(output), **done.to_dict()})
+        print_json(done.to_dict())
     else:
-        typer.echo(f"{output}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}")
+        typer.echo(f"{done.path}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}")

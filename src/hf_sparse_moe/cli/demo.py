@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .app import command
+from .app import app
 from .options import ExpertsOption, SeedOption, TopKOption
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe quickstart`\n\n"
     "`hf-sparse-moe quickstart --model ./my-llama --data ./my-texts --steps 100 --learning-rate 5e-5`\n\n"
     "`hf-sparse-moe quickstart --push-to user/first-mixture`"

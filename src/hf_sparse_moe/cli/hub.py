@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .app import command
+from .app import app
 from .options import JsonOption, OutputArgument, RevisionOption, print_json
 
 
@@ -22,7 +22,7 @@ BaseOption = Annotated[
 ]
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe card ./gpt2-8x`\n\n"
     "`hf-sparse-moe card ./gpt2-8x --repo-id user/gpt2-8x --license mit --language en`"
 )
@@ -50,7 +50,7 @@ def card(
     typer.echo(write_model_card(source, repo_id, license=license, language=language, tags=tag, base_model=base_model))
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe push ./gpt2-8x user/gpt2-8x`\n\n"
     "`hf-sparse-moe push ./gpt2-8x user/gpt2-8x --private --revision trained --tag v1`\n\n"
     "`hf-sparse-moe push ./adapter user/gpt2-8x-law --base user/gpt2-8x`"
@@ -103,7 +103,7 @@ def push(
         typer.echo(f"left out: {', '.join(published.left_out)}")
 
 
-@command(epilog="Example:\n\n`hf-sparse-moe pull user/gpt2-8x ./gpt2-8x --revision v1`")
+@app.command(epilog="Example:\n\n`hf-sparse-moe pull user/gpt2-8x ./gpt2-8x --revision v1`")
 def pull(
     repo_id: Annotated[str, typer.Argument(help="`user/name` on the Hub.")],
     output: OutputArgument,
@@ -127,7 +127,7 @@ def pull(
         typer.echo(f"left out: {', '.join(pulled.left_out)}")
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe doctor ./gpt2-8x`\n\n`hf-sparse-moe doctor user/gpt2-8x --revision v1`\n\n"
     "The exit code is 1 if a check failed."
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 
 SourceArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a mixture.")]
@@ -61,6 +63,14 @@ def to_settings(assignments: Sequence[str]) -> dict[str, Any]:
 
 def print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
+
+
+def facts_table(rows: dict[str, Any]) -> Table:
+    """Names and values in two columns, without lines."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    return table
 
 
 def describe_difference(equality: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import command
+from .app import app
 from .options import (
     JsonOption,
     OutputArgument,
@@ -19,7 +19,7 @@ from .options import (
 )
 
 
-@command(epilog="Example:\n\n`hf-sparse-moe export ./qwen3-8x ./qwen3-8x-stock`")
+@app.command(epilog="Example:\n\n`hf-sparse-moe export ./qwen3-8x ./qwen3-8x-stock`")
 def export(
     source: SourceArgument,
     output: OutputArgument,
@@ -50,8 +50,8 @@ def export(
         typer.echo(f"{report.path}: {report.architecture}")
 
 
-@command("import-native", hidden=True, deprecated=True)  # its name in version 0.1
-@command("import-stock", epilog="Example:\n\n`hf-sparse-moe import-stock allenai/OLMoE-1B-7B-0924 ./olmoe`")
+@app.command("import-native", hidden=True, deprecated=True)  # its name in version 0.1
+@app.command("import-stock", epilog="Example:\n\n`hf-sparse-moe import-stock allenai/OLMoE-1B-7B-0924 ./olmoe`")
 def import_stock(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a stock mixture.")],
     output: OutputArgument,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .app import command
+from .app import app
 from .options import (
     DenseSourceArgument,
     DtypeOption,
@@ -28,13 +28,14 @@ from .options import (
     SourceArgument,
     TopKOption,
     describe_difference,
+    facts_table,
     print_json,
     to_dtype,
     to_settings,
 )
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe plan gpt2 --num-experts 16 --gpus 8`\n\n"
     "`hf-sparse-moe plan ./llama --method split --num-experts 64 --num-experts-per-tok 8 --set granularity=8 --json`"
 )
@@ -71,23 +72,21 @@ def plan(
 
 def _print_plan(report: dict[str, Any], console: Console) -> None:
     parameters, flops = report["parameters"], report["flops_per_token"]
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_row("becomes", report["class"])
-    facts.add_row("computes the same", report["exact"])
-    facts.add_row("parameters", f"{parameters['dense']:,} dense -> {parameters['total']:,}")
-    facts.add_row("active per token", f"{parameters['active']:,}")
-    facts.add_row("checkpoint", _gigabytes(report["checkpoint_bytes"]))
     ratio = flops["mixture"] / flops["dense"]
-    facts.add_row("FLOPs per token", f"{flops['dense']:,} dense -> {flops['mixture']:,} ({ratio:.2f} times)")
-    slower = ", ".join(f"{factor:.2f} at batch {batch}" for batch, factor in report["decode_slowdown"].items())
-    facts.add_row("slowdown of decoding, by weights read", slower)
-    facts.add_row("can be exported to", ", ".join(report["exports"]) or "no stock architecture")
-    memory = Table("training memory without activations", "")
-    memory.columns[1].justify = "right"
-    for name, count in report["training_bytes"].items():
-        memory.add_row(name, _gigabytes(count))
-    console.print(facts, highlight=False)
-    console.print(memory)
+    facts = {
+        "becomes": report["class"],
+        "computes the same": report["exact"],
+        "parameters": f"{parameters['dense']:,} dense -> {parameters['total']:,}",
+        "active per token": f"{parameters['active']:,}",
+        "checkpoint": _gigabytes(report["checkpoint_bytes"]),
+        "FLOPs per token": f"{flops['dense']:,} dense -> {flops['mixture']:,} ({ratio:.2f} times)",
+        "slowdown of decoding, by weights read": ", ".join(
+            f"{factor:.2f} at batch {batch}" for batch, factor in report["decode_slowdown"].items()
+        ),
+        "can be exported to": ", ".join(report["exports"]) or "no stock architecture",
+    }
+    facts |= {f"training: {name}": _gigabytes(count) for name, count in report["training_bytes"].items()}
+    console.print(facts_table(facts), highlight=False)
     if report["layouts"]:
         layouts = Table("per GPU", "weights", "gradients", "AdamW states", "sent in a step")
         for layout in report["layouts"]:
@@ -101,7 +100,7 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n"
     "`hf-sparse-moe upcycle gpt2 gpt2-8x`\n\n"
     "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
@@ -163,7 +162,7 @@ def upcycle(
     )
 
 
-@command(
+@app.command(
     epilog="Examples:\n\n`hf-sparse-moe verify ./gpt2-8x --against gpt2`\n\n"
     "The exit code is 1 if the mixture is not what its receipt says."
 )

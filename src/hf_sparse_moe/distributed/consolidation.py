@@ -32,19 +32,22 @@ class ConsolidateReport:
     What [`consolidate`] wrote.
 
     Args:
+        path (`Path`): The folder.
         engine (`str`): What had written the checkpoint, such as "FSDP, sharded".
         tensors (`int`): How many there are now, tied ones once.
         parameters (`int`): Their elements.
         bytes (`int`): Their bytes.
     """
 
+    path: Path
     engine: str
     tensors: int
     parameters: int
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The report as plain values."""
+        return asdict(self) | {"path": str(self.path)}
 
 
 def consolidate(
@@ -103,7 +106,7 @@ def consolidate(
         # The title of the card: the folder's name in letters that the Hub allows.
         name = re.sub(r"[^0-9A-Za-z]+", "-", Path(output).resolve().name)[:96].strip("-")
         write_model_card(folder, name or "mixture")
-    return ConsolidateReport(engine, len(tensors), parameters, size)
+    return ConsolidateReport(Path(output), engine, len(tensors), parameters, size)
 
 
 def _config_folder(source: Path, config: str | Path | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,43 @@ PARTS = ("embeddings and head", "attention", "experts", "shared experts", "route
 _ATTENTION = re.compile(r"(?i)(^|\.)(?![^.]*norm)[^.]*(attn|attention)")
 
 
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """
+    What a mixture is made of.
+
+    Args:
+        family (`str`): "encoder", "decoder" or "encoder-decoder".
+        architecture (`str`): The class of the model.
+        dense_architecture (`str`): The class of the dense model inside.
+        num_experts (`int`): Routed experts of a layer.
+        num_experts_per_tok (`int`): Experts that a token uses.
+        sparse_layers (`int`): Layers with experts.
+        flops_per_token (`int`): Of a forward pass.
+        parameters (`dict[str, dict[str, int]]`): "total" and "active" for a token, of each part and in all.
+        receipt (`dict`, *optional*): How the checkpoint was made, if it says so.
+    """
+
+    family: str
+    architecture: str
+    dense_architecture: str
+    num_experts: int
+    num_experts_per_tok: int
+    sparse_layers: int
+    flops_per_token: int
+    parameters: dict[str, dict[str, int]]
+    receipt: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain values."""
+        return {"class" if name == "architecture" else name: value for name, value in asdict(self).items()}
+
+
 def describe_checkpoint(
     source: str | Path, revision: str | None = None, token: bool | str | None = None
-) -> dict[str, Any]:
+) -> CheckpointDescription:
     """
-    Family, architecture, experts, parameters by part and receipt of a mixture, as plain values. Reads no weights.
+    Describe a mixture by its config and receipt. Reads no weights.
 
     Args:
         source (`str` or `Path`): Folder or Hub id of a mixture.
@@ -45,18 +78,17 @@ def describe_checkpoint(
             str(source), RECEIPT_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
         )
         folder = Path(found or "").parent
-    receipt = read_json(folder / RECEIPT_NAME, optional=True) or None
-    return {
-        "family": config.model_type.removeprefix("sparse_moe_").replace("_", "-"),
-        "class": type(model).__name__,
-        "dense_architecture": type(model.dense).__name__,
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "sparse_layers": len(model.sparse_blocks),
-        "flops_per_token": count_flops_per_token(model),
-        "parameters": parameters_by_part(model),
-        "receipt": receipt,
-    }
+    return CheckpointDescription(
+        family=config.model_type.removeprefix("sparse_moe_").replace("_", "-"),
+        architecture=type(model).__name__,
+        dense_architecture=type(model.dense).__name__,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        sparse_layers=len(model.sparse_blocks),
+        flops_per_token=count_flops_per_token(model),
+        parameters=parameters_by_part(model),
+        receipt=read_json(folder / RECEIPT_NAME, optional=True) or None,
+    )
 
 
 def parameters_by_part(model: SparseMoePreTrainedModel) -> dict[str, dict[str, int]]:
