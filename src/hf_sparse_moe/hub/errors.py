@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import TypeVar
 
 from huggingface_hub import constants, get_token
@@ -28,19 +29,37 @@ ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds; each pause is twice the one before
 NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limit: surely nothing was written
 PERHAPS_DONE = {500, 502, 503, 504}
-LONGEST_REASON = 200
-
-_BUSY = {
-    409: "another commit is being made",
-    412: "somebody else kept pushing to it in between",
-    429: "too many requests were sent",
-}
-_UPLOAD = re.compile(r"Error while uploading '(.+)' to the Hub")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+")
 
 
 class HubUnavailableError(ConnectionError):
     """The Hub could not do it now: nothing is wrong with the request, and sending it again may succeed."""
+
+
+_ANSWERS: tuple[tuple[type[Exception], type[Exception], str], ...] = (
+    (
+        OfflineModeIsEnabled,
+        HubUnavailableError,
+        "`{repo_id}` is on the Hub, but this machine is set to stay offline (`HF_HUB_OFFLINE`). Unset that, or use "
+        "what is in the cache.",
+    ),
+    (
+        GatedRepoError,
+        PermissionError,
+        "`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at {hub}/{repo_id} "
+        "and log in with that account (`hf auth login`).",
+    ),
+    (
+        RepositoryNotFoundError,
+        ValueError,
+        "`{repo_id}` does not exist on the Hub ({hub}), or is private and you may not see it (status {status}). Check "
+        "the name, and log in with an account that may read it (`hf auth login`, or `HF_TOKEN`).",
+    ),
+    (
+        RevisionNotFoundError,
+        ValueError,
+        "`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.",
+    ),
+)
 
 
 @contextmanager
@@ -53,29 +72,20 @@ def raise_hub_error(repo_id: str, revision: str | None = None, writes: bool = Fa
         PermissionError: the token is missing, wrong, or lacks the right.
         HubUnavailableError: offline, a connection that is cut, a rate limit, a fault of the Hub.
     """
+    check_repo_id(repo_id)
     try:
         yield
-    except HFValidationError:
-        check_repo_id(repo_id)
-        raise
-    except OfflineModeIsEnabled:
-        raise HubUnavailableError(
-            f"`{repo_id}` is on the Hub, but this machine is set to stay offline (`HF_HUB_OFFLINE`). Unset that, or "
-            "use what is in the cache."
-        ) from None
     except (HTTPError, OSError, RuntimeError) as error:
-        answer = _hub_answer(error)
-        if answer is None:
+        if (answer := _hub_answer(error)) is None:
             raise
         # No cause is kept: it would show addresses, some of them signed.
-        raise _translate(answer, repo_id, revision, writes, _UPLOAD.search(str(error))) from None
+        raise _translate(answer, error, repo_id, revision, writes) from None
 
 
 def retried(ask: Callable[[], Result], may_pass: Callable[[HTTPError], bool] | None = None) -> Result:
     """
-    What `ask` returns, called again where the Hub was busy or did not answer. For the few requests that
-    `huggingface_hub` sends once only: creating a repository, a branch or a tag, and the commit itself.
-    `may_pass` says whether an error is worth another attempt, by default [`is_passing`].
+    What `ask` returns, called again where the Hub was busy or did not answer: for requests that `huggingface_hub`
+    sends once. `may_pass` says whether an error is worth another attempt, by default [`is_passing`].
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -89,8 +99,7 @@ def retried(ask: Callable[[], Result], may_pass: Callable[[HTTPError], bool] | N
 
 def is_passing(error: HTTPError) -> bool:
     """Whether the same request may succeed later."""
-    status = status_of(error)
-    return status is None or status in NOT_DONE | PERHAPS_DONE
+    return status_of(error) in NOT_DONE | PERHAPS_DONE | {None}
 
 
 def status_of(error: BaseException) -> int | None:
@@ -108,14 +117,6 @@ def check_repo_id(repo_id: str) -> None:
         ) from None
 
 
-def redact(text: str) -> str:
-    """The text on one line, short, and without tokens."""
-    token = get_token()
-    text = text.replace(token, "<token>") if token else text
-    text = " ".join(_TOKEN.sub("<token>", text).split()).rstrip(".")
-    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
-
-
 def _hub_answer(error: BaseException) -> BaseException | None:
     """The error of the Hub inside `error`: an upload wraps it in a RuntimeError, a download in other errors."""
     seen: BaseException | None = error
@@ -128,53 +129,36 @@ def _hub_answer(error: BaseException) -> BaseException | None:
 
 
 def _translate(
-    error: BaseException, repo_id: str, revision: str | None, writes: bool, upload: re.Match[str] | None
+    answer: BaseException, error: BaseException, repo_id: str, revision: str | None, writes: bool
 ) -> Exception:
-    status, hub = status_of(error), f"The Hub ({constants.ENDPOINT})"
-    answer = type(error).__name__ if status is None else f"status {status}"
-    reason, login = _reason(error), "Run `hf auth login`, or set `HF_TOKEN`"
-    if upload is not None:
-        return _unavailable(repo_id, f"its storage did not take `{upload[1]}` ({answer})")
-    if status == 401 and re.search(r"(?i)invalid (credentials|user token)", reason):
-        refused = f"refused to let you write to `{repo_id}`" if writes else f"refused to show you `{repo_id}`"
+    status, hub, reason = status_of(answer), constants.ENDPOINT, _reason(answer)
+    is_wrong_token = status == 401 and "invalid" in reason.lower()
+    is_refused = is_wrong_token or (writes and type(answer) is RepositoryNotFoundError)
+    upload = re.match("Error while uploading '(.+)'", str(error))
+    for kind, told, sentence in () if is_refused or upload else _ANSWERS:
+        if isinstance(answer, kind):
+            return told(sentence.format(repo_id=repo_id, revision=revision, status=status, hub=hub))
+    said = f"status {status}: {reason}" if status else reason
+    if upload or status is None or status in NOT_DONE or status >= 500:
+        what = f"`{upload[1]}` of `{repo_id}`" if upload else f"`{repo_id}`"
+        return HubUnavailableError(
+            f"The Hub ({hub}) did not finish with {what} ({said}). Run the same command again: files that "
+            "arrived are not sent twice."
+        )
+    if is_refused or status in (401, 403):
+        what = "let you write to" if writes else "show you"
+        why = "your token is wrong or expired" if is_wrong_token else "the token is missing, or lacks the right"
         return PermissionError(
-            f"{hub} {refused}: your token is wrong or expired (status 401). A wrong token is refused even where none "
-            "is needed. Run `hf auth login`, or unset `HF_TOKEN`."
+            f"The Hub ({hub}) refused to {what} `{repo_id}`: {why} ({said}). Run `hf auth login`, or set `HF_TOKEN`."
         )
-    if isinstance(error, GatedRepoError):
-        return PermissionError(
-            f"`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at "
-            f"{constants.ENDPOINT}/{repo_id} and log in with that account (`hf auth login`)."
-        )
-    if writes and (status in (401, 403) or isinstance(error, RepositoryNotFoundError)):
-        return PermissionError(
-            f"{hub} refused to let you write to `{repo_id}` (status {status}): the token is missing, or may not write "
-            f"there. {login} to one with write access."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        seen = "your token may not see it" if get_token() else "you are not logged in"
-        return ValueError(
-            f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and {seen} (status "
-            f"{status}). Check the name. {login} to a token of an account that may read it."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
-    if status in (401, 403):
-        return PermissionError(f"{hub} refuses to show `{repo_id}` (status {status}: {reason}). {login}.")
-    if status is not None and status not in NOT_DONE | PERHAPS_DONE and status < 500:
-        return ValueError(f"{hub} refuses this for `{repo_id}` (status {status}: {reason}).")
-    fault = "it had a fault of its own" if status else "it could not be reached, or the connection was cut"
-    return _unavailable(repo_id, f"{_BUSY.get(status or 0, fault)} ({answer})")
-
-
-def _unavailable(repo_id: str, what: str) -> HubUnavailableError:
-    return HubUnavailableError(
-        f"The Hub ({constants.ENDPOINT}) did not finish with `{repo_id}`: {what}. Run the same command again: files "
-        "that arrived are not sent twice."
-    )
+    return ValueError(f"The Hub ({hub}) refuses this for `{repo_id}` ({said}).")
 
 
 def _reason(error: BaseException) -> str:
+    """What the Hub says, on one line, short, and without tokens."""
     if not isinstance(error, HfHubHTTPError):
         return type(error).__name__
-    return redact(error.server_message or error.response.headers.get("X-Error-Message") or "no reason given")
+    text = error.server_message or error.response.headers.get("X-Error-Message") or "no reason given"
+    token = get_token()
+    text = text.replace(token, "<token>") if token else text
+    return shorten(re.sub(r"\bhf_[A-Za-z0-9_]+", "<token>", text), 200, placeholder="…").rstrip(".")

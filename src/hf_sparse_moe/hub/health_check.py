@@ -60,14 +60,14 @@ def doctor(
     token: bool | str | None = None,
 ) -> DoctorReport:
     """
-    Load a checkpoint in a fresh process, in float32, and check it: every tensor present, finite and tied as the
-    config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs
-    that equal its fingerprint.
+    Load a checkpoint in a fresh process, compute in float32, and check it: every tensor present, finite and tied as
+    the config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and
+    outputs that equal its fingerprint.
 
     An adapter is loaded with its base: that this is the base it was trained on, every tensor attached and finite,
     outputs that differ from the base's own, equal the fingerprint, and are those of plain PEFT.
 
-    A checkpoint on the Hub is fetched into a temporary folder first, with the size and hash of each file checked.
+    A checkpoint on the Hub is fetched into a temporary folder first, with the hash of each file checked.
 
     Args:
         source (`str` or `Path`): Folder or Hub id of a mixture, of this package or a stock one, or of an adapter.
@@ -86,49 +86,44 @@ def doctor(
         ValueError, PermissionError, OSError, HubUnavailableError: it cannot be fetched, see [`pull`].
     """
     with tempfile.TemporaryDirectory() as temporary:
-        workplace, commit = Path(temporary), None
-        folder = Path(source)
-        here = folder.is_dir()
-        if not here:
+        workplace, commit, folder = Path(temporary), None, Path(source)
+        is_here = folder.is_dir()
+        if not is_here:
             folder = workplace / "checkpoint"
             commit = pull(str(source), folder, revision=revision, token=token).revision
+        bases = []
         if is_adapter(folder):
-            named = named_base(folder, None if base is None else str(base), from_hub=not here)
-            findings = _examined(folder.resolve(), workplace, False, find_base(*named, token).folder.resolve())
+            bases = [find_base(*named_base(folder, base, from_hub=not is_here), token).folder.resolve()]
         elif base is not None:
             raise ValueError(f"`base={str(base)!r}` is given, but `{source}` is not an adapter. Leave it out.")
-        elif (folder / "config.json").is_file():
-            findings = _examined(folder.resolve(), workplace, trust_remote_code)
-        else:
+        elif not (folder / "config.json").is_file():
             raise ValueError(f"`{source}` has no config.json. Pass the folder or Hub id of a saved model.")
+        findings = _examined(folder.resolve(), workplace, trust_remote_code, *bases)
     return DoctorReport(str(source), commit, findings)
 
 
 def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Path) -> list[Finding]:
     result = workplace / "examined.json"
-    death = _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, result, *base))], workplace)
-    if death is not None:
+    if death := _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, result, *base))], workplace):
         return [Finding("loads", FAILED, f"The process that loaded it died: {death}.")]
     examined = json.loads(result.read_text(encoding="utf-8"))
     findings = [Finding(**finding) for finding in examined["findings"]]
-    if examined["probe"]:
-        findings.append(_by_own_code(folder, workplace, examined["probe"], trust_remote_code))
+    if probe := examined["probe"]:
+        findings.append(Finding(REMOTE_CODE, *_by_own_code(folder, workplace, probe, trust_remote_code)))
     return findings
 
 
-def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_remote_code: bool) -> Finding:
+def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_remote_code: bool) -> tuple[str, str]:
     if not read_json(folder / "config.json").get("auto_map"):
-        return Finding(REMOTE_CODE, NOT_CHECKED, "It has none.")
+        return NOT_CHECKED, "It has none."
     if not trust_remote_code:
-        return Finding(REMOTE_CODE, NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first.")
+        return NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first."
     given, result = workplace / "probe.json", workplace / "ran.json"
     given.write_text(json.dumps(probe), encoding="utf-8")
     script = Path(__file__).with_name("remote_code_run.py")
-    death = _run(["-P", str(script), str(folder), str(given), str(result)], workplace)
-    if death is not None:
-        return Finding(REMOTE_CODE, FAILED, f"Without the package it does not load: {death}.")
-    ran = json.loads(result.read_text(encoding="utf-8"))
-    return Finding(REMOTE_CODE, *compare_outputs(probe["fingerprint"], ran, "to this package"))
+    if death := _run(["-P", *map(str, (script, folder, given, result))], workplace):
+        return FAILED, f"Without the package it does not load: {death}."
+    return compare_outputs(probe["fingerprint"], json.loads(result.read_text(encoding="utf-8")), "to this package")
 
 
 def _run(arguments: list[str], workplace: Path) -> str | None:
@@ -140,8 +135,7 @@ def _run(arguments: list[str], workplace: Path) -> str | None:
     # The packages of this process, and not the code of checkpoints that it has loaded: it would hide this one's.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and path != HF_MODULES_CACHE)
     ended = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode == 0:
-        return None
     if ended.returncode < 0:
         return f"signal {-ended.returncode}, perhaps for lack of memory"
-    return " ".join((ended.stderr.strip().splitlines() or ["no message"])[-1].split())[:300]
+    lines = ended.stderr.strip().splitlines() or ["no message"]
+    return " ".join(lines[-1].split())[:300] if ended.returncode else None

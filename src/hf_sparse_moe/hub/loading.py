@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.config import read_config, sensible_config
-from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture, weight_files
+from hf_sparse_moe.checkpoints.source import find_source, named_architecture, weight_files
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
@@ -22,37 +22,41 @@ from .adapter_base import is_mixture
 
 def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, dict[str, Any]]:
     """
-    The model of a folder in evaluation mode, and what transformers says about the loading.
-
-    Args:
-        folder (`Path`): Of a saved model, with safetensors.
-        dtype (`str` or `torch.dtype`, defaults to `"auto"`): The checkpoint's own, or another.
-
-    Raises:
-        ValueError: no checkpoint, or none of a class that this package or transformers has.
+    The model of a folder in evaluation mode, and what transformers says about the loading. Raises a `ValueError` for
+    no checkpoint in safetensors, or none of a class that this package or transformers has.
     """
     source = find_source(folder)
     weight_files(source)
-    model_class = class_of(read_config(source), source)
-    with sensible_config(source):
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told as a finding, with the rest
+    config = read_config(source)
+    name = str(named_architecture(config))
+    is_ours = isinstance(config, SparseMoeConfig)
+    ours = {known.__name__: known for known in AUTO_CLASSES[type(config)].values()} if is_ours else {}
+    found: Any = ours.get(name) if is_ours else getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"`{source.name}` names no class of this package or of transformers in `architectures` ({name!r}). Pass a "
+            "checkpoint that was saved by one."
         )
-    return model.eval(), info
+    # Tensors of other shapes are told as a finding, with the rest.
+    told: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with sensible_config(source):
+        loaded: Any = found.from_pretrained(folder, dtype=dtype, **told)
+    return loaded[0].eval(), loaded[1]
 
 
 def load_whole(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """As [`load_checkpoint`]; raises a `ValueError` where weights are missing."""
     model, info = load_checkpoint(folder, dtype)
-    if missing := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+    if missing := fresh_tensors(info):
         raise ValueError(
             f"`{folder.name}` lacks weights that its config asks for, such as `{missing[0]}`. Save the model again."
         )
     return model
+
+
+def fresh_tensors(info: dict[str, Any]) -> list[str]:
+    """What was not in the files, or in another shape, and was therefore initialised at random."""
+    return sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
 
 
 @torch.no_grad()
@@ -80,22 +84,5 @@ def _widen(narrow: list[torch.Tensor], module: nn.Module, inputs: Any) -> None:
 
 
 def _restore(narrow: list[torch.Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    for weight, data in zip(module.parameters(), narrow, strict=True):
-        weight.data = data
-    narrow.clear()
-
-
-def class_of(config: PreTrainedConfig, source: Source) -> Any:
-    """The class that a config names; raises a `ValueError` for one that is neither ours nor transformers' own."""
-    name = named_architecture(config)
-    if isinstance(config, SparseMoeConfig):
-        classes = {known.__name__: known for known in AUTO_CLASSES[type(config)].values()}
-        found = classes.get(str(name))
-    else:
-        found = getattr(transformers, str(name), None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(
-            f"`{source.name}` names no class of this package or of transformers in `architectures` ({name!r}). Pass a "
-            "checkpoint that was saved by one."
-        )
-    return found
+    for weight in module.parameters():
+        weight.data = narrow.pop(0)

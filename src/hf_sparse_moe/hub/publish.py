@@ -22,7 +22,7 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import save_adapter, stage_adapter
 from .checkpoint import Checkpoint, read_checkpoint
-from .errors import NOT_DONE, check_repo_id, is_passing, raise_hub_error, retried, status_of
+from .errors import NOT_DONE, is_passing, raise_hub_error, retried, status_of
 from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
 from .model_card import render_model_card
@@ -138,48 +138,29 @@ def push(
         private = what.args.hub_private_repo if private is None else private
     if repo_id is None:
         raise ValueError('`repo_id` is missing. Say where to publish: `push(model, "user/name")`.')
-    check_repo_id(repo_id)
     with (
-        _as_folder(what, adapter_name, tokenizer, max_shard_size) as folder,
-        tempfile.TemporaryDirectory() as temporary,
         raise_hub_error(repo_id, revision, writes=True),
+        tempfile.TemporaryDirectory() as temporary,
+        _as_folder(what, adapter_name, tokenizer, max_shard_size) as folder,
     ):
         if folder is None:
             return cast("PushReport", None)
         files, left_out = publishable_files(folder)
-        staged = Path(temporary)
-        published, title = _stage(folder, files, staged, base, token, fingerprint)
-        files |= {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
-        api = HfApi(token=token)
-        repo_id = retried(partial(api.create_repo, repo_id, private=private, exist_ok=True)).repo_id
-        if revision is not None and not revision.startswith("refs/pr/"):
-            retried(partial(api.create_branch, repo_id, branch=revision, exist_ok=True))
-        card = None
-        if published is not None:
-            local = [files["README.md"].read_bytes().decode()] if "README.md" in files else []
-            tags = [tags] if isinstance(tags, str) else tags
-            told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
-            render = partial(render_model_card, published, repo_id, **told)
-            card = lambda remote: render(previous=[*local, *remote])  # noqa: E731
+        published, title = _stage(folder, files, Path(temporary), base, token, fingerprint)
+        tags = [tags] if isinstance(tags, str) else tags
+        told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
+        render = None if published is None else partial(render_model_card, published, **told)
+        options = {"revision": revision, "create_pr": create_pr, "commit_description": commit_description}
+        write = partial(_write, HfApi(token=token), repo_id, files, render, private, tag, **options)
+
+        def may_pass(error: HTTPError) -> bool:
+            # A 404 says that the head is gone. A lost answer may hide a pull request, and a second one is worse.
+            return status_of(error) in NOT_DONE | {404} or (is_passing(error) and not create_pr)
+
+        commit = retried(partial(write, commit_message=commit_message or title), may_pass)
         if tag is not None:
-            _check_tag(api, repo_id, tag, retried(partial(api.model_info, repo_id, revision=revision)).sha)
-        write = partial(
-            _commit,
-            api,
-            repo_id,
-            files,
-            card,
-            commit_message=commit_message or title,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-        commit = retried(write, partial(_may_pass, create_pr))
-        if tag is not None:
-            _check_tag(api, repo_id, tag, commit.oid)  # it may name the head, which is no longer the commit
-            retried(partial(api.create_tag, repo_id, tag=tag, revision=commit.oid, exist_ok=True))
-            _check_tag(api, repo_id, tag, commit.oid)  # another push may have made it in between
-    return PushReport(commit, sorted({*files, *(["README.md"] if card else [])}), left_out)
+            retried(partial(_tag, HfApi(token=token), commit, tag))
+    return PushReport(commit, sorted({*files, *(["README.md"] if render else [])}), left_out)
 
 
 def hub_model_id(trainer: Trainer) -> str:
@@ -194,32 +175,31 @@ def _as_folder(
     """The folder of what is pushed, a temporary one where it is in memory; None where another process saves it."""
     if isinstance(what, str | Path):
         yield Path(what)
-        return
-    if isinstance(what, Trainer):
+    elif isinstance(what, Trainer):
         from .trainer_push import saved_trainer
 
-        with saved_trainer(what) as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if isinstance(what, PreTrainedModel):
-            what.save_pretrained(folder, max_shard_size=max_shard_size)
-            if not any(folder.glob("*.safetensors")):
+        with saved_trainer(what) as saved:
+            yield saved
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if isinstance(what, PreTrainedModel):
+                what.save_pretrained(folder, max_shard_size=max_shard_size)
+                if not any(folder.glob("*.safetensors")):
+                    raise ValueError(
+                        f"`{type(what).__name__}` saved no weights, so nothing was published. If it is sharded over "
+                        "processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
+                    )
+            elif hasattr(what, "peft_config"):
+                folder = save_adapter(what, folder, adapter_name)
+            else:
                 raise ValueError(
-                    f"`{type(what).__name__}` saved no weights, so nothing was published. If it is sharded over "
-                    "processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
+                    f"`what` is a {type(what).__name__}, which cannot be pushed. Pass a model, an adapter, a trainer "
+                    "or a folder."
                 )
-        elif hasattr(what, "peft_config"):
-            folder = save_adapter(what, folder, adapter_name)
-        else:
-            raise ValueError(
-                f"`what` is a {type(what).__name__}, which cannot be pushed. Pass a model, an adapter, a trainer or a "
-                "folder."
-            )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        yield folder
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            yield folder
 
 
 def _stage(
@@ -230,16 +210,14 @@ def _stage(
     token: bool | str | None,
     fingerprint: bool | None,
 ) -> tuple[Adapter | Checkpoint | None, str]:
-    """Write what is published besides the folder's files into `staged`; returns the card's subject and a title."""
+    """Add to `files` what is published besides the folder's own; returns the card's subject and a title."""
     published: Adapter | Checkpoint | None = None
     if is_adapter(folder):
         stage_adapter(files, staged, base, token, fingerprint)
         published, title = read_adapter(staged), "Upload adapter"
+    elif base is not None:
+        raise ValueError(f"`base={str(base)!r}` is given, but `{folder}` holds a model, not an adapter. Remove it.")
     else:
-        if base is not None:
-            raise ValueError(
-                f"`base={str(base)!r}` is given, but `{folder}` holds a model, not an adapter. Remove it."
-            )
         config = read_config(folder)
         title = f"Upload {named_architecture(config) or folder.resolve().name}"
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -249,37 +227,38 @@ def _stage(
             published = read_checkpoint(folder)
     if published is not None:
         write_evaluation_results(evaluation_entries(published.record), staged)
+    files |= {path.relative_to(staged).as_posix(): path for path in staged.rglob("*") if path.is_file()}
     return published, title
 
 
-def _commit(
+def _write(
     api: HfApi,
     repo_id: str,
     files: Mapping[str, Path],
-    card: Callable[[list[str]], str] | None,
+    render: Callable[..., str] | None,
+    private: bool | None,
+    tag: str | None,
     **options: Any,
 ) -> CommitInfo:
     """Commit on the head as it is now. Files that it holds already are left out, so that a second call is a no-op."""
-    head = api.model_info(repo_id, revision=options["revision"])
+    repo_id, revision = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, options["revision"]
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    head = api.model_info(repo_id, revision=revision)
     present = {sibling.rfilename for sibling in head.siblings or ()}
     _check_kind(repo_id, files, present)
+    if tag is not None:
+        _check_tag(api, repo_id, tag, head.sha)
     written: dict[str, Path | bytes] = {**files}
-    if card is not None:
-        remote = []
+    if render is not None:
+        cards = [files["README.md"]] if "README.md" in files else []
         if "README.md" in present:
-            path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
-            remote = [Path(path).read_bytes().decode()]
-        written["README.md"] = card(remote).encode()
+            cards.append(Path(api.hf_hub_download(repo_id, "README.md", revision=head.sha)))
+        written["README.md"] = render(repo_id, previous=[card.read_bytes().decode() for card in cards]).encode()
     superseded = sorted(name for name in present - set(written) if SUPERSEDABLE.fullmatch(name))
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in written.items()]
     deletions = [CommitOperationDelete(path_in_repo=name) for name in superseded]
     return api.create_commit(repo_id, [*operations, *deletions], parent_commit=head.sha, **options)
-
-
-def _may_pass(create_pr: bool, error: HTTPError) -> bool:
-    """Whether to commit again, on a new head: a 404 says that the old one is gone."""
-    # A lost answer may hide a pull request that exists: the head of its base cannot tell, and a second is worse.
-    return status_of(error) in NOT_DONE | {404} or (is_passing(error) and not create_pr)
 
 
 def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> None:
@@ -293,9 +272,15 @@ def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> N
             )
 
 
+def _tag(api: HfApi, commit: CommitInfo, tag: str) -> None:
+    repo_id = commit.repo_url.repo_id
+    api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+    _check_tag(api, repo_id, tag, commit.oid)  # another push may have made it in between
+
+
 def _check_tag(api: HfApi, repo_id: str, tag: str, commit: str | None) -> None:
     """Raise a `ValueError` where the tag names another commit than this one."""
-    tags = retried(partial(api.list_repo_refs, repo_id)).tags
+    tags = api.list_repo_refs(repo_id).tags
     tagged = next((reference.target_commit for reference in tags if reference.name == tag), None)
     if tagged not in (None, commit):
         raise ValueError(
