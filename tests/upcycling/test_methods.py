@@ -6,7 +6,7 @@ import torch
 from hf_sparse_moe import upcycle
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
 from hf_sparse_moe.upcycling import expand
-from hf_sparse_moe.upcycling.clustering import balanced_k_means
+from hf_sparse_moe.upcycling.initialization import balanced_k_means
 from hf_sparse_moe.upcycling.recipe import layer_types
 from pairwise import pairwise
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse

@@ -10,7 +10,6 @@ from hf_sparse_moe.upcycling.rows import (
     BLOCK_ELEMENTS,
     blocks,
     by_rows,
-    fill,
     mean_and_std,
     normal_rows,
     single_threaded_workers,
@@ -75,7 +74,8 @@ def test_the_number_of_threads_does_not_matter(count):
         torch.set_num_threads(count)
         made = torch.full_like(matrix, math.nan)
         with single_threaded_workers() as threads:
-            fill(made, noisy, threads)
+            for rows in blocks(noisy):
+                threads.submit(made.__setitem__, rows, noisy[rows]).result()
             assert threads.submit(torch.get_num_threads).result() == 1
             assert torch.get_num_threads() == count  # the rest of the process keeps its threads
             with ThreadPoolExecutor(1) as later:

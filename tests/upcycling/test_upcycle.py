@@ -208,16 +208,16 @@ def test_adapters_that_are_not_merged_are_refused(target):
 
 def test_the_process_keeps_its_threads(monkeypatch):
     """While a mixture is made, what other threads compute is not slowed down."""
-    counts, start = [], Conversion.start
+    counts, make = [], Conversion.make
 
     def watch(self, *args, **kwargs):
         with ThreadPoolExecutor(1) as other:
             counts.append((torch.get_num_threads(), other.submit(torch.get_num_threads).result()))
-        return start(self, *args, **kwargs)
+        return make(self, *args, **kwargs)
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr(Conversion, "start", watch)
+    monkeypatch.setattr(Conversion, "make", watch)
     try:
         hf_sparse_moe.upcycle(tiny_dense("llama"), 4)
     finally:

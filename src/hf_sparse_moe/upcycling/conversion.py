@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from threading import Lock
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.checkpoints.reader import DenseTensors, loaded_dtypes
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.feed_forward import FeedForward
+from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routers import COSINE_INIT_TEMPERATURE, SparseMoeCosineRouter
 
-from .initialization import FeedForwardWeights, LayerContext, LayerStart
-from .recipe import Layers, Recipe, feed_forwards_by_side, mixture_config
-from .rows import Matrix, Rows, fill, single_threaded_workers
+from .initialization import FeedForwardWeights, LayerContext
+from .recipe import Layers, Recipe, mixture_config
+from .rows import Matrix, blocks, single_threaded_workers
 
 
 Read = Callable[..., torch.Tensor]
 Index = tuple[slice, ...]
+Made = dict[str, Matrix | list[Matrix]]  # a list, where the tensor has an entry for each expert
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,21 @@ class SparseLayer:
 
     def weights(self, read: Read) -> FeedForwardWeights:
         """The dense feed-forward, in the experts' layout."""
-
-        def take(kind: str) -> list[torch.Tensor]:
-            if self.feed_forward.transposed and kind == "weight":
-                return [torch.cat([read(name).T for name in names]) for names in self._projections(kind)]
-            return [read(*names) for names in self._projections(kind)]
-
-        up, down = take("weight")
-        up_bias, down_bias = take("bias") if self.feed_forward.biased else (None, None)
+        ups, downs = self._projections("weight")
+        if self.feed_forward.transposed:
+            up, down = (torch.cat([read(name).T for name in names]) for names in (ups, downs))
+        else:
+            up, down = read(*ups), read(*downs)
+        up_bias, down_bias = None, None
+        if self.feed_forward.biased:
+            up_bias, down_bias = (read(*names) for names in self._projections("bias"))
         return FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated)
 
     def activation_keys(self) -> dict[str, str]:
         """The dense keys of the activation's own parameters, where it has some (xIELU), and their last names."""
         activation = self.feed_forward.activation
         names = activation.state_dict() if isinstance(activation, nn.Module) else {}
-        prefix = f"{self.feed_forward.path}.{self.feed_forward.activation_name}"
-        return {f"{prefix}.{name}": name for name in names}
+        return {f"{self.feed_forward.path}.{self.feed_forward.activation_name}.{name}": name for name in names}
 
     def _projections(self, kind: str) -> tuple[list[str], list[str]]:
         ups, down = self.feed_forward.parameter_names(kind)
@@ -88,15 +87,12 @@ class LoadedTensors:
     def __init__(self, dense: PreTrainedModel):
         tied = dense.all_tied_weights_keys
         self._state = {key: tensor for key, tensor in dense.state_dict().items() if key not in tied}
+        self.names = set(self._state)
 
-    @property
-    def names(self) -> set[str]:
-        return set(self._state)
-
-    def reader(self, reuse: bool = True) -> Read:
+    def reader(self, reuse: bool = False) -> Read:
         def read(*names: str) -> torch.Tensor:
             parts = [self._state[name].cpu() for name in names]
-            return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+            return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
         return read
 
@@ -150,44 +146,42 @@ class Conversion:
         """The position of the sparse layer that makes a tensor of `outputs`; None for one of the dense model's own."""
         return next((layer.position for layer in self.layers if key.startswith(f"{layer.block}.")), None)
 
-    def start(self, layer: SparseLayer, read: Read, **measured: Any) -> Iterator[tuple[str, int | None, Matrix]]:
+    def make(self, layer: SparseLayer, reuse: bool = False, **measured: Any) -> Made:
         """
-        The mixture's tensors of a layer as (key, expert, matrix). The matrices of the routed experts come one expert
-        after the other, each a row of the key's tensor; with the others `expert` is None.
+        The mixture's tensors of a layer.
 
         Args:
             layer ([`SparseLayer`]): The layer.
-            read (`Callable`): The tensor of one of the layer's `sources`, or one below the other those of several.
+            reuse (`bool`, defaults to `False`): Whether the dense weights are read into the memory of the last layer
+                but one, see [`DenseTensors.reader`].
             **measured: What a method needs besides the weights, as [`LayerContext`] takes it.
         """
-        recipe, config = self.recipe, self.config
+        recipe, config, read = self.recipe, self.config, self.tensors.reader(reuse)
         seed = np.random.SeedSequence((recipe.seed % 2**64, layer.position)).generate_state(1)  # torch heeds 32 bits
         generator = torch.Generator().manual_seed(int(seed[0]))
         dense = layer.weights(read)
-        start: LayerStart = recipe.initialization.start(
-            dense, LayerContext(config, generator, recipe.options, **measured)
-        )
-        up_name = "gate_up_proj" if dense.gated else "up_proj"
-        for name, tensor in _router_tensors(config, start.router, dense.down.dtype, generator).items():
-            yield f"{layer.block}.gate.{name}", None, tensor
-        for number, expert in enumerate(start.experts):
-            names = (up_name, "down_proj", f"{up_name}_bias", "down_proj_bias")
-            for name, matrix in zip(names, expert.matrices, strict=True):
-                if matrix is not None:
-                    yield f"{layer.block}.experts.{name}", number, matrix
+        start = recipe.initialization.start(dense, LayerContext(config, generator, recipe.options, **measured))
+        router = _router_tensors(config, start.router, dense.down.dtype, generator)
+        made: Made = {f"gate.{name}": tensor for name, tensor in router.items()}
+        up = "gate_up_proj" if dense.gated else "up_proj"
+        names = {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+        experts: dict[str, list[Matrix]] = {}
+        for expert in start.experts:
+            for name, matrix in expert.matrices.items():
+                experts.setdefault(f"experts.{names[name]}", []).append(matrix)
+        made |= experts
         if start.shared is not None:
-            names = ("up_proj.weight", "down_proj.weight", "up_proj.bias", "down_proj.bias")
-            for name, matrix in zip(names, start.shared.matrices, strict=True):
-                if matrix is not None:
-                    yield f"{layer.block}.shared_experts.{name}", None, matrix
-        for key, name in layer.activation_keys().items():
-            yield f"{layer.block}.experts.act_fn.{name}", None, read(key)
+            for name, matrix in start.shared.matrices.items():
+                part, _, kind = name.partition("_")
+                made[f"shared_experts.{part}_proj.{kind or 'weight'}"] = matrix
+        made |= {f"experts.act_fn.{name}": read(key) for key, name in layer.activation_keys().items()}
+        return {f"{layer.block}.{name}": matrices for name, matrices in made.items()}
 
     def load(
         self,
         measured: Callable[[SparseLayer], dict[str, Any]] = lambda layer: {},
         generation_config: GenerationConfig | None = None,
-        distributed_config: DistributedConfig | None = None,
+        **load_arguments: Any,
     ) -> SparseMoePreTrainedModel:
         """
         Make the mixture, or this process's part of it.
@@ -195,17 +189,32 @@ class Conversion:
         Args:
             measured (`Callable`, *optional*): What the method needs besides a layer's weights.
             generation_config (`GenerationConfig`, *optional*): The mixture gets a copy.
-            distributed_config (`DistributedConfig`, *optional*): How it is shared out over the processes.
+            **load_arguments: As `from_pretrained` takes them, such as `distributed_config`.
         """
-        sharing = {} if distributed_config is None else {"distributed_config": distributed_config}
+        failures: list[BaseException] = []  # transformers wraps what goes wrong while a tensor is made
+        # transformers loads with several threads, which may be at the end of one layer and the start of another
+        make = lru_cache(2)(lambda position: self.make(self.layers[position], **measured(self.layers[position])))
         with single_threaded_workers() as threads, single_threaded_workers(1) as planner:
-            made = _MadeLayers(self, measured, threads, planner)
-            slices = {key: TensorSlices(list(out.shape), made.taker(key)) for key, out in self.outputs.items()}
+
+            def take(key: str, position: int | None, index: Index) -> torch.Tensor:
+                if position is None:
+                    return self.tensors.take(key.removeprefix("dense."), index)
+                planned = planner.submit(make, position)
+                if error := planned.exception():
+                    failures.append(error)
+                return _part(planned.result()[key], index, threads)
+
+            slices = {
+                key: TensorSlices(list(output.shape), partial(take, key, self.layer_of(key)))
+                for key, output in self.outputs.items()
+            }
             try:
-                return load_mixture(type(self.sparse), self.config, slices, self.dtype, generation_config, **sharing)
-            except RuntimeError:  # transformers wraps what goes wrong while a tensor is made
-                if made.failure is not None:
-                    raise made.failure from None
+                return load_mixture(
+                    type(self.sparse), self.config, slices, self.dtype, generation_config, **load_arguments
+                )
+            except RuntimeError:
+                if failures:
+                    raise failures[0] from None
                 raise
 
 
@@ -231,19 +240,13 @@ def plan_conversion(
     Raises:
         ValueError: as [`mixture_config`], and a dense model whose tensors are not those of its class.
     """
-    target = sparse_class(dense.config, type(dense).__name__)
-    sides = feed_forwards_by_side(dense, target.family_side)
-    fields = dict(fields)
-    config = mixture_config(dense, target, recipe, fields, layers, sides)
+    target, fields = sparse_class(dense.config, type(dense).__name__), dict(fields)
+    config = mixture_config(dense, target, recipe, fields, layers)
     set_dtype(config, dtype)
     with torch.device("meta"):
         sparse = target._from_config(config, dtype=dtype)
-    chosen: list[FeedForward] = []
-    for name, side in config._layer_type_fields.items():
-        found = sides.get(side, [])
-        types = getattr(config, name) or ["sparse"] * len(found)
-        chosen += [each for each, kind in zip(found, types, strict=True) if kind == "sparse"]
-    sparse_layers = [SparseLayer(position, feed_forward) for position, feed_forward in enumerate(chosen)]
+    chosen = sparse_feed_forwards(dense, config, target.family_side)
+    sparse_layers = [SparseLayer(position, feed_forward) for position, (feed_forward, _) in enumerate(chosen)]
     conversion = Conversion(dense, sparse, recipe, fields, sparse_layers, tensors)
     if isinstance(tensors, LoadedTensors):
         needed = {key.removeprefix("dense.") for key in conversion.outputs if conversion.layer_of(key) is None}
@@ -314,75 +317,23 @@ class TensorSlices:
         return self.take((slice(None),) * len(self.shape) if index is ... else index)
 
 
-class _MadeLayers:
-    """The sparse layers, read and planned when the first of their tensors is asked for."""
-
-    KEPT = 2  # transformers loads with several threads, which may be at the end of one layer and the start of another
-
-    def __init__(
-        self,
-        conversion: Conversion,
-        measured: Callable[[SparseLayer], dict[str, Any]],
-        threads: ThreadPoolExecutor,
-        planner: ThreadPoolExecutor,
-    ):
-        self._conversion, self._measured, self._lock = conversion, measured, Lock()
-        self._threads, self._planner = threads, planner
-        self._made = lru_cache(maxsize=self.KEPT)(self._make)
-        self.failure: BaseException | None = None
-
-    def taker(self, key: str) -> Callable[[Index], torch.Tensor]:
-        """What [`TensorSlices`] takes for a tensor of `outputs`."""
-        position = self._conversion.layer_of(key)
-        if position is None:
-            return lambda index: self._conversion.tensors.take(key.removeprefix("dense."), index)
-        return lambda index: _part(self._matrices(position, key), index, self._threads)
-
-    def _matrices(self, position: int, key: str) -> Matrix | list[Matrix]:
-        """A list, where the tensor has an entry for each expert."""
-        with self._lock:
-            made = self._planner.submit(self._made, position)
-            self.failure = made.exception() or self.failure
-        return made.result()[key]
-
-    def _make(self, position: int) -> dict[str, Matrix | list[Matrix]]:
-        single: dict[str, Matrix] = {}
-        experts: dict[str, list[Matrix]] = {}
-        layer, read = self._conversion.layers[position], self._conversion.tensors.reader(reuse=False)
-        for key, expert, matrix in self._conversion.start(layer, read, **self._measured(layer)):
-            if expert is None:
-                single[key] = matrix
-            else:
-                experts.setdefault(key, []).append(matrix)
-        return {**single, **experts}
-
-
 def _part(made: Matrix | list[Matrix], index: Index, threads: ThreadPoolExecutor) -> torch.Tensor:
     """A copy: what it is cut of is a whole layer's weights, which go with the layer."""
     if isinstance(made, torch.Tensor):
         return made[index].clone()
-    if isinstance(made, Rows):
-        window = _window(made, index)
-        part = torch.empty(window.shape, dtype=window.dtype)
-        fill(part, window, threads)
-        return part
-    window = _window(made[0], index[1:])
-    chosen = made[index[0]]
-    part = torch.empty((len(chosen), *window.shape), dtype=window.dtype)
-    for target, matrix in zip(part, chosen, strict=True):
-        fill(target, _window(matrix, index[1:]), threads)
-    return part
+    matrices, (rows, *columns) = (made[index[0]], index[1:]) if isinstance(made, list) else ([made], index)
+    begin, end, _ = rows.indices(matrices[0].shape[0])
+    width = [len(range(size)[cut]) for size, cut in zip(matrices[0].shape[1:], columns, strict=True)]
+    part = torch.empty((len(matrices), end - begin, *width), dtype=matrices[0].dtype)
 
+    def fill(number: int, block: slice) -> None:
+        made_rows = matrices[number][slice(begin + block.start, begin + block.stop)]
+        part[number, block] = made_rows[(slice(None), *columns)]
 
-def _window(matrix: Matrix, index: Index) -> Rows:
-    rows, *columns = index
-    begin = rows.indices(matrix.shape[0])[0]
-    shape = torch.Size(len(range(size)[part]) for size, part in zip(matrix.shape, index, strict=True))
-
-    def make(part: slice) -> torch.Tensor:
-        return matrix[begin + part.start : begin + part.stop][(slice(None), *columns)]
-
-    return Rows(shape, matrix.dtype, make)
+    jobs = [threads.submit(fill, number, block) for number in range(len(matrices)) for block in blocks(part[number])]
+    for job in jobs:
+        job.result()
+    return part if isinstance(made, list) else part[0]
 
 
 def _router_tensors(
@@ -408,7 +359,6 @@ def _router_tensors(
 
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """As `from_pretrained` does it."""
-    config.dtype = dtype
-    for name in config.sub_configs:
-        if (sub_config := getattr(config, name)) is not None:
-            sub_config.dtype = dtype
+    for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if each is not None:
+            each.dtype = dtype

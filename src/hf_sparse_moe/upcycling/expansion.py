@@ -36,37 +36,28 @@ def expand(
         raise ValueError(f"`{type(model).__name__}` is not a mixture of this package. Upcycle it first.")
     if factor < 2:
         raise ValueError(f"`factor={factor}` is not allowed: it must be at least 2.")
-    if model.config.router_type == "hash":
-        raise ValueError('`router_type="hash"` gives the ids to other experts when their number changes.')
     config = copy.deepcopy(model.config)
-    config.num_experts = model.config.num_experts * factor
-    config.num_experts_per_tok = model.config.num_experts_per_tok * factor
-    if config.n_group > 1:
-        config.n_group, config.topk_group = config.n_group * factor, config.topk_group * factor
+    if config.router_type == "hash":
+        raise ValueError('`router_type="hash"` gives the ids to other experts when their number changes.')
+    grow = ["num_experts", "num_experts_per_tok"] + (["n_group", "topk_group"] if config.n_group > 1 else [])
     if config.router_type == "expert_choice" and config.capacity_factor is not None:
-        config.capacity_factor *= factor
+        grow.append("capacity_factor")
+    for name in grow:
+        setattr(config, name, getattr(config, name) * factor)
     generator = torch.Generator().manual_seed(seed)
-    state = {
-        key: tensor.clone() for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys
-    }
-    for name, block in model.named_modules():
-        if block not in model.sparse_blocks:
-            continue
-        for parameter, _ in block.experts.named_parameters(recurse=False):
-            key = f"{name}.experts.{parameter}"
+    tied = model.all_tied_weights_keys
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items() if key not in tied}
+    for name in (name for name, module in model.named_modules() if module in model.sparse_blocks):
+        rows = state[f"{name}.gate.weight"].cpu()
+        std = router_noise * rows.float().square().mean().sqrt()
+        noise = [(std * torch.randn(rows.shape, generator=generator)).to(rows.dtype) for _ in range(factor - 1)]
+        state[f"{name}.gate.weight"] = torch.cat([rows, *(rows + each for each in noise)])
+        repeated = [key for key in state if key.startswith((f"{name}.experts.", f"{name}.gate.e_score"))]
+        for key in (key for key in repeated if ".act_fn." not in key):
             state[key] = torch.cat([state[key]] * factor)
-        rows = block.gate.weight.cpu()
-        noise = router_noise * rows.float().square().mean().sqrt()
-        copies = [
-            rows + (noise * torch.randn(rows.shape, generator=generator)).to(rows.dtype) for _ in range(factor - 1)
-        ]
-        state[f"{name}.gate.weight"] = torch.cat([rows, *copies])
-        if block.gate.e_score_correction_bias is not None:
-            state[f"{name}.gate.e_score_correction_bias"] = block.gate.e_score_correction_bias.cpu().repeat(factor)
     generation_config = getattr(model, "generation_config", None)
     expanded: Any = load_mixture(type(model), config, state, model.dtype, generation_config)
     expanded = expanded.to(model.device)
-    expanded.receipt = {
-        "expanded": {"factor": factor, "seed": seed, "router_noise": router_noise, "from": model.receipt}
-    }
+    asked_for = {"factor": factor, "seed": seed, "router_noise": router_noise}
+    expanded.receipt = {"expanded": {**asked_for, "from": model.receipt}}
     return expanded

@@ -11,8 +11,7 @@ import torch
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.routers import ROUTER_INIT_STD
 
-from .clustering import balanced_k_means
-from .rows import Matrix, Rows, by_rows, mean_and_std, normal_rows, with_rows
+from .rows import Rows, by_rows, mean_and_std, normal_rows, with_rows
 
 
 @dataclass
@@ -34,37 +33,25 @@ class FeedForwardWeights:
     gated: bool
 
     @property
-    def num_units(self) -> int:
-        return self.down.shape[-1]
-
-    @property
     def parts(self) -> int:
         """How many times `up` holds each unit."""
         return 2 if self.gated else 1
 
     @property
-    def matrices(self) -> tuple[Any, Any, Any, Any]:
-        return self.up, self.down, self.up_bias, self.down_bias
-
-    def map(self, function: Callable[..., Matrix], *others: FeedForwardWeights) -> FeedForwardWeights:
-        """The same function of each matrix, and of what the others have in its place."""
-        made: dict[str, Any] = {
-            name: function(matrix, *(getattr(other, name) for other in others))
-            for name in ("up", "down", "up_bias", "down_bias")
-            if (matrix := getattr(self, name)) is not None
-        }
-        return replace(self, **made)
+    def matrices(self) -> dict[str, Any]:
+        """Those that there are, by their names."""
+        found = {"up": self.up, "down": self.down, "up_bias": self.up_bias, "down_bias": self.down_bias}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def take(self, units: torch.Tensor) -> FeedForwardWeights:
         """A dense model's feed-forward with these intermediate units alone, the whole second bias included."""
-        index = torch.cat([units + part * self.num_units for part in range(self.parts)])
+        index = torch.cat([units + part * self.down.shape[1] for part in range(self.parts)])
         up, down = self.up, self.down
-        return FeedForwardWeights(
-            Rows(torch.Size((len(index), up.shape[1])), up.dtype, lambda rows: up.index_select(0, index[rows])),
-            Rows(torch.Size((len(down), len(units))), down.dtype, lambda rows: _columns(down[rows], units)),
-            None if self.up_bias is None else self.up_bias[index],
-            self.down_bias,
-            self.gated,
+        return replace(
+            self,
+            up=Rows(torch.Size((len(index), up.shape[1])), up.dtype, lambda rows: up.index_select(0, index[rows])),
+            down=Rows(torch.Size((len(down), len(units))), down.dtype, lambda rows: _columns(down[rows], units)),
+            up_bias=None if self.up_bias is None else self.up_bias[index],
         )
 
     def scale(self, weight: float, bias: float | None = None) -> FeedForwardWeights:
@@ -73,17 +60,13 @@ class FeedForwardWeights:
         if weight == bias == 1.0:
             return self
         down = by_rows(lambda rows: rows * weight, self.down)
-        down_bias = None if self.down_bias is None else self.down_bias * bias
-        return replace(self, down=down, down_bias=down_bias)
+        return replace(self, down=down, down_bias=None if self.down_bias is None else self.down_bias * bias)
 
 
 def _columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """numpy takes columns four times as fast as torch, but knows no bfloat16."""
-    bits = matrix.view(_INTEGERS[matrix.dtype.itemsize]).numpy()
-    return torch.from_numpy(bits.take(columns.numpy(), axis=1)).view(matrix.dtype)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.dtype.itemsize]
+    return torch.from_numpy(matrix.view(integers).numpy().take(columns.numpy(), axis=1)).view(matrix.dtype)
 
 
 @dataclass
@@ -123,8 +106,9 @@ class LayerContext:
     branches: list[FeedForwardWeights] = field(default_factory=list)
     centroids: torch.Tensor | None = None
 
-    def random_router(self, rows: int, hidden: int) -> torch.Tensor:
-        return torch.empty(rows, hidden).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
+    def random_router(self, dense: FeedForwardWeights, rows: int | None = None) -> torch.Tensor:
+        shape = (self.config.num_experts if rows is None else rows, dense.down.shape[0])
+        return torch.empty(shape).normal_(mean=0.0, std=ROUTER_INIT_STD, generator=self.generator)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype, mean: float, std: float) -> Rows:
         """Normal numbers of a stream of their own."""
@@ -151,26 +135,28 @@ def output_scale(config: SparseMoeConfig) -> float:
 
 def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
-    config = context.config
-    router = context.random_router(config.num_experts, dense.down.shape[0])
-    return LayerStart([dense.scale(output_scale(config))] * config.num_experts, router)
+    experts = [dense.scale(output_scale(context.config))] * context.config.num_experts
+    return LayerStart(experts, context.random_router(dense))
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """`copy`, and on each weight noise of `noise_std` times the root mean square of its dense matrix."""
-    config, copied = context.config, dense.scale(output_scale(context.config))
-    std = copied.map(lambda matrix: torch.tensor(context.options["noise_std"] * _root_mean_square(matrix)))
+    copied = dense.scale(output_scale(context.config))
+    stds = {
+        name: context.options["noise_std"] * (mean**2 + std**2) ** 0.5
+        for name, matrix in copied.matrices.items()
+        for mean, std in [mean_and_std(matrix)]
+    }
 
-    def shake(matrix: Matrix, std: torch.Tensor) -> Rows:
-        return by_rows(torch.add, matrix, context.normal(matrix.shape, matrix.dtype, 0.0, std.item()))
+    def shake() -> FeedForwardWeights:
+        noisy: dict[str, Any] = {
+            name: by_rows(torch.add, matrix, context.normal(matrix.shape, matrix.dtype, 0.0, stds[name]))
+            for name, matrix in copied.matrices.items()
+        }
+        return replace(copied, **noisy)
 
-    experts = (copied.map(shake, std) for _ in range(config.num_experts))
-    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
-
-
-def _root_mean_square(matrix: Matrix) -> float:
-    mean, std = mean_and_std(matrix)
-    return (mean**2 + std**2) ** 0.5
+    experts = (shake() for _ in range(context.config.num_experts))
+    return LayerStart(experts, context.random_router(dense))
 
 
 def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -178,37 +164,28 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     `copy`, then in each expert `drop_ratio` of the units are redrawn from a normal with the mean and deviation of the
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
-    config, copied = context.config, dense.scale(output_scale(context.config))
-    units, count = dense.num_units, round(context.options["drop_ratio"] * dense.num_units)
-    of_up, of_up_bias, of_down = (
-        _moments(dense.up, dense.parts),
-        _moments(dense.up_bias, dense.parts),
-        _moments(copied.down),
-    )
+    copied, units = dense.scale(output_scale(context.config)), dense.down.shape[1]
+    count = round(context.options["drop_ratio"] * units)
+    of_down = mean_and_std(copied.down)
+    of_ups = {  # of the gate and of the up projection, where there are both
+        name: [mean_and_std(part) for part in matrix.chunk(dense.parts)]
+        for name, matrix in dense.matrices.items()
+        if name in ("up", "up_bias")
+    }
 
     def drop() -> FeedForwardWeights:
         redrawn = torch.randperm(units, generator=context.generator)[:count].sort().values
-
-        def redraw_rows(matrix: Any, moments: list[tuple[float, float]]) -> Any:
+        fresh = context.normal((len(dense.down), count), dense.down.dtype, *of_down)
+        made: dict[str, Any] = {"down": by_rows(lambda old, new: old.index_copy(1, redrawn, new), copied.down, fresh)}
+        for name, moments in of_ups.items():
+            made[name] = dense.matrices[name]
             for part, of_part in enumerate(moments):
-                fresh = context.normal((count, *matrix.shape[1:]), matrix.dtype, *of_part)
-                matrix = with_rows(matrix, redrawn + part * units, fresh)
-            return matrix
+                fresh = context.normal((count, *made[name].shape[1:]), made[name].dtype, *of_part)
+                made[name] = with_rows(made[name], redrawn + part * units, fresh)
+        return replace(copied, **made)
 
-        fresh = context.normal((len(dense.down), count), dense.down.dtype, *of_down[0])
-        down = by_rows(lambda old, new: old.index_copy(1, redrawn, new), copied.down, fresh)
-        up, up_bias = redraw_rows(dense.up, of_up), redraw_rows(dense.up_bias, of_up_bias)
-        return replace(copied, up=up, down=down, up_bias=up_bias)
-
-    experts = (drop() for _ in range(config.num_experts))
-    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]))
-
-
-def _moments(matrix: Any, parts: int = 1) -> list[tuple[float, float]]:
-    """Mean and deviation of the gate and of the up projection, where there are both."""
-    if matrix is None:
-        return []
-    return [mean_and_std(part) for part in (matrix.chunk(parts) if parts > 1 else [matrix])]
+    experts = (drop() for _ in range(context.config.num_experts))
+    return LayerStart(experts, context.random_router(dense))
 
 
 def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -216,15 +193,12 @@ def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     Fine-grained experts (arXiv 2410.07524). With granularity G the units are cut in G shards; each group of G experts
     holds every shard once, and its G router rows are equal (a virtual group), so that the top k picks whole groups.
     """
-    config, granularity = context.config, context.options["granularity"]
-    scale = output_scale(config)  # of the bias, which every shard holds whole
-    shards = [
-        dense.take(units).scale(granularity * scale, bias=scale)
-        for units in torch.arange(dense.num_units).chunk(granularity)
-    ]
-    groups = config.num_experts // granularity
-    router = context.random_router(groups, dense.down.shape[0]).repeat_interleave(granularity, dim=0)
-    return LayerStart(shards * groups, router)
+    granularity = context.options["granularity"]
+    scale = output_scale(context.config)  # of the bias, which every shard holds whole
+    units = torch.arange(dense.down.shape[1])
+    shards = [dense.take(part).scale(granularity * scale, bias=scale) for part in units.chunk(granularity)]
+    groups = context.config.num_experts // granularity
+    return LayerStart(shards * groups, context.random_router(dense, groups).repeat_interleave(granularity, dim=0))
 
 
 def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -236,106 +210,101 @@ def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> Layer
     `partition`: `"contiguous"`, `"random"`, `"k_means"` (balanced, on the units' input weights) or `"activation"`
     (balanced k-means on which tokens of the given data a unit fires for, as in MoEfication, arXiv 2110.01786).
     """
-    config, options = context.config, context.options
-    experts, units = config.num_experts, torch.arange(dense.num_units)
-    shared = None
-    if options["shared_units"]:
-        if context.activations is None:
-            activity = dense.down.float().norm(dim=0)
-        else:
-            activity = context.activations.abs().mean(dim=0)
+    experts, how, activations = context.config.num_experts, context.options["partition"], context.activations
+    if how == "activation" and activations is None:
+        raise ValueError('`partition="activation"` needs `data`: batches of token ids to measure on.')
+    units, shared = torch.arange(dense.down.shape[1]), None
+    if count := context.options["shared_units"]:
+        activity = dense.down.float().norm(dim=0) if activations is None else activations.abs().mean(dim=0)
         order = activity.argsort(descending=True, stable=True)
-        chosen, units = order[: options["shared_units"]].sort().values, order[options["shared_units"] :].sort().values
-        shared = dense.take(chosen)
+        shared, units = dense.take(order[:count].sort().values), order[count:].sort().values
         shared.down_bias = None if shared.down_bias is None else torch.zeros_like(shared.down_bias)
-    how = options["partition"]
     if how == "contiguous":
         groups = list(units.chunk(experts))
     elif how == "random":
         groups = list(units[torch.randperm(len(units), generator=context.generator)].chunk(experts))
     else:
-        if how == "k_means":
-            features = dense.up[units].float()
-        elif context.activations is not None:
-            features = context.activations[:, units].abs().T
-        else:
-            raise ValueError('`partition="activation"` needs `data`: batches of token ids to measure on.')
+        features = (
+            dense.up[units].float() if activations is None or how == "k_means" else activations[:, units].abs().T
+        )
         features = torch.nn.functional.normalize(features, dim=-1)
         labels = balanced_k_means(features, experts, context.generator)
         groups = [units[labels == expert] for expert in range(experts)]
-    scale = output_scale(config)
+    scale = output_scale(context.config)
     parts = [dense.take(group.sort().values).scale(experts * scale, bias=scale) for group in groups]
-    hidden = dense.down.shape[0]
-    all_chosen = config.num_experts_per_tok == experts
-    router = torch.zeros(experts, hidden) if all_chosen else context.random_router(experts, hidden)
-    return LayerStart(parts, router, shared)
+    if context.config.num_experts_per_tok == experts:
+        return LayerStart(parts, torch.zeros(experts, dense.down.shape[0]), shared)
+    return LayerStart(parts, context.random_router(dense), shared)
+
+
+def balanced_k_means(
+    features: torch.Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 10
+) -> torch.Tensor:
+    """
+    Assign each of the `features` (points, features) to one of `num_clusters` clusters of exactly equal size: Lloyd's
+    iterations, whose assignment takes (point, cluster) pairs by rising distance while the cluster has room.
+
+    Returns:
+        `torch.LongTensor` of shape `(points,)`: cluster numbers.
+    """
+    points = len(features)
+    centres = features[torch.randperm(points, generator=generator)[:num_clusters]]
+    labels = torch.full((points,), -1)
+    for _ in range(iterations):
+        assigned, room = [-1] * points, [points // num_clusters] * num_clusters
+        for pair in torch.cdist(features, centres).flatten().argsort(stable=True).tolist():
+            point, cluster = divmod(pair, num_clusters)
+            if assigned[point] < 0 and room[cluster]:
+                assigned[point] = cluster
+                room[cluster] -= 1
+        if assigned == labels.tolist():
+            break
+        labels = torch.tensor(assigned)
+        centres = torch.stack([features[labels == cluster].mean(dim=0) for cluster in range(num_clusters)])
+    return labels
 
 
 def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """The dense feed-forward serves every token as a shared expert; the routed experts begin with a zero `down`."""
-    config = context.config
-    size = config.moe_intermediate_size or dense.num_units
-    units = torch.arange(size)
-    routed, moments = dense.take(units), mean_and_std(dense.up)
-    down = torch.zeros((), dtype=dense.down.dtype).expand(routed.down.shape)
-    down_bias = None if dense.down_bias is None else torch.zeros_like(dense.down_bias)
+    units = dense.down.shape[1]
+    routed = dense.take(torch.arange(context.config.moe_intermediate_size or units))
+    moments = mean_and_std(dense.up)
+    routed.down = torch.zeros((), dtype=dense.down.dtype).expand(routed.down.shape)
+    routed.down_bias = None if dense.down_bias is None else torch.zeros_like(dense.down_bias)
     experts = (
-        replace(routed, up=context.normal(routed.up.shape, routed.up.dtype, *moments), down=down, down_bias=down_bias)
-        for _ in range(config.num_experts)
+        replace(routed, up=context.normal(routed.up.shape, routed.up.dtype, *moments))
+        for _ in range(context.config.num_experts)
     )
-    return LayerStart(experts, context.random_router(config.num_experts, dense.down.shape[0]), dense)
+    return LayerStart(experts, context.random_router(dense), dense)
 
 
 def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Expert e is the feed-forward of dense checkpoint e (Branch-Train-MiX, arXiv 2403.07816)."""
-    scale = output_scale(context.config)
-    experts = [branch.scale(scale) for branch in context.branches]
-    router = context.centroids
-    if router is None:
-        router = context.random_router(context.config.num_experts, dense.down.shape[0])
-    return LayerStart(experts, router)
+    experts = [branch.scale(output_scale(context.config)) for branch in context.branches]
+    return LayerStart(experts, context.random_router(dense) if context.centroids is None else context.centroids)
 
 
-def _require_no_shared_experts(fields: dict[str, Any], method: str) -> None:
-    if fields.get("num_shared_experts", 0):
-        raise ValueError(
-            f"`num_shared_experts={fields['num_shared_experts']}` is not allowed with `method` {method}, which makes "
-            'none. Use "graft", or "partition" with `shared_units`.'
-        )
+def _copy_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    size = fields.get("moe_intermediate_size")
+    if size not in (None, units):
+        raise ValueError(f"`moe_intermediate_size={size}` is not allowed: experts that start as copies have {units}.")
+    return {}
 
 
-def _require_top_k(fields: dict[str, Any], method: str) -> None:
-    router = fields.get("router_type", "top_k")
-    if router != "top_k":
-        raise ValueError(
-            f"`router_type={router!r}` is not allowed with `method={method!r}`, whose experts are parts of the dense "
-            'feed-forward that only a token\'s best ones make whole. Use "top_k".'
-        )
-
-
-def _split_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    granularity = options["granularity"]
-    _require_top_k(fields, "split")
-    _require_no_shared_experts(fields, "split")
+def _split_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    granularity, groups = options["granularity"], fields.get("n_group", 1)
     for name in ("num_experts", "num_experts_per_tok"):
         if fields[name] % granularity:
             raise ValueError(f"`{name}={fields[name]}` is not a multiple of `granularity={granularity}`.")
-    if fields["num_experts"] // fields.get("n_group", 1) % granularity:
-        raise ValueError(f"`n_group={fields['n_group']}` cuts through groups of `granularity={granularity}` experts.")
-    if not fields.get("norm_topk_prob", True):
-        raise ValueError('`norm_topk_prob=False` is not allowed with `method="split"`: groups share one weight.')
+    if fields["num_experts"] // groups % granularity:
+        raise ValueError(f"`n_group={groups}` cuts through groups of `granularity={granularity}` experts.")
     return {"moe_intermediate_size": _share(units, granularity, "granularity")}
 
 
-def _partition_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    _require_top_k(fields, "partition")
-    if options["partition"] not in PARTITIONS:
-        raise ValueError(f"`partition={options['partition']!r}` is not allowed: it must be one of {PARTITIONS}.")
-    if not fields.get("norm_topk_prob", True):
-        raise ValueError('`norm_topk_prob=False` is not allowed with `method="partition"`.')
+def _partition_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
     shared = options["shared_units"]
-    if not 0 <= shared < units:
-        raise ValueError(f"`shared_units={shared}` is not allowed: it must be at least 0 and below {units}.")
+    if shared >= units:
+        raise ValueError(f"`shared_units={shared}` is not allowed: it must be below the {units} units of a layer.")
     size = _share(units - shared, fields["num_experts"], "num_experts")
     if shared % size:
         raise ValueError(
@@ -345,26 +314,18 @@ def _partition_fields(fields: dict[str, Any], units: int, options: dict[str, Any
     return {"moe_intermediate_size": size, "num_shared_experts": shared // size}
 
 
-def _graft_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+def _graft_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
     size = fields.get("moe_intermediate_size") or units
     return {"moe_intermediate_size": size, "num_shared_experts": _share(units, size, "moe_intermediate_size")}
 
 
 def _share(units: int, parts: int, name: str) -> int:
     if units % parts:
-        raise ValueError(f"{units} intermediate units cannot be divided by `{name}={parts}`. Choose a divisor.")
+        divisors = [number for number in range(1, units + 1) if units % number == 0]
+        raise ValueError(
+            f"{units} intermediate units cannot be divided by `{name}={parts}`. Choose one of {divisors}."
+        )
     return units // parts
-
-
-def _no_fields(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    _require_no_shared_experts(fields, "copy, noise, drop or branches")
-    size = fields.get("moe_intermediate_size")
-    if size not in (None, units):
-        raise ValueError(f"`moe_intermediate_size={size}` is not allowed: experts that start as copies have {units}.")
-    return {}
-
-
-PARTITIONS = ("contiguous", "random", "k_means", "activation")
 
 
 @dataclass(frozen=True)
@@ -372,41 +333,46 @@ class InitializationMethod:
     """
     Args:
         start (`Callable`): A layer's dense weights and its context to a [`LayerStart`].
-        fields (`Callable`): Config fields that the method decides, from the given ones, the units and the options.
-        options (`dict`): Its options with their defaults.
         exact (`str`): When the mixture computes what the dense model computes, in words.
         is_exact (`Callable`): The same, asked of a mixture's config.
+        sizes (`Callable`): The config fields that the method decides, from the given ones, the units and the options.
+        options (`dict`): By name the default and what else is allowed: other words, or the least and most of a number.
+        makes_shared_experts (`bool`): Whether it has weights for shared experts.
+        makes_parts (`bool`): Whether experts are parts of the dense feed-forward, which a token's experts make whole.
     """
 
     start: Callable[[FeedForwardWeights, LayerContext], LayerStart]
     exact: str
     is_exact: Callable[[SparseMoeConfig], bool]
-    fields: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _no_fields
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def _always(config: SparseMoeConfig) -> bool:
-    return True
-
-
-def _never(config: SparseMoeConfig) -> bool:
-    return False
+    sizes: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _copy_sizes
+    options: dict[str, tuple] = field(default_factory=dict)
+    makes_shared_experts: bool = False
+    makes_parts: bool = False
 
 
 INITIALIZATION_METHODS = {
     "copy": InitializationMethod(copy_experts, "with normalised weights", has_constant_weights),
-    "noise": InitializationMethod(noise_experts, "no, near", _never, options={"noise_std": 0.01}),
-    "drop": InitializationMethod(drop_experts, "no", _never, options={"drop_ratio": 0.5}),
-    "split": InitializationMethod(split_experts, "yes", _always, _split_fields, {"granularity": 2}),
+    "noise": InitializationMethod(
+        noise_experts, "no, near", lambda config: False, options={"noise_std": (0.01, 0, float("inf"))}
+    ),
+    "drop": InitializationMethod(drop_experts, "no", lambda config: False, options={"drop_ratio": (0.5, 0, 1)}),
+    "split": InitializationMethod(
+        split_experts, "yes", lambda config: True, _split_sizes, {"granularity": (2, 1, 2**20)}, makes_parts=True
+    ),
     "partition": InitializationMethod(
         partition_experts,
         "only where every token uses all experts",
         lambda config: config.num_experts_per_tok == config.num_experts,
-        _partition_fields,
-        {"partition": "random", "shared_units": 0},
+        _partition_sizes,
+        {"partition": ("random", "contiguous", "k_means", "activation"), "shared_units": (0, 0, 2**31)},
+        makes_shared_experts=True,
+        makes_parts=True,
     ),
-    "graft": InitializationMethod(graft_experts, "yes", _always, _graft_fields),
+    "graft": InitializationMethod(graft_experts, "yes", lambda config: True, _graft_sizes, makes_shared_experts=True),
     "branches": InitializationMethod(
-        branch_experts, "where all branches are equal", _never, options={"trunk": "average"}
+        branch_experts,
+        "where all branches are equal",
+        lambda config: False,
+        options={"trunk": ("average", "base")},
     ),
 }

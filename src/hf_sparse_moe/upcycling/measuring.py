@@ -1,4 +1,4 @@
-"""What a dense model's feed-forwards see and do on real tokens."""
+"""What dense models see and lose on real tokens: for methods that measure, and for receipts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .conversion import SparseLayer
-
 
 MAX_TOKENS = 4096  # a layer; enough for means and clusters
-
-
-def unit_activations(dense: PreTrainedModel, layers: list[SparseLayer], data: Iterable[Any]) -> list[torch.Tensor]:
-    """What goes into the second projection: per layer (tokens, I). See [`inputs_of`] for `data`."""
-    projections = [layer.feed_forward.part(layer.feed_forward.layout.down) for layer in layers]
-    return inputs_of(dense, projections, data)
-
-
-def hidden_states(dense: PreTrainedModel, layers: list[SparseLayer], data: Iterable[Any]) -> list[torch.Tensor]:
-    """What goes into the feed-forward, and so into its router: per layer (tokens, H). See [`inputs_of`] for `data`."""
-    projections = [layer.feed_forward.part(layer.feed_forward.layout.up[0]) for layer in layers]
-    return inputs_of(dense, projections, data)
 
 
 @torch.no_grad()
@@ -61,7 +47,7 @@ def task_losses(models: dict[str, PreTrainedModel], data: Iterable[Any]) -> dict
 @torch.no_grad()
 def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[Any]) -> list[torch.Tensor]:
     """
-    The inputs of some modules on real tokens, in evaluation mode, float32, at most `MAX_TOKENS` each.
+    The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most `MAX_TOKENS`.
 
     Args:
         dense (`PreTrainedModel`): The dense model.
@@ -71,12 +57,12 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[A
     Raises:
         ValueError: no batches.
     """
-    seen: list[list[torch.Tensor]] = [[] for _ in modules]
+    seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
 
-    def watch(parts: list[torch.Tensor]):
-        return lambda module, args: parts.append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
+    def watch(module: nn.Module, args: tuple) -> None:
+        seen[module].append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
 
-    hooks = [module.register_forward_pre_hook(watch(parts)) for module, parts in zip(modules, seen, strict=True)]
+    hooks = [module.register_forward_pre_hook(watch) for module in modules]
     training = dense.training
     try:
         dense.eval()
@@ -85,12 +71,12 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[A
             if dense.config.is_encoder_decoder:
                 inputs.setdefault("decoder_input_ids", inputs["input_ids"])
             dense(**{name: tensor.to(dense.device) for name, tensor in inputs.items() if name != "labels"})
-            if all(sum(map(len, parts)) >= MAX_TOKENS for parts in seen):
+            if all(sum(map(len, parts)) >= MAX_TOKENS for parts in seen.values()):
                 break
     finally:
         dense.train(training)
         for hook in hooks:
             hook.remove()
-    if not all(seen):
+    if not all(seen.values()):
         raise ValueError("`data` has no batches to measure on. Give at least one batch of token ids.")
-    return [torch.cat(parts)[:MAX_TOKENS] for parts in seen]
+    return [torch.cat(parts)[:MAX_TOKENS] for parts in seen.values()]

@@ -16,19 +16,16 @@ from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
-from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .branches import check_branches, make_trunk, router_centroids
+from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion
-from .measuring import task_losses, unit_activations
+from .measuring import inputs_of, task_losses
 from .receipt import describe_source, make_receipt, name_of
-from .recipe import Layers, Recipe, make_recipe
+from .recipe import Layers, check_dtype, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
 
 
 logger = logging.get_logger(__name__)
-
-MAX_SHARD_SIZE = "4GB"
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def upcycle(
     token: bool | str | None = None,
     dtype: str | torch.dtype = "auto",
     allow_pickle: bool = False,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
+    max_shard_size: int | str = "4GB",
     resume: bool = False,
     show_progress: bool = False,
     **options_and_fields,
@@ -147,19 +144,24 @@ def upcycle(
     recipe, fields = make_recipe(method, seed, options_and_fields)
     num_experts = num_experts if num_experts is not None else len(sources) or 8
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
+    chosen_dtype = check_dtype(dtype)
     if distributed_config is not None:
         check_distributed_config(distributed_config, num_experts)
-    needs = {"data": data, "evaluation": evaluation, "sources": sources or None, "prompts": prompts}
-    needs["source"] = None if isinstance(source, str | Path) else type(source).__name__
-    load = _Loader(revision, token, dtype, allow_pickle)
     if output is not None or distributed_config is not None:
+        needs: dict[str, Any] = {
+            "data": data,
+            "evaluation": evaluation,
+            "sources": sources or None,
+            "prompts": prompts,
+        }
+        needs["source"] = None if isinstance(source, str | Path) else type(source).__name__
         try:
             for name, value in needs.items():
                 if value is not None:
                     raise NotStreamableError(f"`{name}` needs the model itself")
             found = find_source(source, revision, allow_pickle, token)  # type: ignore[arg-type]
             watched = WatchedSource(found)
-            conversion = plan_from_disk(found, recipe, fields, layers, load.dtype)
+            conversion = plan_from_disk(found, recipe, fields, layers, chosen_dtype)
         except NotStreamableError as reason:
             if output is None:
                 raise ValueError(
@@ -172,85 +174,49 @@ def upcycle(
                 return load_shards(conversion, found, watched, distributed_config)  # type: ignore[arg-type]
             receipt = write_mixture(conversion, found, watched, output, max_shard_size, resume, show_progress)
             return UpcycleReport(Path(output), type(conversion.sparse).__name__, receipt)
-    branches, base = [load(each) for each in sources], None if source is None else load(source)
-    sparse = _upcycle_in_memory(recipe, fields, layers, load.dtype, base, branches, data, prompts, evaluation)
+
+    def load(each: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Source | None]:
+        if isinstance(each, str | Path):
+            read_from = find_source(each, revision, allow_pickle, token)
+            return load_dense(read_from, dtype, allow_pickle), read_from
+        check_plain(each)
+        return each, None
+
+    branches, (base, base_source) = [load(each) for each in sources], (None, None) if source is None else load(source)
+    models, dense = [branch for branch, _ in branches], base
+    if method == "branches":
+        check_branches(models, [name_of(*branch) for branch in branches])
+        if num_experts != len(branches):
+            raise ValueError(f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches.")
+        dense = make_trunk(models, base, recipe.options["trunk"])
+    assert dense is not None
+    conversion = plan_conversion(dense, LoadedTensors(dense), chosen_dtype or dense.dtype, recipe, fields, layers)
+    measured = _measure(dense, conversion.layers, data, models, prompts)
+    sparse: Any = conversion.load(measured, getattr(dense, "generation_config", None))
+    sparse = sparse.to(dense.device)
+    sparse.receipt = make_receipt(dense, sparse, None if dense is not base else base_source, recipe, conversion.fields)
+    if evaluation is not None:
+        sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, evaluation)
+    if branches:
+        sparse.receipt["branches"] = [describe_source(*branch) for branch in branches]
     if output is None:
         return sparse
-    folder = base.source.folder if base and base.source else None
-    write_checkpoint(sparse, output, folder, max_shard_size=max_shard_size)
-    return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt or {})
+    write_checkpoint(sparse, output, base_source.folder if base_source else None, max_shard_size=max_shard_size)
+    return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """A dense model, and where it was read from."""
-
-    model: PreTrainedModel
-    source: Source | None
-
-
-class _Loader:
-    """Dense models, given as such or as folders or Hub ids."""
-
-    def __init__(self, revision: str | None, token: bool | str | None, dtype: str | torch.dtype, allow_pickle: bool):
-        self._revision, self._token, self._asked_dtype, self._allow_pickle = revision, token, dtype, allow_pickle
-        chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype != "auto" and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
-            raise ValueError(
-                f'`dtype={dtype!r}` is not allowed: it must be "auto" or a floating-point dtype of torch.'
-            )
-        self.dtype: torch.dtype | None = None if dtype == "auto" else chosen
-
-    def __call__(self, source: PreTrainedModel | str | Path) -> _Dense:
-        if isinstance(source, PreTrainedModel):
-            if any(".base_layer." in name for name, _ in source.named_parameters()):  # as PEFT wraps a module
-                raise ValueError(
-                    f"`{type(source).__name__}` has an adapter that is not merged. Pass what the PEFT model's "
-                    "`merge_and_unload()` returns."
-                )
-            return _Dense(source, None)
-        if not isinstance(source, str | Path):
-            raise ValueError(
-                f"`{type(source).__name__}` is neither a model of transformers nor a folder or Hub id. Of a PEFT "
-                "model pass `model.merge_and_unload()`."
-            )
-        found = find_source(source, self._revision, self._allow_pickle, self._token)
-        return _Dense(load_dense(found, self._asked_dtype, self._allow_pickle), found)
-
-
-def _upcycle_in_memory(
-    recipe: Recipe,
-    fields: dict[str, Any],
-    layers: Layers,
-    dtype: torch.dtype | None,
-    given: _Dense | None,
-    branches: list[_Dense],
-    data: Iterable[Any] | None,
-    prompts: Sequence[Iterable[Any]] | None,
-    evaluation: Iterable[Any] | None,
-) -> SparseMoePreTrainedModel:
-    models = [branch.model for branch in branches]
-    if recipe.method == "branches":
-        check_branches(models, [name_of(branch.model, branch.source) for branch in branches])
-        if fields["num_experts"] != len(branches):
-            raise ValueError(
-                f"`num_experts={fields['num_experts']}` is not allowed: `sources` names {len(branches)} branches."
-            )
-        dense = _Dense(make_trunk(models, given.model if given else None, recipe.options["trunk"]), None)
-    else:
-        assert given is not None
-        dense = given
-    tensors = LoadedTensors(dense.model)
-    conversion = plan_conversion(dense.model, tensors, dtype or dense.model.dtype, recipe, fields, layers)
-    measured = _measure(dense.model, conversion.layers, data, models, prompts)
-    sparse: Any = conversion.load(measured, getattr(dense.model, "generation_config", None))
-    sparse = sparse.to(dense.model.device)
-    sparse.receipt = make_receipt(dense.model, sparse, dense.source, recipe, conversion.fields)
-    if evaluation is not None:
-        sparse.receipt["loss"] = task_losses({"dense": dense.model, "mixture": sparse}, evaluation)
-    if branches:
-        sparse.receipt["branches"] = [describe_source(branch.model, branch.source) for branch in branches]
-    return sparse
+def check_plain(model: Any) -> None:
+    """Raise a `ValueError` unless `model` is a model of transformers without adapters."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`{name}` is neither a model of transformers nor a folder or Hub id. Of a PEFT model pass "
+            "`model.merge_and_unload()`."
+        )
+    if any(".base_layer." in parameter for parameter, _ in model.named_parameters()):  # as PEFT wraps a module
+        raise ValueError(
+            f"`{name}` has an adapter that is not merged. Pass what the PEFT model's `merge_and_unload()` returns."
+        )
 
 
 def _measure(
@@ -261,18 +227,20 @@ def _measure(
     prompts: Sequence[Iterable[Any]] | None,
 ) -> Callable[[SparseLayer], dict[str, Any]]:
     """What a method gets for each layer besides the dense weights, as [`LayerContext`] takes it."""
-    if prompts is not None and len(prompts) != len(branches):
-        raise ValueError(f"`prompts` has {len(prompts)} entries for {len(branches)} `sources`. Give one each.")
-    activations = None if data is None else unit_activations(dense, layers, data)
-    centroids = None if prompts is None else router_centroids(dense, layers, prompts)
-    tensors = [LoadedTensors(branch) for branch in branches]
+    tensors, measured = [LoadedTensors(branch) for branch in branches], {}
+    sites = [layer.feed_forward for layer in layers]
+    if data is not None:
+        measured["activations"] = inputs_of(dense, [site.part(site.layout.down) for site in sites], data)
+    if prompts is not None:
+        if len(prompts) != len(branches):
+            raise ValueError(f"`prompts` has {len(prompts)} entries for {len(branches)} `sources`. Give one each.")
+        ups = [site.part(site.layout.up[0]) for site in sites]
+        seen = [inputs_of(dense, ups, batches) for batches in prompts]
+        measured["centroids"] = [router_rows(states) for states in zip(*seen, strict=True)]
 
     def of(layer: SparseLayer) -> dict[str, Any]:
-        return {
-            "activations": None if activations is None else activations[layer.position],
-            "centroids": None if centroids is None else centroids[layer.position],
-            "branches": [layer.weights(each.reader()) for each in tensors],
-        }
+        by_layer = {name: found[layer.position] for name, found in measured.items()}
+        return {**by_layer, "branches": [layer.weights(each.reader()) for each in tensors]}
 
     return of
 

@@ -17,33 +17,19 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
-from .initialization import INITIALIZATION_METHODS
-from .recipe import Layers, make_recipe, mixture_config
+from .recipe import Layers, check_dtype, make_recipe, mixture_config
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes for each parameter, by what they hold. Activations, which grow with the batch, are not in it."""
-
-    weights: int
-    gradients: int
-    states: int
-    master: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.states + self.master
-
-
-# By optimizer and precision. 8-bit Adam also keeps one scale for every few hundred states, which is not counted.
-TRAINING_MEMORY = {
-    ("AdamW", "float32"): TrainingMemory(4, 4, 8),
-    ("AdamW", "bfloat16, float32 master"): TrainingMemory(2, 2, 8, 4),
-    ("AdamW", "bfloat16"): TrainingMemory(2, 2, 4),
-    ("8-bit Adam", "float32"): TrainingMemory(4, 4, 2),
-    ("8-bit Adam", "bfloat16"): TrainingMemory(2, 2, 2),
-    ("SGD", "float32"): TrainingMemory(4, 4, 0),
-    ("SGD", "bfloat16"): TrainingMemory(2, 2, 0),
+# Bytes for each parameter, of weights, gradients, states and a master copy, by optimizer and precision. Activations,
+# which grow with the batch, and 8-bit Adam's scales are not counted.
+TRAINING_BYTES = {
+    "AdamW, float32": 4 + 4 + 8,
+    "AdamW, bfloat16, float32 master": 2 + 2 + 8 + 4,
+    "AdamW, bfloat16": 2 + 2 + 4,
+    "8-bit Adam, float32": 4 + 4 + 2,
+    "8-bit Adam, bfloat16": 2 + 2 + 2,
+    "SGD, float32": 4 + 4,
+    "SGD, bfloat16": 2 + 2,
 }
 DECODE_BATCHES = (1, 8, 32, 128)
 RULE_OF_THUMB = (
@@ -153,38 +139,33 @@ def plan(
             raise ValueError(f"`{name}={value}` is not allowed: it must be at least 1.")
     recipe, fields = make_recipe(method, 0, options_and_fields)
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
-    dense_config = read_config(source, revision, token)
+    asked_dtype, dense_config = check_dtype(dtype), read_config(source, revision, token)
     target = sparse_class(dense_config, named_architecture(dense_config))
-    chosen = (dense_config.dtype or torch.float32) if dtype == "auto" else dtype
-    chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    chosen = asked_dtype or dense_config.dtype or torch.float32
     with sensible_config(source), torch.device("meta"):
         dense = target.dense_auto_class.from_config(dense_config, dtype=chosen, trust_remote_code=False)
-    config = mixture_config(dense, target, recipe, dict(fields), layers)
-    mixture = _build(target, config)
+    config = mixture_config(dense, target, recipe, fields, layers)
     # The dense model counted as a mixture without a sparse layer, so that both are counted alike.
-    trunk = _build(target, mixture_config(dense, target, make_recipe("copy", 0, {})[0], {}, "none"))
-    total = count_parameters(mixture)
+    trunk_config = mixture_config(dense, target, make_recipe("copy", 0, {})[0], {}, "none")
+    with torch.device("meta"):
+        mixture, trunk = target(config), target(trunk_config)
+    total, flops = count_parameters(mixture), count_flops_per_token(mixture)
     return UpcyclePlan(
         config=config,
         architecture=target.__name__,
-        exact=INITIALIZATION_METHODS[method].exact,
+        exact=recipe.initialization.exact,
         parameters={
             "dense": dense.num_parameters(),
             "total": total,
             "active": count_parameters(mixture, only_active=True),
         },
         checkpoint_bytes=total * chosen.itemsize,
-        training_bytes={f"{name}, {kind}": each.total * total for (name, kind), each in TRAINING_MEMORY.items()},
-        flops_per_token={"dense": count_flops_per_token(trunk), "mixture": count_flops_per_token(mixture)},
+        training_bytes={name: each * total for name, each in TRAINING_BYTES.items()},
+        flops_per_token={"dense": count_flops_per_token(trunk), "mixture": flops},
         decode_slowdown={batch: _slowdown(mixture, trunk, batch) for batch in DECODE_BATCHES},
         rule_of_thumb=RULE_OF_THUMB,
         layouts=() if gpus is None else tuple(_gpu_layouts(mixture, gpus, tokens_per_gpu, chosen.itemsize)),
     )
-
-
-def _build(target: type[SparseMoePreTrainedModel], config: SparseMoeConfig) -> SparseMoePreTrainedModel:
-    with torch.device("meta"):
-        return target(config)
 
 
 def _slowdown(mixture: SparseMoePreTrainedModel, trunk: SparseMoePreTrainedModel, batch: int) -> float:
@@ -192,15 +173,11 @@ def _slowdown(mixture: SparseMoePreTrainedModel, trunk: SparseMoePreTrainedModel
     How much longer a decoding step takes where reading the weights is all that takes time: weights read by the mixture
     over weights read by the dense model. With even routing a batch of B tokens meets E (1 - (1 - k/E)^B) experts.
     """
-    config = mixture.config
-    experts_met = config.num_experts * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch)
-    one_expert = sum(
-        parameter.numel() // config.num_experts
-        for block in mixture.sparse_blocks
-        for parameter in block.experts.parameters(recurse=False)
-        if parameter.dim() == 3
-    )
-    read = count_flops_per_token(mixture) // 2 + one_expert * (experts_met - config.num_experts_per_tok)
+    experts, top_k = mixture.config.num_experts, mixture.config.num_experts_per_tok
+    experts_met = experts * (1 - (1 - top_k / experts) ** batch)
+    matrices = [each for block in mixture.sparse_blocks for each in block.experts.parameters(recurse=False)]
+    one_expert = sum(matrix.numel() // experts for matrix in matrices if matrix.dim() == 3)
+    read = count_flops_per_token(mixture) // 2 + one_expert * (experts_met - top_k)
     return read / (count_flops_per_token(trunk) // 2)
 
 
@@ -211,31 +188,23 @@ def _gpu_layouts(mixture: SparseMoePreTrainedModel, gpus: int, tokens: int, item
     same ones, and sends a token's rows to them and back, forward and backward (arXiv 2006.16668), routing taken as
     even. A ring gathers or scatters in n - 1 parts of n, and reduces in twice as many.
     """
+
+    def layout(name: str, fsdp: int, size: int, kept: int, moved: float) -> GpuLayout:
+        weights = kept * itemsize
+        return GpuLayout(name, fsdp, size, weights, weights, 2 * weights, round(moved * itemsize))
+
     config, numbers = mixture.config, count_parameters(mixture)
-    reduced = 2 * numbers * (gpus - 1) / gpus
-    yield _gpu_layout("DDP", 1, 1, numbers, reduced, itemsize)
-    divisors = [
-        size for size in range(1, gcd(gpus, config.num_experts) + 1) if gcd(gpus, config.num_experts) % size == 0
-    ]
+    yield layout("DDP", 1, 1, numbers, 2 * numbers * (gpus - 1) / gpus)
     experts = {id(each) for block in mixture.sparse_blocks for each in block.experts.parameters(recurse=False)}
-    for size in divisors if gpus > 1 else []:
-        kept, moved = 0, 0.0
+    shared = gcd(gpus, config.num_experts)
+    for size in [size for size in range(1, shared + 1) if shared % size == 0] if gpus > 1 else []:
+        rows_sent = tokens * config.mean_experts_per_token * (size - 1) / size
+        kept, moved = 0, sum(4 * rows_sent * block.experts.hidden_dim for block in mixture.sparse_blocks)
         for parameter in mixture.parameters():
+            owners = size if id(parameter) in experts else 1
             rows, *rest = parameter.shape or (1,)
-            shards = gpus
-            if size > 1 and id(parameter) in experts:
-                rows, shards = rows // size, gpus // size
-            shard = ceil(rows / shards) * prod(rest)  # the first dimension is cut, and filled up to a whole cut a GPU
+            shards = gpus // owners
+            shard = ceil(rows // owners / shards) * prod(rest)  # the first dimension is cut, and padded to a whole cut
             kept += shard
             moved += 3 * shard * (shards - 1)
-        if size > 1:
-            rows_sent = tokens * config.mean_experts_per_token * (size - 1) / size
-            moved += sum(4 * rows_sent * block.experts.hidden_dim for block in mixture.sparse_blocks)
-        name = f"FSDP2 over {gpus}" + (f", experts over {size}" if size > 1 else "")
-        yield _gpu_layout(name, gpus, size, kept, moved, itemsize)
-
-
-def _gpu_layout(name: str, fsdp: int, experts: int, kept: int, moved: float, itemsize: int) -> GpuLayout:
-    return GpuLayout(
-        name, fsdp, experts, kept * itemsize, kept * itemsize, 2 * kept * itemsize, round(moved * itemsize)
-    )
+        yield layout(f"FSDP2 over {gpus}" + (f", experts over {size}" if size > 1 else ""), gpus, size, kept, moved)

@@ -15,7 +15,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultiple
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
-from .conversion import Recipe
+from .recipe import Recipe
 
 
 PROBE_LENGTH = 32
@@ -24,19 +24,16 @@ NOT_MEASURED = {"note": "not measured here: run `hf-sparse-moe verify`"}
 
 def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) -> dict[str, torch.Tensor]:
     """One fixed sequence of ordinary tokens, shape (1, 32), ending with the end token where there is one."""
-    vocab_size = config.get_text_config().vocab_size
+    vocab_size, eos = config.get_text_config().vocab_size, getattr(config, "eos_token_id", None)
     generator = torch.Generator().manual_seed(0)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     ordinary = torch.tensor([token for token in range(vocab_size) if token not in special])
     input_ids = ordinary[torch.randint(len(ordinary), (1, PROBE_LENGTH), generator=generator)]
-    eos = getattr(config, "eos_token_id", None)
     if isinstance(eos, int) and 0 <= eos < vocab_size:
         input_ids[:, -1] = eos
     input_ids = input_ids.to(device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = input_ids
-    return inputs
+    return inputs | ({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})
 
 
 @torch.no_grad()
@@ -102,15 +99,9 @@ def make_receipt(
     sha256: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
-    The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse`.
-
-    Args:
-        dense (`PreTrainedModel`): The dense model; without storage it is not compared with the mixture.
-        sparse ([`SparseMoePreTrainedModel`]): The mixture.
-        source ([`Source`], *optional*): The dense checkpoint.
-        recipe ([`Recipe`]): How the experts started.
-        fields (`dict`): The config's fields that were asked for.
-        sha256 (`dict`, *optional*): Of the source's files, where they are known already.
+    The receipt of `dense`, read from `source` or handed over as a model, becoming `sparse` with the config `fields`
+    that were asked for. A dense model without storage is not compared with the mixture. `sha256` are the hashes of the
+    source's files, where they are known already.
     """
     return {
         "source": describe_source(dense, source, sha256),

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
-from hf_sparse_moe.models.feed_forward import FeedForward, feed_forward_side, find_feed_forwards
+from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS, InitializationMethod
@@ -34,20 +35,38 @@ class Recipe:
 
 def make_recipe(method: str, seed: int, options_and_fields: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """Separate a method's options from config fields, and fill in the defaults."""
-    if method not in INITIALIZATION_METHODS:
-        raise ValueError(f"`method={method!r}` is not allowed: it must be one of {sorted(INITIALIZATION_METHODS)}.")
-    defaults = INITIALIZATION_METHODS[method].options
-    options = {name: options_and_fields.get(name, default) for name, default in defaults.items()}
-    fields = {name: value for name, value in options_and_fields.items() if name not in defaults}
-    return Recipe(method, seed, options), fields
+    check_argument("method", method, *INITIALIZATION_METHODS)
+    check_argument("seed", seed, 0, -(2**64), 2**64)
+    known = INITIALIZATION_METHODS[method].options
+    options = {name: options_and_fields.get(name, allowed[0]) for name, allowed in known.items()}
+    for name, value in options.items():
+        check_argument(name, value, *known[name])
+    return Recipe(method, seed, options), {
+        name: value for name, value in options_and_fields.items() if name not in known
+    }
 
 
-def feed_forwards_by_side(dense: PreTrainedModel, family_side: str) -> dict[str, list[FeedForward]]:
-    """The feed-forwards of a dense model, which may be without storage, of each side."""
-    sides: dict[str, list[FeedForward]] = {}
-    for feed_forward in find_feed_forwards(dense):
-        sides.setdefault(feed_forward_side(dense, feed_forward, family_side), []).append(feed_forward)
-    return sides
+def check_argument(name: str, value: Any, default: Any, *others: Any) -> None:
+    """Raise a `ValueError` unless `value` is one of some words, or a number between two, whole if `default` is."""
+    if isinstance(default, str):
+        fine, allowed = value in (default, *others), f"one of {sorted((default, *others))}"
+    else:
+        kind: Any = int if isinstance(default, int) else int | float
+        least, most = others
+        fine = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+        allowed = f"a {'whole ' if kind is int else ''}number between {least} and {most}"
+    if not fine:
+        raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The floating-point dtype of torch that is meant; None for `"auto"`."""
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return None
+    if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        raise ValueError(f'`dtype={dtype!r}` is not allowed: it must be "auto" or a floating-point dtype of torch.')
+    return chosen
 
 
 def mixture_config(
@@ -56,7 +75,6 @@ def mixture_config(
     recipe: Recipe,
     fields: dict[str, Any],
     layers: Layers,
-    sides: dict[str, list[FeedForward]] | None = None,
 ) -> SparseMoeConfig:
     """
     The config of the mixture that `dense` becomes; completes `fields`.
@@ -67,70 +85,72 @@ def mixture_config(
         recipe ([`Recipe`]): How the experts start.
         fields (`dict`): The config's fields that were asked for.
         layers (`str`, `list[int]` or `dict`): Which layers become sparse.
-        sides (`dict`, *optional*): Of [`feed_forwards_by_side`], where they are known already.
 
     Raises:
         ValueError: an unknown field, a value that is not allowed, or sizes that do not fit the method.
     """
-    config_class = target.config_class
+    config_class, method, row = target.config_class, recipe.method, recipe.initialization
     unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
     if unknown:
         raise ValueError(
-            f"`{unknown[0]}` is neither a field of `{config_class.__name__}` nor an option of "
-            f"`method={recipe.method!r}`."
+            f"`{unknown[0]}` is neither a field of `{config_class.__name__}` nor an option of `method={method!r}`."
         )
-    config = config_class.from_dense(dense.config, **fields)  # reports wrong fields before anything else
-    asked_for = dict(fields)
-    sides = feed_forwards_by_side(dense, target.family_side) if sides is None else sides
+    others = {name: value for name, value in fields.items() if name not in config_class._layer_type_fields}
+    found = sparse_feed_forwards(dense, config_class.from_dense(dense.config, **others), target.family_side)
     for name, side in config_class._layer_type_fields.items():
         chosen = layers.get(side, "all") if isinstance(layers, dict) else layers
         if chosen != "all":
-            fields[name] = layer_types(chosen, len(sides.get(side, [])))
-    units = {feed_forward.intermediate_size for found in sides.values() for feed_forward in found}
-    decided = recipe.initialization.fields(fields, max(units), recipe.options)
+            fields[name] = layer_types(chosen, sum(where == side for _, where in found))
+    units = {feed_forward.intermediate_size for feed_forward, _ in found}
+    parts = {"router_type": "top_k", "norm_topk_prob": True} if row.makes_parts else {}
+    for name, needed in parts.items():
+        if fields.get(name, needed) != needed:
+            raise ValueError(
+                f"`{name}={fields[name]!r}` is not allowed with `method={method!r}`, whose experts are parts of the "
+                f"dense feed-forward that a token's experts make whole together: it must be {needed!r}."
+            )
+    if fields.get("num_shared_experts") and not row.makes_shared_experts:
+        raise ValueError(
+            f"`num_shared_experts={fields['num_shared_experts']}` is not allowed with `method={method!r}`, which "
+            'makes none. Use "graft", or "partition" with `shared_units`.'
+        )
+    decided = row.sizes(fields, max(units), recipe.options)
     if decided.get("moe_intermediate_size") and len(units) > 1:
         raise ValueError(
-            f"`method={recipe.method!r}` needs feed-forwards of one size, but `{type(dense).__name__}` has sizes "
-            f"{sorted(units)}."
+            f"`method={method!r}` needs feed-forwards of one size, but `{type(dense).__name__}` has {sorted(units)}."
         )
     fields |= decided
-    return config if fields == asked_for else config_class.from_dense(dense.config, **fields)
+    return config_class.from_dense(dense.config, **fields)
 
 
 def layer_types(layers: str | Sequence[int], num_layers: int) -> list[str]:
     """
-    Layer types, one a layer.
+    `"dense"` or `"sparse"` for each of `num_layers` layers.
 
     Args:
         layers (`str` or `Sequence[int]`): `"all"`, `"none"`, `"every_N"` (the N-th, 2N-th, ... layer), `"last_N"`,
             `"first_N"`, or positions from 0; negative ones count from the end.
         num_layers (`int`): How many layers there are.
 
-    Returns:
-        `list[str]`: `"dense"` or `"sparse"`.
-
     Raises:
         ValueError: another word, or a position that does not exist.
     """
+    positions = list(range(num_layers))
     if isinstance(layers, str):
-        sparse = set(_named_positions(layers, list(range(num_layers))))
+        match = re.fullmatch(r"(all|none)|(?:(every|last|first)_([1-9]\d*))", layers)
+        if match is None:
+            raise ValueError(
+                f'`layers={layers!r}` is not allowed: it must be "all", "none", "every_N", "first_N", "last_N" or '
+                "positions."
+            )
+        count = int(match[3] or num_layers)
+        if count > num_layers:
+            raise ValueError(f"`layers={layers!r}` is not allowed: there are {num_layers} layers.")
+        words = {"all": positions, "none": [], "last": positions[-count:], "first": positions[:count]}
+        sparse = set(positions[count - 1 :: count] if match[2] == "every" else words[match[1] or match[2]])
     else:
         missing = [position for position in layers if not -num_layers <= position < num_layers]
         if missing:
             raise ValueError(f"`layers` names layer {missing[0]}, but there are {num_layers}, counted from 0.")
         sparse = {position % num_layers for position in layers}
-    return ["sparse" if position in sparse else "dense" for position in range(num_layers)]
-
-
-def _named_positions(word: str, positions: list[int]) -> list[int]:
-    if word in ("all", "none"):
-        return positions if word == "all" else []
-    match = re.fullmatch(r"(every|last|first)_([1-9]\d*)", word)
-    if match is None:
-        raise ValueError(
-            f'`layers={word!r}` is not allowed: it must be "all", "none", "every_N", "first_N", "last_N" or positions.'
-        )
-    kind, count = match[1], int(match[2])
-    if count > len(positions):
-        raise ValueError(f"`layers={word!r}` is not allowed: there are {len(positions)} layers.")
-    return {"every": positions[count - 1 :: count], "last": positions[-count:], "first": positions[:count]}[kind]
+    return ["sparse" if position in sparse else "dense" for position in positions]

@@ -62,16 +62,6 @@ def blocks(matrix: Matrix) -> Iterator[slice]:
         yield slice(begin, min(begin + height, matrix.shape[0]))
 
 
-def fill(target: torch.Tensor, matrix: Matrix, threads: ThreadPoolExecutor) -> None:
-    """Make the whole matrix in `target`."""
-
-    def make(rows: slice) -> None:
-        target[rows] = matrix[rows]
-
-    for _ in threads.map(make, blocks(matrix)):
-        pass
-
-
 def mean_and_std(matrix: Matrix) -> tuple[float, float]:
     """Mean and standard deviation of all elements."""
     count, total, squares = prod(matrix.shape), 0.0, 0.0

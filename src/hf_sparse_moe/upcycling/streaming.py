@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .conversion import Conversion, SparseLayer, plan_conversion, set_dtype
+from .conversion import Conversion, plan_conversion, set_dtype
 from .receipt import make_receipt
 from .recipe import Layers, Recipe
 from .rows import Matrix, blocks, single_threaded_workers
@@ -63,10 +63,8 @@ def plan_from_disk(
         set_dtype(dense_config, chosen)
         with torch.device("meta"):
             dense = auto_class.from_config(dense_config, dtype=chosen, trust_remote_code=False)
-        tensors = DenseTensors(source, dense, chosen)
-        loaded = loaded_dtypes(dense, chosen)
-        floating = (loaded[name] for name, parameter in dense.named_parameters() if parameter.is_floating_point())
-        kept = next(floating)
+        tensors, loaded = DenseTensors(source, dense, chosen), loaded_dtypes(dense, chosen)
+        kept = next(loaded[name] for name, parameter in dense.named_parameters() if parameter.is_floating_point())
     conversion = plan_conversion(dense, tensors, dtype or kept, recipe, fields, layers)
     if conversion.sparse.can_generate():
         conversion.sparse.generation_config = read_generation_config(source.folder) or dense.generation_config
@@ -88,12 +86,12 @@ def write_mixture(
     Returns:
         `dict`: the receipt.
     """
-    recipe = conversion.recipe
+    recipe, fields, sparse = conversion.recipe, conversion.fields, conversion.sparse
     asked_for = {
         "method": recipe.method,
         "seed": recipe.seed,
         **recipe.options,
-        **conversion.fields,
+        **fields,
         "dtype": str(conversion.dtype),
         "torch": torch.__version__,
         "hf_sparse_moe": hf_sparse_moe.__version__,
@@ -108,81 +106,63 @@ def write_mixture(
         max_shard_size,
         resume,
         show_progress,
-    ) as (folder, digests):
-        sparse = conversion.sparse
-        sparse.receipt = make_receipt(conversion.dense, sparse, source, recipe, conversion.fields, digests)
-        with TemporaryDirectory(dir=folder) as described, _without_bars():
-            sparse.save_pretrained(described, state_dict={})
-            for path in Path(described).iterdir():
-                if path.name != SAFE_WEIGHTS_NAME:
-                    path.replace(folder / path.name)
+    ) as (folder, sha256):
+        sparse.receipt = make_receipt(conversion.dense, sparse, source, recipe, fields, sha256)
+        shows_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # transformers shows one even for no weights
+        try:
+            with TemporaryDirectory(dir=folder) as described:
+                sparse.save_pretrained(described, state_dict={})
+                for path in Path(described).iterdir():
+                    if path.name != SAFE_WEIGHTS_NAME:
+                        path.replace(folder / path.name)
+        finally:
+            if shows_bars:
+                logging.enable_progress_bar()
         copy_companions(source.folder, folder)
     return sparse.receipt
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers shows a bar for the weights that it saves, even where there are none."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
-    begun: set[int] = set()
-    before: list[Future[int]] = []
-    with single_threaded_workers() as threads, single_threaded_workers(1) as planner:
-        for key, output in conversion.outputs.items():
-            position = conversion.layer_of(key)
-            if position in begun:
-                continue
-            if position is not None:
-                begun.add(position)
-                layer = _write_layer(conversion, conversion.layers[position], writer, threads, planner)
-                for block in before:  # the next layer is read where this one was
-                    yield block.result()
-                before = layer
-            elif writer.wants(key):
-                begin = 0
-                for piece in conversion.tensors.pieces(key.removeprefix("dense.")):
-                    written = writer.write(key, piece.to(output.dtype), begin)
-                    begin += written
-                    yield written
-        for block in before:
-            yield block.result()
-
-
-def _write_layer(
-    conversion: Conversion,
-    layer: SparseLayer,
-    writer: ShardWriter,
-    threads: ThreadPoolExecutor,
-    planner: ThreadPoolExecutor,
-) -> list[Future[int]]:
-    """Have a layer written by the threads, in blocks of rows, while the next one is read."""
     outputs = conversion.outputs
-    wanted = {key for key in outputs if key.startswith(f"{layer.block}.") and writer.wants(key)}
-    if not wanted:
-        return []
+    before: list[Future[int]] = []
 
     def write(key: str, matrix: Matrix, rows: slice, begin: int) -> int:
         return writer.write(key, matrix[rows].to(outputs[key].dtype), begin)
 
-    written = []
-    read = conversion.tensors.reader()
-    for key, expert, matrix in planner.submit(lambda: list(conversion.start(layer, read))).result():
-        if key in wanted:
-            matrix = torch.atleast_1d(matrix) if isinstance(matrix, torch.Tensor) else matrix
-            row_bytes = prod(matrix.shape[1:]) * outputs[key].element_size()
-            first = (expert or 0) * matrix.shape[0]
-            for rows in blocks(matrix):
-                written.append(threads.submit(write, key, matrix, rows, (first + rows.start) * row_bytes))
-    return written
+    def write_in_blocks(key: str, matrices: list[Matrix], threads: ThreadPoolExecutor) -> list[Future[int]]:
+        row_bytes = prod(matrices[0].shape[1:]) * outputs[key].element_size()
+        return [
+            threads.submit(write, key, matrix, rows, (number * matrix.shape[0] + rows.start) * row_bytes)
+            for number, matrix in enumerate(matrices)
+            for rows in blocks(matrix)
+        ]
+
+    with single_threaded_workers() as threads, single_threaded_workers(1) as planner:
+        for position, keys in groupby(outputs, conversion.layer_of):
+            wanted = [key for key in keys if writer.wants(key)]
+            if position is None:
+                for key in wanted:
+                    begin = 0
+                    for piece in conversion.tensors.pieces(key.removeprefix("dense.")):
+                        begin += (written := writer.write(key, piece.to(outputs[key].dtype), begin))
+                        yield written
+            elif wanted:
+                made = planner.submit(conversion.make, conversion.layers[position], reuse=True).result()
+                for block in before:  # the threads write one layer while the next is read
+                    yield block.result()
+                before = []
+                for key in wanted:
+                    found = made[key]
+                    matrices = found if isinstance(found, list) else [_not_scalar(found)]
+                    before += write_in_blocks(key, matrices, threads)
+        for block in before:
+            yield block.result()
+
+
+def _not_scalar(matrix: Matrix) -> Matrix:
+    return torch.atleast_1d(matrix) if isinstance(matrix, torch.Tensor) else matrix
 
 
 def load_shards(
@@ -191,18 +171,17 @@ def load_shards(
     """
     This process's part of the mixture; every process calls it. Memory holds that part and a few layers' dense weights.
     """
+    dense, sparse = conversion.dense, conversion.sparse
     with ThreadPoolExecutor(max_workers=1) as hashing:
         # One process hashes the source, while all read it.
         hashes = hashing.submit(watched.sha256) if _rank_and_processes()[0] == 0 else None
-        generation_config = conversion.sparse.generation_config if conversion.sparse.can_generate() else None
+        generation_config = sparse.generation_config if sparse.can_generate() else None
         model = conversion.load(generation_config=generation_config, distributed_config=distributed_config)
         known: list[Any] = [None if hashes is None else hashes.result()]
     watched.check_unchanged()
     if distributed.is_initialized():
         distributed.broadcast_object_list(known)
-    model.receipt = make_receipt(
-        conversion.dense, conversion.sparse, source, conversion.recipe, conversion.fields, known[0]
-    )
+    model.receipt = make_receipt(dense, sparse, source, conversion.recipe, conversion.fields, known[0])
     return model
 
 
@@ -215,15 +194,8 @@ def _rank_and_processes() -> tuple[int, int]:
 
 def check_distributed_config(config: DistributedConfig, num_experts: int, processes: int | None = None) -> None:
     """
-    Raise unless a model can be shared out so, before its weights are read.
-
-    Args:
-        config (`DistributedConfig`): The sizes.
-        num_experts (`int`): Routed experts of a layer.
-        processes (`int`, *optional*): How many there are; those of this run by default.
-
-    Raises:
-        ValueError: the sizes do not multiply to the number of processes, or do not divide the experts.
+    Raise a `ValueError` unless the sizes multiply to the number of processes, those of this run by default, and divide
+    the routed experts of a layer.
     """
     pipeline, replicas, fsdp, tensor, expert = (
         getattr(config, name) or 1 for name in ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
