@@ -1,9 +1,11 @@
 """Switches of the routing do what they say, restore what they found, and refuse what makes no sense."""
 
+import copy
 import re
 
 import pytest
 import torch
+import transformers as hf
 from peft import get_peft_model
 
 from hf_sparse_moe.adapters import expert_lora_config
@@ -74,6 +76,32 @@ def test_top_k_of_stock_mixtures_is_that_of_a_model_made_with_it():
     other.load_state_dict(model.state_dict())
     with use_top_k(model, 1):
         assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "encoder_decoder", "mixtral"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"capacity_factor": 0.8, "balance_scope": "sequence"}], ids=["plain", "limits"]
+)
+def test_training_with_another_top_k_is_that_of_a_model_made_with_it(family, fields):
+    """Loss and gradients, the balance loss among them."""
+    if family == "mixtral":
+        configs = [copy.deepcopy(STOCK["mixtral"]) for _ in range(2)]
+        for config, top_k in zip(configs, (2, 1), strict=True):
+            config.update({"num_experts_per_tok": top_k, "output_router_logits": True, "router_aux_loss_coef": 1.0})
+        model, other = (hf.AutoModelForCausalLM.from_config(config).train() for config in configs)
+    else:
+        fields = {**fields, "num_experts": 4, "router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1}
+        models = (tiny_sparse(family, num_experts_per_tok=top_k, **fields) for top_k in (2, 1))
+        model, other = (without_dropout(model).train() for model in models)
+    other.load_state_dict(model.state_dict())
+    inputs = tiny_inputs(model, pads=2)
+    with use_top_k(model, 1):
+        model(**inputs).loss.backward()
+    other(**inputs).loss.backward()
+    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert (parameter.grad is None) == (expected.grad is None)
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad)
 
 
 def test_a_fixed_top_k_is_refused():

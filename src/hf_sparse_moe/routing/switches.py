@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.routers import SparseMoeExpertChoiceRouter, SparseMoeHashRouter, SparseMoeTopKRouter
@@ -68,6 +69,8 @@ def use_top_k(model: nn.Module, top_k: int) -> Iterator[None]:
             )
         _require_choice(place, layer, top_k, _disabled(layer), f"`top_k={top_k}` is not allowed")
         holders += found
+    # The heads of stock mixtures keep a K of their own, for their balance loss.
+    holders += [(module, name) for module in model.modules() for name in TOP_K_NAMES if _counts_loads(module, name)]
     with ExitStack() as stack:
         for module, name in holders:
             stack.callback(setattr, module, name, getattr(module, name))
@@ -279,6 +282,10 @@ def _integers(layer: MixtureLayer, names: tuple[str, ...]) -> list[tuple[nn.Modu
     """Where the modules of a layer keep a whole number of one of these names."""
     modules = dict.fromkeys((*layer.router.modules(), without_wrapper(layer.block), without_wrapper(layer.experts)))
     return [(module, name) for module in modules for name in names if type(vars(module).get(name)) is int]
+
+
+def _counts_loads(module: nn.Module, name: str) -> bool:
+    return isinstance(module, PreTrainedModel) and type(vars(module).get(name)) is int
 
 
 def _disabled(layer: MixtureLayer) -> torch.Tensor:
