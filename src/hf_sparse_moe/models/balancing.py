@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Protocol
+
 import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import is_accelerate_available, logging
+from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
@@ -112,32 +115,52 @@ def sequence_balancing_loss(
     return balance(counts_BE, mean_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
 
 
-class GlobalLoad:
-    """
-    The load that `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the
-    micro-batches of the optimizer step so far. Probabilities stay those of the rank's micro-batch, weighted by its
-    share of the tokens, so that the mean of the ranks' losses is the one of their joint batch.
+class BalanceSettings(Protocol):
+    """A mixture's config, or what `fix_balance` returned."""
 
-    Somebody must say where an optimizer step begins: Trainer does after [`listen_to_trainers`], a loop of one's
-    own by calling [`start_step`]. Until then each micro-batch is balanced by itself.
+    router_aux_loss_coef: float
+    router_z_loss_coef: float
+    balance_scope: str
+
+
+class OptimizerStep:
+    """
+    What a mixture is told of the optimizer step under way. Trainer tells it by a callback ([`listen_to_trainers`]), a
+    loop of one's own by [`start`]; until then each micro-batch counts as a step.
+
+    It knows the weight of the balance loss where the loss is computed elsewhere, and the load that
+    `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the step's micro-batches
+    so far. Probabilities stay those of the rank's micro-batch, weighted by its share of the tokens, so that the mean of
+    the ranks' losses is the one of their joint batch.
+
+    Args:
+        settings (`BalanceSettings`): Coefficients and scope.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: BalanceSettings):
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing is known of optimizer steps."""
+        self.weight: float | None = None  # of a micro-batch
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
-        self.hears_of_steps = self.was_used = False
+        self.passes = 0  # forward passes that wait for their backward pass
+        self._backward, self._together = -1, 1  # the backward pass under way, and the forward passes in it
+        self._was_used = False
 
-    def listen_to_trainers(self) -> None:
-        """Have every Trainer that is made from now on call [`start_step`]."""
-        if is_accelerate_available():  # else there is no Trainer
-            from .optimizer_steps import add_to_trainers
+    def start(self, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
+        """The next micro-batch is the first of `micro_batches`, whose loss is multiplied by `loss_scale`."""
+        self.weight, self.earlier_LE, self.passes = loss_scale / micro_batches, None, 0
 
-            add_to_trainers()
+    def weight_of_a_pass(self) -> float:
+        """Called in a backward pass: a contrastive loss, say, is one of several forward passes, which share a weight."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward, self._together, self.passes = backward, max(self.passes, 1), 0
+        return (1.0 if self.weight is None else self.weight) / self._together
 
-    def start_step(self) -> None:
-        """The next micro-batch is the first one of an optimizer step."""
-        self.earlier_LE, self.hears_of_steps = None, True
-
-    def losses(
+    def global_losses(
         self,
         counts: list[torch.Tensor],
         mean_probs: list[torch.Tensor],
@@ -192,19 +215,27 @@ class GlobalLoad:
             distributed.all_reduce(sums)
         size = counts_LE.numel()
         summed_LE = sums[:size].reshape(counts_LE.shape)
-        if self.hears_of_steps:
+        if self.weight is not None:
             if self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
                 summed_LE = summed_LE + self.earlier_LE
             self.earlier_LE = summed_LE
         elif not torch.compiler.is_compiling():
-            if self.was_used:
+            if self._was_used:
                 logger.warning_once(
                     '`balance_scope="global_batch"` balances each micro-batch by itself, because nothing says where '
                     "an optimizer step begins. In a training loop of your own, call `model.start_optimizer_step()` "
                     "(`start_optimizer_step()` of what `fix_balance` returned) before the first micro-batch of each."
                 )
-            self.was_used = True
+            self._was_used = True
         return summed_LE, sums[size:-1], sums[-1]
+
+
+def listen_to_trainers() -> None:
+    """Have each Trainer that is made from now on tell its mixtures of optimizer steps, once there are Trainers."""
+    if "transformers.trainer" in sys.modules:
+        from .optimizer_steps import add_to_trainers
+
+        add_to_trainers()
 
 
 def router_z_loss(router_logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None) -> torch.Tensor:

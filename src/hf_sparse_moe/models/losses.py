@@ -1,6 +1,6 @@
 """
-The losses: of the task, computed here and not by the dense head; of the routers; and those that somebody else computes
-and that leave the balance loss out, which are refused.
+The losses: of the task, computed here and not by the dense head; and of the routers, which reach them also where
+somebody else computes the loss.
 
 Dense heads of transformers swallow `num_items_in_batch` in their `**kwargs` while Trainer, which passed it, stops
 dividing by the accumulation steps; their loss and gradient then grow with those. Each task loss here equals the dense
@@ -9,7 +9,9 @@ head's own without `num_items_in_batch`, and with it sums over the micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +24,28 @@ from transformers.loss.loss_utils import (
     ForSequenceClassificationLoss,
     fixed_cross_entropy,
 )
+from transformers.utils import ModelOutput, logging
 
-from .balancing import GlobalLoad, balance, load_balancing_loss, masked_mean, router_z_loss, sequence_balancing_loss
-from .moe_block import SparseMoeBlock
-from .routing import RoutingEvent, active_record
+from .balancing import (
+    BalanceSettings,
+    OptimizerStep,
+    balance,
+    load_balancing_loss,
+    masked_mean,
+    router_z_loss,
+    sequence_balancing_loss,
+)
+from .masks import tokens_by_side
+from .routers import router_probabilities
+from .routing import RoutingEvent, RoutingRecord, active_record
 
+
+logger = logging.get_logger(__name__)
+
+UNKNOWN_SCALE = (
+    "The loss is computed outside of the mixture and in float16, so it is probably scaled, by a factor that the balance "
+    "loss must have too. Call `model.start_optimizer_step(micro_batches, scaler.get_scale())` before each optimizer step."
+)
 
 Count = Any  # a tensor, a number, or None
 
@@ -101,47 +120,152 @@ def span_labels(start_positions: torch.Tensor | None, end_positions: torch.Tenso
 # ---- of the routers ---------------------------------------------------------------------------------------------
 
 
-def load_balancing_losses(
-    events: list[RoutingEvent],
-    probabilities: list[torch.Tensor],
-    balance_scope: str,
-    weight: torch.Tensor | float,
-    labels: torch.Tensor | None = None,
-    num_items_in_batch: Count = None,
-    global_load: GlobalLoad | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | float]:
+def has_balance_loss(settings: BalanceSettings) -> bool:
+    """Whether a loss of the router is on."""
+    return settings.router_aux_loss_coef > 0 or settings.router_z_loss_coef > 0
+
+
+class BalanceLosses:
     """
-    The load-balancing loss of each layer; pads do not count.
+    The losses of the routers in one forward pass, per layer and then averaged; pads do not count.
 
     Args:
-        events (`list[RoutingEvent]`): Of a forward pass, one a layer.
+        events (`list[RoutingEvent]`): One a layer.
         probabilities (`list[torch.Tensor]` of shape `(T, E)`): Of each layer, each row summing to 1.
-        balance_scope (`str`): Over which tokens the load is evened.
-        weight (`torch.Tensor` or `float`): That of the task loss.
-        labels (`torch.Tensor`, *optional*): Those that count, for the weight of a micro-batch of a global batch.
+        step ([`OptimizerStep`]): Coefficients, scope, and what is known of the optimizer step.
+        trains (`bool`): Whether a backward pass follows. A rank may evaluate alone: there the load is its own.
+        labels (`torch.Tensor`, *optional*): Those that Trainer counts, -100 ignored.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): The labels of the whole optimizer step.
-        global_load ([`GlobalLoad`], *optional*): Where the load is that of a global batch.
-
-    Returns:
-        `tuple`: `torch.Tensor` of shape `(L,)`, and a weight that sums to 1 over a step's micro-batches and ranks.
     """
-    device = events[-1].routing.router_logits.device
-    layers = list(zip(events, probabilities, strict=True))
-    if global_load is None:
-        return _stack([_balance_loss(*layer, balance_scope) for layer in layers], device), weight
-    return global_load.losses(
-        [event.expert_counts(probs_TE.shape[-1]).to(device) for event, probs_TE in layers],
-        [masked_mean(probs_TE, event.token_mask).to(device) for event, probs_TE in layers],
-        [event.num_tokens for event in events],
-        labels,
-        num_items_in_batch,
-    )
+
+    def __init__(
+        self,
+        events: list[RoutingEvent],
+        probabilities: list[torch.Tensor],
+        step: OptimizerStep,
+        trains: bool,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: Count = None,
+    ):
+        settings, device = step.settings, events[-1].routing.router_logits.device
+        layers = list(zip(events, probabilities, strict=True))
+        weight = batch_weight(labels, num_items_in_batch)
+        aux_weight = weight
+        if settings.balance_scope == "global_batch" and trains:
+            self.losses_L, aux_weight = step.global_losses(
+                [event.expert_counts(probs_TE.shape[-1]).to(device) for event, probs_TE in layers],
+                [masked_mean(probs_TE, event.token_mask).to(device) for event, probs_TE in layers],
+                [event.num_tokens for event in events],
+                labels,
+                num_items_in_batch,
+            )
+        else:
+            losses = [_balance_loss(*layer, settings.balance_scope) for layer in layers]
+            self.losses_L = torch.stack([loss.to(device) for loss in losses])
+        self.aux_loss = self.losses_L.mean()
+        self.z_loss: torch.Tensor | None = None
+        self._step = step
+        self._coefficients = [settings.router_aux_loss_coef, settings.router_z_loss_coef]
+        self._weights = [settings.router_aux_loss_coef * aux_weight]
+        if settings.router_z_loss_coef > 0:
+            losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
+            self.z_loss = torch.stack([loss.to(device) for loss in losses]).mean()
+            self._weights.append(settings.router_z_loss_coef * weight)
+
+    @property
+    def _losses(self) -> list[torch.Tensor]:
+        return [self.aux_loss] if self.z_loss is None else [self.aux_loss, self.z_loss]
+
+    def add_to(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of a model that computes its own, balance included."""
+        extra = sum(weight * part for weight, part in zip(self._weights, self._losses, strict=True))
+        return loss + extra.to(loss.device)  # type: ignore[union-attr]
+
+    @torch.compiler.disable(reason="only a backward pass tells whether somebody else computed the loss")
+    def attach_to(self, outputs: Any, has_labels: bool = False) -> Any:
+        """
+        Have what leaves the model carry the balance losses: in backward, each of them that no other gradient reaches
+        gets the one of its coefficient and of the micro-batch's share of the optimizer step. Values do not change.
+
+        Args:
+            outputs (`ModelOutput` or `tuple`): Changed in place, if it is no tuple.
+            has_labels (`bool`, defaults to `False`): Whether the model computes a loss that carries them itself.
+
+        Returns:
+            The outputs.
+        """
+        tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs)}
+        step, parts = self._step, self._losses
+        if not tensors or not any(part.requires_grad for part in parts):
+            return outputs
+        if not has_labels:
+            step.passes += 1
+            if step.weight is None and _computes_in_half(parts[0].device.type):
+                logger.warning_once(UNKNOWN_SCALE)
+        weights = self._weights if step.weight is None else self._coefficients
+        carried = _Carried.apply(step, weights, *parts, *tensors.values())
+        self.aux_loss, self.z_loss = carried[0], (None if self.z_loss is None else carried[1])
+        return _replaced(outputs, dict(zip(tensors, carried[len(parts) :], strict=True)))
 
 
-def mean_z_loss(events: list[RoutingEvent]) -> torch.Tensor:
-    """The router z-loss, mean over the layers; pads do not count."""
-    losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
-    return _stack(losses, events[-1].routing.router_logits.device).mean()
+class _Carried(torch.autograd.Function):
+    """Balance losses and outputs of a model, passed through."""
+
+    @staticmethod
+    def forward(ctx: Any, step: OptimizerStep, weights: list[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.weights, ctx.devices = step, weights, [tensor.device for tensor in tensors]
+        return tuple(tensor.detach() for tensor in tensors)  # no views, so that they may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        given = list(gradients)
+        if missing := [place for place in range(len(ctx.weights)) if given[place] is None]:
+            share = ctx.step.weight_of_a_pass()
+            for place in missing:
+                given[place] = torch.as_tensor(share * ctx.weights[place], device=ctx.devices[place])
+        return None, None, *given
+
+
+def balance_when_alone(part: nn.Module, step: OptimizerStep) -> None:
+    """
+    Have the body or the encoder of a mixture open a record of its own where somebody runs it by itself: its routers
+    must know which tokens count there too (`generate`), and its outputs carry the balance loss (a head of one's own).
+    Asked for `router_logits`, it returns them without gradient.
+    """
+    parameters = tuple(inspect.signature(part.forward).parameters)
+    part.register_forward_pre_hook(partial(_before_part, step, parameters), with_kwargs=True)
+    part.register_forward_hook(partial(_after_part, step), always_call=True)
+
+
+def _before_part(
+    step: OptimizerStep, parameters: tuple[str, ...], part: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    record = active_record()
+    if record is not None and record.owner is step:
+        return None
+    wants_logits = bool(kwargs.get("output_router_logits"))
+    keep = wants_logits or (part.training and torch.is_grad_enabled() and has_balance_loss(step.settings))
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    RoutingRecord(tokens_by_side(part, given), keep=keep, owner=step, part=part, gives_logits=wants_logits).open()
+    return args, {name: value for name, value in kwargs.items() if name != "output_router_logits"}
+
+
+def _after_part(step: OptimizerStep, part: nn.Module, args: tuple, outputs: Any) -> Any:
+    record = active_record()
+    if record is None or record.part is not part:
+        return outputs
+    record.close()
+    if outputs is None or not record.events:  # an error ended it
+        return outputs
+    if part.training and torch.is_grad_enabled() and has_balance_loss(step.settings):
+        logits = [event.routing.router_logits for event in record.events]
+        scoring_func = record.events[0].layer.config.scoring_func
+        probabilities = [router_probabilities(logits_TE, scoring_func) for logits_TE in logits]
+        outputs = BalanceLosses(record.events, probabilities, step, trains=True).attach_to(outputs)
+    if record.gives_logits and isinstance(outputs, ModelOutput):
+        outputs["router_logits"] = tuple(event.routing.router_logits.detach() for event in record.events)
+    return outputs
 
 
 def _balance_loss(event: RoutingEvent, probs_TE: torch.Tensor, balance_scope: str) -> torch.Tensor:
@@ -152,62 +276,25 @@ def _balance_loss(event: RoutingEvent, probs_TE: torch.Tensor, balance_scope: st
     return load_balancing_loss(probs_TE, event.routing.top_k_index, event.token_mask)
 
 
-def _stack(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Of layers that may lie on several devices."""
-    return torch.stack([loss.to(device) for loss in losses])
+def _computes_in_half(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16
 
 
-# ---- that leave the balance loss out ----------------------------------------------------------------------------
+def _trained_tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    """Those of a model's outputs through which a gradient may come back."""
+    if isinstance(outputs, torch.Tensor):
+        if outputs.requires_grad:
+            yield outputs
+    elif isinstance(outputs, (ModelOutput, tuple, list)):
+        for value in outputs.values() if isinstance(outputs, ModelOutput) else outputs:
+            yield from _trained_tensors(value)
 
 
-LEFT_OUT = (
-    "The loss of this backward pass leaves out the balance loss, so the experts would collapse unnoticed (a "
-    "`compute_loss` of one's own and Trainer's `label_smoothing_factor` compute such a loss). Add "
-    "`model.config.router_aux_loss_coef * outputs.aux_loss` to it, or train without balance loss: "
-    "`model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0`."
-)
-
-
-def has_balance_loss(config: PreTrainedConfig) -> bool:
-    """Whether a loss of the router is on."""
-    return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-
-
-def router_trains(blocks: Iterable[SparseMoeBlock]) -> bool:
-    """Whether a router has a parameter that is not frozen."""
-    return any(parameter.requires_grad for block in blocks for parameter in block.gate.parameters())
-
-
-def refuse_body_alone(config: PreTrainedConfig, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook that raises where somebody runs the body in training to put a head of their own on it."""
-    if torch.compiler.is_compiling() or active_record() is not None:
-        return
-    trains = body.training and torch.is_grad_enabled() and has_balance_loss(config)
-    if trains:
-        trains = router_trains(module for module in body.modules() if isinstance(module, SparseMoeBlock))
-    if trains or kwargs.get("output_router_logits"):
-        raise ValueError(
-            f"The body of this model was run by itself, `{type(body).__name__}`, so its balance loss is missing from "
-            "the loss (TRL's trainers put a head of their own on it). Call the whole model, in a subclass of TRL's "
-            "`SFTTrainer` by `compute_loss = transformers.Trainer.compute_loss`; or train without balance loss: "
-            "`router_aux_loss_coef=0` and `router_z_loss_coef=0`."
-        )
-
-
-@torch.compiler.disable(reason="`labels` are missing, so somebody else computes the loss, and is watched in backward")
-def refuse_loss_without(balance_loss: torch.Tensor, router_logits: torch.Tensor, sentence: str = LEFT_OUT) -> None:
-    """Raise `sentence` in the backward pass of a loss that the balance loss is no part of."""
-    if not (balance_loss.requires_grad and router_logits.requires_grad):
-        return
-    reached: list[bool] = []
-
-    def note(gradient: torch.Tensor | None) -> None:  # None where another output of one function has a gradient
-        if gradient is not None:
-            reached.append(True)
-
-    def check(gradient: torch.Tensor | None) -> None:  # runs when all that flows into the logits has been summed
-        if not reached:
-            raise ValueError(sentence)
-
-    balance_loss.register_hook(note)
-    router_logits.register_hook(check)
+def _replaced(outputs: Any, tensors: dict[int, torch.Tensor]) -> Any:
+    if isinstance(outputs, ModelOutput):
+        for name, value in outputs.items():
+            outputs[name] = _replaced(value, tensors)
+        return outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_replaced(value, tensors) for value in outputs)
+    return tensors.get(id(outputs), outputs)

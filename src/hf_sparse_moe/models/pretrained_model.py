@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,22 +20,13 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import ModelOutput, cached_file, logging
 
-from .balancing import GlobalLoad
+from .balancing import OptimizerStep, listen_to_trainers
 from .configuration_sparse_moe import SparseMoeConfig
-from .losses import (
-    batch_weight,
-    has_balance_loss,
-    language_model_loss,
-    load_balancing_losses,
-    mean_z_loss,
-    refuse_body_alone,
-    refuse_loss_without,
-    router_trains,
-)
+from .losses import BalanceLosses, balance_when_alone, has_balance_loss, language_model_loss
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
-from .routing import RoutingRecord, checkpoint_with_routing, record_when_alone
+from .routing import RoutingRecord, checkpoint_with_routing
 
 
 logger = logging.get_logger(__name__)
@@ -102,14 +92,12 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.generation_config = self.dense.generation_config
         self._dense_arguments = set(inspect.signature(self.dense.forward).parameters)
-        self.base_model.register_forward_pre_hook(partial(refuse_body_alone, config), with_kwargs=True)
-        self._record_owner = object()  # the mark of this model's records
+        self.optimizer_step = OptimizerStep(config)
+        listen_to_trainers()
+        balance_when_alone(self.base_model, self.optimizer_step)
         if config.is_encoder_decoder:
-            record_when_alone(self.dense.get_encoder(), self._record_owner)
+            balance_when_alone(self.dense.get_encoder(), self.optimizer_step)
         self.receipt: dict[str, Any] | None = None
-        self.global_load = GlobalLoad()
-        if config.balance_scope == "global_batch":
-            self.global_load.listen_to_trainers()
         self.post_init()
         # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
         # And a selection bias is a sigmoid router's alone.
@@ -124,12 +112,22 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         """The sparse layers, in the order of the dense model's modules."""
         return [module for module in self.modules() if isinstance(module, SparseMoeBlock)]
 
-    def start_optimizer_step(self) -> None:
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Every Trainer asks, before it makes its callbacks, whether `forward` takes `num_items_in_batch`."""
+        listen_to_trainers()
+        return True
+
+    def start_optimizer_step(self, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """
-        Call it before the first micro-batch of each optimizer step in a training loop of your own, so that
-        `balance_scope="global_batch"` knows which micro-batches belong together. Trainer calls it by itself.
+        Call it before the first micro-batch of each optimizer step in a training loop of your own that accumulates
+        gradients, where the loss is not `outputs.loss` or `balance_scope="global_batch"`. Trainer calls it by itself.
+
+        Args:
+            micro_batches (`int`, defaults to 1): Those of the step, by which the loss is divided.
+            loss_scale (`float`, defaults to 1.0): By what a gradient scaler multiplies it: `scaler.get_scale()`.
         """
-        self.global_load.start_step()
+        self.optimizer_step.start(micro_batches, loss_scale)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -164,7 +162,7 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balances = self.training and has_balance_loss(config)
         tokens = tokens_by_side(self, {**inputs, "labels": labels})
-        record = RoutingRecord(tokens, keep=wants_logits or balances, owner=self._record_owner)
+        record = RoutingRecord(tokens, keep=wants_logits or balances, owner=self.optimizer_step)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "logits_to_keep" not in self._dense_arguments:
             inputs.pop("logits_to_keep", None)
@@ -176,38 +174,28 @@ class SparseMoePreTrainedModel(PreTrainedModel):
         finally:
             record.close()
 
+        balance = None
+        if record.events:
+            balance = BalanceLosses(
+                record.events,
+                [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
+                self.optimizer_step,
+                trains=self.training and torch.is_grad_enabled(),
+                labels=labels if labels is None or shifted else self.counted_labels(labels),
+                num_items_in_batch=num_items_in_batch,
+            )
+            # The graph of a model that computes its own loss is not broken by what only other losses need.
+            if balances and not (labels is not None and torch.compiler.is_compiling()):
+                outputs = balance.attach_to(outputs, has_labels=labels is not None)
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             compute = language_model_loss if shifted else self.compute_task_loss
             fields["loss"] = compute(outputs, labels, config, num_items_in_batch)
-        if record.events:
-            counted = labels if labels is None or shifted else self.counted_labels(labels)
-            weight = batch_weight(counted, num_items_in_batch)
-            # A rank may evaluate alone: there the load is its own.
-            is_global = config.balance_scope == "global_batch" and self.training and torch.is_grad_enabled()
-            losses_L, aux_weight = load_balancing_losses(
-                record.events,
-                [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
-                config.balance_scope,
-                weight,
-                counted,
-                num_items_in_batch,
-                self.global_load if is_global else None,
-            )
-            aux_loss = losses_L.mean()
-            z_loss = mean_z_loss(record.events) if config.router_z_loss_coef > 0 else None
-            fields["aux_loss"], fields["z_loss"] = aux_loss, z_loss
+        if balance is not None:
+            fields["aux_loss"], fields["z_loss"] = balance.aux_loss, balance.z_loss
             if balances and labels is not None:
-                extra = config.router_aux_loss_coef * aux_weight * aux_loss
-                if z_loss is not None:
-                    extra = extra + config.router_z_loss_coef * weight * z_loss
                 fields["task_loss"] = fields["loss"]
-                fields["loss"] = fields["loss"] + extra.to(fields["loss"].device)
-            # A graph cannot hold the hooks; one that computes the loss as well is left whole all the same.
-            watches = not torch.compiler.is_compiling() or (labels is None and self.compute_task_loss is not None)
-            if balances and watches and router_trains(event.layer for event in record.events):
-                balance_loss = aux_loss if z_loss is None or config.router_aux_loss_coef > 0 else z_loss
-                refuse_loss_without(balance_loss, record.events[-1].routing.router_logits)
+                fields["loss"] = balance.add_to(fields["loss"])
         if wants_logits:
             fields["router_logits"] = tuple(event.routing.router_logits for event in record.events)
         result = self.output_class(**fields)

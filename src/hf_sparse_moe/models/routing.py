@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .balancing import expert_counts
-from .masks import NO_CONTEXT, SideTokens, TokenContext, source_tokens
+from .masks import NO_CONTEXT, SideTokens, TokenContext
 
 
 class Routing(NamedTuple):
@@ -102,13 +101,17 @@ class RoutingRecord:
     Args:
         tokens (`dict[str, SideTokens]`): The tokens of each side.
         keep (`bool`, defaults to `True`): Whether to gather events.
-        owner (`object`, *optional*): The model's own mark.
+        owner (`object`, *optional*): The [`OptimizerStep`] of the model, its mark.
+        part (`nn.Module`, *optional*): The part of the model that opened it, run by itself.
+        gives_logits (`bool`, defaults to `False`): Whether that part returns the router logits.
         events (`list[RoutingEvent]`): Of the sparse layers that ran while it was open, in the order of their call.
     """
 
     tokens: dict[str, SideTokens] = field(default_factory=dict)
     keep: bool = True
     owner: object = None
+    part: nn.Module | None = None
+    gives_logits: bool = False
     events: list[RoutingEvent] = field(default_factory=list)
     opened: Any = None  # what takes it off the context again
 
@@ -134,33 +137,6 @@ _active_record = CompileableContextVar("sparse_moe_routing_record")
 def active_record() -> RoutingRecord | None:
     """The record that is open, if one is."""
     return _active_record.get()
-
-
-def record_when_alone(encoder: nn.Module, owner: object) -> None:
-    """
-    Have `encoder` open a record of its own where it runs outside its model's forward pass, as in `generate`: its
-    routers must know the mask, the ids and the number of the sequences there too.
-    """
-    parameters = tuple(inspect.signature(encoder.forward).parameters)
-    encoder.register_forward_pre_hook(partial(_before_encoder, owner, parameters), with_kwargs=True)
-    encoder.register_forward_hook(partial(_after_encoder, owner), always_call=True)
-
-
-class _EncoderRecord(RoutingRecord):
-    """Of an encoder that runs by itself."""
-
-
-def _before_encoder(owner: object, parameters: tuple[str, ...], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
-    record = active_record()
-    if record is None or record.owner is not owner:
-        given = dict(zip(parameters, args, strict=False)) | kwargs
-        _EncoderRecord({"encoder": source_tokens(given)}, keep=False, owner=owner).open()
-
-
-def _after_encoder(owner: object, encoder: nn.Module, args: tuple, output: Any) -> None:
-    record = active_record()
-    if isinstance(record, _EncoderRecord) and record.owner is owner:
-        record.close()
 
 
 def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:

@@ -9,6 +9,7 @@ layers which collapse onto different experts look even. T tokens, E experts, K e
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,16 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.utils import is_accelerate_available
 
-from hf_sparse_moe.models.balancing import GlobalLoad
+from hf_sparse_moe.models.balancing import OptimizerStep, listen_to_trainers
 from hf_sparse_moe.models.configuration_sparse_moe import BALANCE_SCOPES
-from hf_sparse_moe.models.losses import (
-    batch_weight,
-    load_balancing_losses,
-    mean_z_loss,
-    refuse_loss_without,
-    shifted_labels,
-)
+from hf_sparse_moe.models.losses import BalanceLosses, batch_weight, has_balance_loss, shifted_labels
 from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
@@ -37,11 +33,6 @@ from .mixture_layers import MixtureLayer, RoutingObservation, event_of, find_mix
 COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 LABEL_NAMES = ("labels", "start_positions")
 STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
-LEFT_OUT = (
-    "The loss of this backward pass leaves out the balance loss of `fix_balance`, so the experts would collapse "
-    "unnoticed. Train on `outputs.loss`, add `router_aux_loss_coef * outputs.aux_loss` to the loss of your own, or "
-    "call `restore()` first."
-)
 MEAN_LOSS_HEADS = (GenericForSequenceClassification, GenericForTokenClassification)
 
 
@@ -127,23 +118,28 @@ class BalanceFix:
             model.register_forward_hook(self._after, with_kwargs=True),
             observe_routing(layers, self._collect),
         ]
-        self.global_load: Any = GlobalLoad()
-        if balance_scope == "global_batch":
-            self.global_load.listen_to_trainers()
-            vars(model)["global_load"] = self.global_load  # where Trainer's callback looks for it
+        self.optimizer_step: Any = OptimizerStep(self)
+        vars(model)["optimizer_step"] = self.optimizer_step  # where Trainer's callback looks for it
+        if is_accelerate_available():  # else there is no Trainer
+            import_module("transformers.trainer")
+            listen_to_trainers()
 
     def restore(self) -> None:
         """Take the hooks away, and with them everything; a second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
-        vars(self.model).pop("global_load", None)
+        vars(self.model).pop("optimizer_step", None)
 
-    def start_optimizer_step(self) -> None:
+    def start_optimizer_step(self, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """
-        Call it before the first micro-batch of each optimizer step in a training loop of your own, so that
-        `balance_scope="global_batch"` knows which micro-batches belong together. Trainer calls it by itself.
+        Call it before the first micro-batch of each optimizer step in a training loop of your own that accumulates
+        gradients, where the loss is not `outputs.loss` or `balance_scope="global_batch"`. Trainer calls it by itself.
+
+        Args:
+            micro_batches (`int`, defaults to 1): Those of the step, by which the loss is divided.
+            loss_scale (`float`, defaults to 1.0): By what a gradient scaler multiplies it: `scaler.get_scale()`.
         """
-        self.global_load.start_step()
+        self.optimizer_step.start(micro_batches, loss_scale)
 
     def __enter__(self) -> BalanceFix:
         return self
@@ -152,8 +148,7 @@ class BalanceFix:
         self.restore()
 
     def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        balances = self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
-        self._trains = balances and model.training and torch.is_grad_enabled()
+        self._trains = has_balance_loss(self) and model.training and torch.is_grad_enabled()
         given = self._given(args, kwargs)
         self._tokens, self._events = tokens_by_side(model, given), []
         asked = given.get(STOCK_SWITCH)
@@ -188,34 +183,21 @@ class BalanceFix:
         given = self._given(args, kwargs)
         for event in events:
             _require_mask(event, given, model.config.is_encoder_decoder)
-        labels = counted_labels(model, given)
-        weight = batch_weight(labels, given.get("num_items_in_batch"))
-        losses_L, aux_weight = load_balancing_losses(
-            events,
-            [event.layer.probabilities(event.routing.router_logits) for event in events],
-            self.balance_scope,
-            weight,
-            labels,
-            given.get("num_items_in_batch"),
-            self.global_load if self.balance_scope == "global_batch" and trains else None,
-        )
-        aux_loss = losses_L.mean()
+        labels, num_items = counted_labels(model, given), given.get("num_items_in_batch")
+        probabilities = [event.layer.probabilities(event.routing.router_logits) for event in events]
+        balance = BalanceLosses(events, probabilities, self.optimizer_step, trains, labels, num_items)
         has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
         as_tuple = isinstance(outputs, tuple)
-        loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
         if trains:
-            extra = aux_loss * self.router_aux_loss_coef * aux_weight
-            if self.router_z_loss_coef > 0:
-                extra = extra + self.router_z_loss_coef * weight * mean_z_loss(events)
-            part = aux_loss if self.router_aux_loss_coef > 0 else extra
-            refuse_loss_without(part, events[-1].routing.router_logits, LEFT_OUT)
-            if loss is not None:
-                loss = (loss * weight if _ignores_label_count(model) else loss) + extra.to(loss.device)
+            outputs = balance.attach_to(outputs, has_labels=has_loss)
+        loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
+        if trains and loss is not None:
+            loss = balance.add_to(loss * batch_weight(labels, num_items) if _ignores_label_count(model) else loss)
         if as_tuple:
             return (loss, *outputs[1:]) if has_loss else outputs
-        fields: dict[str, Any] = {"loss": loss, "aux_loss": aux_loss}
+        fields: dict[str, Any] = {"loss": loss, "aux_loss": balance.aux_loss.detach()}
         for side in ("encoder", "decoder"):
-            fields[f"{side}_aux_loss"] = _mean_of_side(events, losses_L, side)
+            fields[f"{side}_aux_loss"] = _mean_of_side(events, balance.losses_L.detach(), side)
         if wants_logits:
             fields["router_logits"] = tuple(event.routing.router_logits for event in events)
         for name, value in fields.items():
