@@ -27,12 +27,16 @@ class Case(NamedTuple):
     kind: str  # see `examples`
     accumulation: int
     z_loss: float = 0.1
+    loss: str = "own"  # the model's, or one of `OUTSIDE_LOSSES`
 
 
 CASES = [Case("decoder", scope, "identical", accumulation) for scope in SCOPES for accumulation in (1, 2, 4)]
 CASES += [Case(family, scope, "identical", 2) for family in ("encoder", "encoder_decoder") for scope in SCOPES]
 CASES += [Case(family, "global_batch", "ragged", 1, z_loss=0.0) for family in FAMILIES]
 CASES += [Case("decoder", "sequence", "equal labels", accumulation) for accumulation in (1, 2)]
+OUTSIDE_LOSSES = ["label smoothing", "contrastive"]
+CASES += [Case(family, "sequence", "identical", 2, loss=loss) for family in FAMILIES for loss in OUTSIDE_LOSSES]
+CASES += [Case("decoder", "global_batch", "identical", 2, loss=loss) for loss in OUTSIDE_LOSSES]
 
 
 def balanced_model(family: str, scope: str, z_loss: float = 0.0) -> nn.Module:
@@ -51,6 +55,8 @@ def examples(model: nn.Module, kind: str) -> list[dict[str, torch.Tensor]]:
     inputs["attention_mask"][:, -2:] = 0
     labels = inputs["input_ids"] if kind == "equal labels" else inputs["labels"]
     inputs["labels"] = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    if model.config.is_encoder_decoder:  # a loss from outside takes the labels away from the model
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
     return [{name: value[row % len(value)] for name, value in inputs.items()} for row in range(SEQUENCES)]
 
 
@@ -69,6 +75,19 @@ class RouterGradient(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.gradient = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "gate.weight" in name])
+
+
+class ContrastiveTrainer(Trainer):
+    """Two forward passes a micro-batch: the rows, and the rows reversed, whose vectors should be near."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("labels")
+        reversed_inputs = {name: value.flip(0) for name, value in inputs.items()}
+        left, right = (model(**one).logits.mean(dim=1) for one in (inputs, reversed_inputs))
+        target = torch.arange(len(left), device=left.device).flip(0)
+        return nn.functional.cross_entropy(left @ right.T, target)
 
 
 def step_trainer(
@@ -104,7 +123,10 @@ def router_gradient(
 
 def case_gradient(case: Case, batch_size: int, accumulation: int, folder: str) -> torch.Tensor:
     model = balanced_model(case.family, case.scope, case.z_loss)
-    return router_gradient(model, examples(model, case.kind), batch_size, accumulation, folder)
+    arguments: dict = {"label_smoothing_factor": 0.1} if case.loss == "label smoothing" else {}
+    if case.loss == "contrastive":
+        arguments["trainer_class"] = ContrastiveTrainer
+    return router_gradient(model, examples(model, case.kind), batch_size, accumulation, folder, **arguments)
 
 
 def relative_difference(gradient: torch.Tensor, reference: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from transformers import TrainerCallback
 
-from hf_sparse_moe.models.balancing import GlobalLoad
+from hf_sparse_moe.models.balancing import OptimizerStep
 from hf_sparse_moe.models.optimizer_steps import OptimizerStepCallback
 from models.balance_worker import (
     CASES,
@@ -146,7 +146,7 @@ def test_every_trainer_tells_of_steps(tmp_path):
 
     class Watch(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
-            seen.append(model.global_load.earlier_LE.sum().item())
+            seen.append(model.optimizer_step.earlier_LE.sum().item())
 
         on_step_end = on_substep_end
 
@@ -157,8 +157,8 @@ def test_every_trainer_tells_of_steps(tmp_path):
 
 
 def test_counts_of_another_shape_begin_anew():
-    load = GlobalLoad()
-    load.start_step()
+    load = OptimizerStep(None)
+    load.start()
     load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
     counts, tokens, labels = load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
     assert counts.tolist() == [[2.0] * 4] * 2

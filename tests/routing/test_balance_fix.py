@@ -306,23 +306,60 @@ def test_a_classification_head(accumulation, tmp_path):
     assert (split - whole).norm() <= 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("inputs", [{"labels": None}, {}])
-def test_a_loss_that_leaves_it_out_is_refused(inputs):
+def router_gradient_of(model, loss):
+    loss.backward()
+    gradient = torch.cat([layer.router.weight.grad.flatten() for layer in find_mixture_layers(model)])
+    model.zero_grad()
+    return gradient
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_a_loss_from_elsewhere_carries_it(has_labels, compiled):
     model = tiny_mixtral().train()
-    with fix_balance(model) as fix:
-        outputs = model(**(batch() | inputs))
-        with pytest.raises(ValueError, match="leaves out the balance loss"):
-            outputs.logits.square().mean().backward()
-        model.zero_grad()
-        outputs = model(**(batch() | inputs))
-        own = outputs.logits.square().mean() + fix.router_aux_loss_coef * outputs.aux_loss
-        own.backward()
+    inputs = batch(pads=2)
+    if not has_labels:
+        del inputs["labels"]
+    task = router_gradient_of(model, model(**inputs).logits.square().mean())
+    with fix_balance(model, router_aux_loss_coef=0.5, router_z_loss_coef=0.1) as fix:
+        outputs = model(**batch(pads=2))
+        both = router_gradient_of(model, outputs.loss)
+        fix.router_aux_loss_coef = fix.router_z_loss_coef = 0.0
+        balance = both - router_gradient_of(model, model(**batch(pads=2)).loss)
+        fix.router_aux_loss_coef, fix.router_z_loss_coef = 0.5, 0.1
+        forward = torch.compile(model, backend="eager") if compiled else model
+        outputs = forward(**inputs)
+        assert not outputs.aux_loss.requires_grad
+        gradient = router_gradient_of(model, outputs.logits.square().mean())
+    torch.testing.assert_close(gradient, task + balance, rtol=1e-4, atol=1e-6)
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    model = tiny_mixtral()
-    with fix_balance(model), pytest.raises(ValueError, match="leaves out the balance loss"):
-        router_gradient(model, examples(identical=True), 8, 1, str(tmp_path), label_smoothing_factor=0.1)
+def test_compiled_the_models_own_loss_carries_it_once():
+    model = tiny_mixtral().train()
+    with fix_balance(model, router_aux_loss_coef=0.5):
+        expected = router_gradient_of(model, model(**batch()).loss)
+        compiled = router_gradient_of(model, torch.compile(model, backend="eager")(**batch()).loss)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_body_run_by_itself_carries_it():
+    model = tiny_mixtral().train()
+    inputs = {"input_ids": batch()["input_ids"]}
+    task = router_gradient_of(model, model.model(**inputs).last_hidden_state.square().mean())
+    with fix_balance(model, router_aux_loss_coef=0.5):
+        gradient = router_gradient_of(model, model.model(**inputs).last_hidden_state.square().mean())
+    assert (gradient - task).norm() > 0.01 * task.norm()
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_label_smoothing_has_the_same_gradient_for_every_split(split, tmp_path):
+    def gradient(*split):
+        model = tiny_mixtral()
+        with fix_balance(model, router_aux_loss_coef=1.0):
+            return router_gradient(model, examples(identical=True), *split, str(tmp_path), label_smoothing_factor=0.1)
+
+    whole = gradient(*SPLITS[0])
+    assert (gradient(*split) - whole).norm() <= 1e-5 * whole.norm()
 
 
 def test_coefficients_of_zero_leave_the_task_loss():
@@ -368,7 +405,7 @@ def test_a_copy_of_a_fixed_model_is_refused_in_training():
         with pytest.raises(ValueError, match="fix the copy"):
             copied(**batch())
         copied.eval()(**batch())
-        assert model(**batch()).aux_loss.requires_grad
+        assert model(**batch()).aux_loss is not None
 
 
 def test_what_it_cannot_fix_is_refused():

@@ -80,6 +80,14 @@ def test_the_parts_of_a_fixed_stock_mixture_sum_to_its_loss(accumulation, tmp_pa
         assert log["loss"] == pytest.approx(log["task_loss"] + 0.5 * log["aux_loss"], rel=1e-5)
 
 
-def test_a_label_smoothed_loss_is_refused_because_it_drops_the_balance_loss(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor"):
-        logs_of(make_model("decoder", **COEFFICIENTS), tmp_path, label_smoothing_factor=0.1)
+def test_a_loss_from_elsewhere_stays_what_it_is_and_the_balance_loss_stands_beside_it(tmp_path):
+    """With label smoothing Trainer computes the loss."""
+    balanced, plain = (
+        logs_of(make_model("decoder", **fields), folder, learning_rate=0.0, label_smoothing_factor=0.1)
+        for fields, folder in (
+            (COEFFICIENTS, tmp_path / "balanced"),
+            ({"router_aux_loss_coef": 0.0}, tmp_path / "plain"),
+        )
+    )
+    assert [log["loss"] for log in balanced] == pytest.approx([log["loss"] for log in plain], rel=1e-6)
+    assert all(0.9 < log["aux_loss"] < 2 and log["z_loss"] > 0 for log in balanced)

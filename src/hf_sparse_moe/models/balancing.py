@@ -130,8 +130,8 @@ class OptimizerStep:
 
     It knows the weight of the balance loss where the loss is computed elsewhere, and the load that
     `balance_scope="global_batch"` evens (arXiv 2501.11873): assignments of all ranks, and of the step's micro-batches
-    so far. Probabilities stay those of the rank's micro-batch, weighted by its share of the tokens, so that the mean of
-    the ranks' losses is the one of their joint batch.
+    so far. Probabilities stay those of the rank's micro-batch, weighted by its share of the tokens, so that the mean
+    of the ranks' losses is the one of their joint batch.
 
     Args:
         settings (`BalanceSettings`): Coefficients and scope.
@@ -154,7 +154,7 @@ class OptimizerStep:
         self.weight, self.earlier_LE, self.passes = loss_scale / micro_batches, None, 0
 
     def weight_of_a_pass(self) -> float:
-        """Called in a backward pass: a contrastive loss, say, is one of several forward passes, which share a weight."""
+        """Called in a backward pass, which several forward passes share where the loss is, say, contrastive."""
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward, self._together, self.passes = backward, max(self.passes, 1), 0

@@ -43,8 +43,8 @@ from .routing import RoutingEvent, RoutingRecord, active_record
 logger = logging.get_logger(__name__)
 
 UNKNOWN_SCALE = (
-    "The loss is computed outside of the mixture and in float16, so it is probably scaled, by a factor that the balance "
-    "loss must have too. Call `model.start_optimizer_step(micro_batches, scaler.get_scale())` before each optimizer step."
+    "The loss is computed outside of the mixture and in float16, so it is probably scaled, by a factor that the "
+    "balance loss needs too. Call `model.start_optimizer_step(micro_batches, scaler.get_scale())` before each step."
 )
 
 Count = Any  # a tensor, a number, or None
@@ -202,7 +202,7 @@ class BalanceLosses:
             step.passes += 1
             if step.weight is None and _computes_in_half(parts[0].device.type):
                 logger.warning_once(UNKNOWN_SCALE)
-        weights = self._weights if step.weight is None else self._coefficients
+        weights = self._weights if step.weight is None else self._coefficients[: len(parts)]
         carried = _Carried.apply(step, weights, *parts, *tensors.values())
         self.aux_loss, self.z_loss = carried[0], (None if self.z_loss is None else carried[1])
         return _replaced(outputs, dict(zip(tensors, carried[len(parts) :], strict=True)))
@@ -219,11 +219,10 @@ class _Carried(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        given = list(gradients)
-        if missing := [place for place in range(len(ctx.weights)) if given[place] is None]:
-            share = ctx.step.weight_of_a_pass()
-            for place in missing:
-                given[place] = torch.as_tensor(share * ctx.weights[place], device=ctx.devices[place])
+        given, share = list(gradients), ctx.step.weight_of_a_pass()
+        for place, weight in enumerate(ctx.weights):
+            if given[place] is None:
+                given[place] = torch.as_tensor(share * weight, device=ctx.devices[place])
         return None, None, *given
 
 

@@ -67,8 +67,7 @@ def fix_balance(
 
     Raises:
         ValueError: no sparse layer, no head, a mixture of this package, one fixed already, or a bad argument. A
-            forward pass raises it under reentrant gradient checkpointing, and where pads cannot be told; a backward
-            pass where the loss is not `outputs.loss` and leaves the balance loss out.
+            forward pass raises it under reentrant gradient checkpointing, and where pads cannot be told.
 
     Example:
         ```python
@@ -109,14 +108,17 @@ class BalanceFix:
         self.router_aux_loss_coef = aux_coef
         self.router_z_loss_coef = z_coef
         self.balance_scope = balance_scope
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        # Somebody may run the body by itself, with a head of their own.
+        parts = {model: None, model.base_model: None}
+        self._parameters = {part: list(inspect.signature(part.forward).parameters) for part in parts}
+        self._running: nn.Module | None = None
         self._tokens: dict[str, SideTokens] = {}
         self._events: list[RoutingEvent] = []
         self._trains = self._wants_logits = False
         self._handles: list[RemovableHandle | RoutingObservation] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
             observe_routing(layers, self._collect),
+            *(part.register_forward_pre_hook(self._before, with_kwargs=True) for part in parts),
+            *(part.register_forward_hook(self._after, with_kwargs=True, always_call=True) for part in parts),
         ]
         self.optimizer_step: Any = OptimizerStep(self)
         vars(model)["optimizer_step"] = self.optimizer_step  # where Trainer's callback looks for it
@@ -147,15 +149,19 @@ class BalanceFix:
     def __exit__(self, *error: object) -> None:
         self.restore()
 
-    def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._trains = has_balance_loss(self) and model.training and torch.is_grad_enabled()
-        given = self._given(args, kwargs)
-        self._tokens, self._events = tokens_by_side(model, given), []
+    def _before(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._running is not None:
+            return None
+        self._running = part
+        self._trains = has_balance_loss(self) and part.training and torch.is_grad_enabled()
+        given = self._given(part, args, kwargs)
+        self._tokens, self._events = tokens_by_side(self.model, given), []
         asked = given.get(STOCK_SWITCH)
-        self._wants_logits = getattr(model.config.get_text_config(), STOCK_SWITCH, False) if asked is None else asked
-        if STOCK_SWITCH not in self._parameters:
+        config = self.model.config.get_text_config()
+        self._wants_logits = getattr(config, STOCK_SWITCH, False) if asked is None else asked
+        if part is not self.model or STOCK_SWITCH not in self._parameters[part]:
             return args, kwargs
-        place = self._parameters.index(STOCK_SWITCH)
+        place = self._parameters[part].index(STOCK_SWITCH)
         if place < len(args):
             return (*args[:place], False, *args[place + 1 :]), kwargs
         return args, {**kwargs, STOCK_SWITCH: False}
@@ -170,9 +176,14 @@ class BalanceFix:
         if self._trains or self._wants_logits:
             self._events.append(event_of(layer, routing, self._tokens))
 
-    def _after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+    def _after(self, part: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if part is not self._running:
+            return outputs
         events, trains, wants_logits = self._events, self._trains, self._wants_logits
-        self._events, self._trains, self._wants_logits = [], False, False
+        self._events, self._trains, self._wants_logits, self._running = [], False, False, None
+        if outputs is None:  # an error ended the forward pass
+            return None
+        model = self.model
         if trains and not events:
             raise ValueError(
                 f"No layer of this `{type(model).__name__}` reported its routing to `fix_balance`, as in a copy of a "
@@ -180,13 +191,13 @@ class BalanceFix:
             )
         if not events:
             return outputs
-        given = self._given(args, kwargs)
+        given = self._given(part, args, kwargs)
         for event in events:
             _require_mask(event, given, model.config.is_encoder_decoder)
         labels, num_items = counted_labels(model, given), given.get("num_items_in_batch")
         probabilities = [event.layer.probabilities(event.routing.router_logits) for event in events]
         balance = BalanceLosses(events, probabilities, self.optimizer_step, trains, labels, num_items)
-        has_loss = any(given.get(name) is not None for name in LABEL_NAMES)
+        has_loss = part is model and any(given.get(name) is not None for name in LABEL_NAMES)
         as_tuple = isinstance(outputs, tuple)
         if trains:
             outputs = balance.attach_to(outputs, has_labels=has_loss)
@@ -205,8 +216,8 @@ class BalanceFix:
                 outputs[name] = value
         return outputs
 
-    def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._parameters, args, strict=False)) | kwargs
+    def _given(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._parameters[part], args, strict=False)) | kwargs
 
 
 def _configured_coefficient(model: PreTrainedModel) -> float:

@@ -32,8 +32,6 @@ def weighted_losses(model: nn.Module, inputs: dict[str, Any], outputs: Any) -> t
     """
     nothing = torch.zeros(2, device=next(model.parameters()).device)
     loss = outputs.get("loss")
-    if loss is None:
-        return nothing.expand(len(LOSSES), 2)
 
     def number(value: Any) -> torch.Tensor:
         return torch.as_tensor(value, dtype=torch.float32, device=nothing.device)
@@ -48,11 +46,11 @@ def weighted_losses(model: nn.Module, inputs: dict[str, Any], outputs: Any) -> t
     coefficient = getattr(config if fix is None else fix, "router_aux_loss_coef", 0.0)
     if fix is not None and (fix.balance_scope == "global_batch" or fix.router_z_loss_coef > 0):
         aux = None  # the sum does not tell
-    elif ours and config.balance_scope == "global_batch" and task is not None and coefficient > 0:
+    elif ours and config.balance_scope == "global_batch" and task is not None and loss is not None and coefficient > 0:
         # The balance loss weighs what the other ranks have too, so that it is read off the sum.
         z_part = 0.0 if z is None else config.router_z_loss_coef * z
         aux = (number(loss) - task - z_part) / coefficient
-    elif task is None:
+    elif task is None and loss is not None:
         task = number(loss) if ours or aux is None else number(loss) - coefficient * aux
     parts = ((task, share), (aux, weight), (z, weight))
     return torch.stack([nothing if part is None else torch.stack([part, of]) for part, of in parts])
