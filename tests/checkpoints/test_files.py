@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from hf_sparse_moe.checkpoints.files import copy_companions, is_own, read_json, tensor_names, write_whole
+from hf_sparse_moe.checkpoints.companions import copy_companions
+from hf_sparse_moe.checkpoints.files import is_own, read_json, tensor_names, write_whole
 from hf_sparse_moe.checkpoints.hashes import source_files
 
 
@@ -21,6 +22,7 @@ def folder(tmp_path):
         (tmp_path.parent / name).mkdir(exist_ok=True)
         (tmp_path / name).mkdir()
         (tmp_path / name / "id_rsa").write_text(SECRET)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "COPYING").symlink_to("tokenizer.json")
     (folder / "LICENSE").symlink_to(tmp_path / "precious" / "id_rsa")
@@ -42,7 +44,7 @@ def own_files(folder):
 
 
 def test_only_own_files_are_copied(folder, tmp_path):
-    assert own_files(folder) == ["COPYING", "tokenizer.json"]
+    assert own_files(folder) == ["COPYING", "config.json", "tokenizer.json"]
     copy = tmp_path / "copy"
     copy.mkdir()
     copy_companions(folder, copy)

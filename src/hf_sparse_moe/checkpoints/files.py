@@ -13,23 +13,32 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
-# What belongs to a checkpoint beside its weights and config: the tokenizer as it is, the modules of
-# sentence-transformers and the licence.
+# What belongs to a checkpoint beside its weights and config, by the names that transformers' own tokenizers and
+# processors, and sentence-transformers, look for.
 COMPANIONS = (
     "tokenizer*",
     "*vocab*",
     "merges.txt",
+    "bpe.codes",
+    "dict.txt",
     "*.model",
     "*.spm",
     "*.tiktoken",
+    "*.tokenizer",
+    "tekken.json",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "*processor_config.json",
     "modules.json",
     "sentence_*_config.json",
     "config_sentence_transformers.json",
-    "[0-9]_*/*.json",
-    "[0-9]_*/*.safetensors",
+    "[0-9]*_*/*.json",
+    "[0-9]*_*/*.safetensors",
     "LICEN[CS]E*",
     "NOTICE*",
     "COPYING*",
@@ -52,11 +61,6 @@ def is_own(path: Path, folder: Path) -> bool:
     repository = home.parent.parent
     is_snapshot = home.parent.name == "snapshots" and re.fullmatch(r"(models|datasets|spaces)--.+", repository.name)
     return bool(is_snapshot) and real.is_relative_to(repository / "blobs")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files and licences of a checkpoint, byte for byte; does not replace what `folder` has."""
-    copy_own(source, folder, COMPANIONS)
 
 
 def copy_own(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .files import copy_companions, is_own, read_json
+from .companions import copy_companions
+from .files import is_own, read_json
 
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config, read_mixture_config
-from hf_sparse_moe.checkpoints.files import copy_companions, copy_own, read_json
+from hf_sparse_moe.checkpoints.files import copy_own, read_json
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.reader import loaded_dtypes
 from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter

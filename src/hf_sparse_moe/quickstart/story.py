@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from hf_sparse_moe.checkpoints.files import copy_companions
+from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.source import find_source, load_dense
 from hf_sparse_moe.hub import doctor, push, render_model_card

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config
-from hf_sparse_moe.checkpoints.files import copy_companions, read_json
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles

@@ -17,9 +17,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 import hf_sparse_moe
+from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
 from hf_sparse_moe.checkpoints.families import sparse_class
-from hf_sparse_moe.checkpoints.files import copy_companions
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_files
