@@ -53,8 +53,8 @@ def byte_pairs():
 def byte_pair_files(**first):
     spec = json.loads(byte_pairs())["model"]
     merges = "\n".join(" ".join(pair) if isinstance(pair, list) else pair for pair in spec["merges"])
-    names = [*first, *spec["vocab"]]
-    return {"vocab.json": json.dumps({name: i for i, name in enumerate(names)}), "merges.txt": f"#version: 0.2\n{merges}\n"}
+    vocab = {name: i for i, name in enumerate([*first, *spec["vocab"]])}
+    return {"vocab.json": json.dumps(vocab), "merges.txt": f"#version: 0.2\n{merges}\n"}
 
 
 def pieces(folder):
