@@ -62,8 +62,8 @@ def test_wrong_type_is_refused_as_transformers_does(family, fields):
     ],
 )
 def test_layer_lists_are_checked_and_obeyed(family, field):
-    with pytest.raises(ValueError, match=f"`{field}=.*a list of 2 entries, one a layer"):
-        tiny_config(family, **{field: ["sparse"] * 3})
+    with pytest.raises(ValueError, match=f"`{field}` has 3 entries, but .* has 2 feed-forwards"):
+        tiny_sparse(family, **{field: ["sparse"] * 3})
     with pytest.raises(ValueError, match=f"`{field}=.*'dense', 'sparse'"):
         tiny_config(family, **{field: ["sparse", "moe"]})
     every = len(tiny_sparse(family).sparse_blocks)
@@ -74,8 +74,8 @@ def test_layer_lists_are_checked_and_obeyed(family, field):
 
 def test_sides_of_an_encoder_decoder_have_their_own_layers():
     encoder, decoder = {"num_layers": 3}, ["dense", "sparse"]
-    with pytest.raises(ValueError, match="`decoder_mlp_layer_types="):
-        tiny_config("t5", dense_fields=encoder | {"num_decoder_layers": 4}, decoder_mlp_layer_types=decoder)
+    with pytest.raises(ValueError, match="`decoder_mlp_layer_types` has 2 entries"):
+        tiny_sparse("t5", dense_fields=encoder | {"num_decoder_layers": 4}, decoder_mlp_layer_types=decoder)
     model = tiny_sparse(
         "t5",
         dense_fields=encoder | {"num_decoder_layers": 2},
@@ -152,8 +152,8 @@ def test_reads_and_writes_through_to_the_dense_config(family):
     assert config.num_experts == 8
     config.a_field_of_mine = 1
     assert not hasattr(dense, "a_field_of_mine")
-    config.output_hidden_states = True  # defined by `PreTrainedConfig`, so always the outer config's own
-    assert not dense.output_hidden_states
+    config.output_hidden_states = True  # which both have
+    assert dense.output_hidden_states
     with pytest.raises(AttributeError, match="no_such_field"):
         _ = config.no_such_field
 

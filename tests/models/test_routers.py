@@ -325,7 +325,7 @@ def test_all_experts_for_every_token(kind, experts):
         ({"num_experts_per_tok": 5}, "between 1 and `num_experts=4`"),
         ({"n_group": 3}, "a divisor of `num_experts`"),
         ({"n_group": 2, "topk_group": 3}, "between 1 and `n_group=2`"),
-        ({"n_group": 4, "topk_group": 1}, "at most 1, the experts of `topk_group=1` groups"),
+        ({"n_group": 4, "topk_group": 1}, "at most 1, those of `topk_group=1` groups"),
         ({"router_type": "hash", "scoring_func": "cosine"}, "'softmax' unless"),
         ({"router_type": "random"}, "`router_type='random'` is not allowed"),
         ({"router_jitter_noise": 1.0}, "at least 0 and below 1"),

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks a field's type only where the annotation is a type.
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -39,6 +39,27 @@ _DEFAULT_ENCODER_DECODER = {
     "decoder_start_token_id": 0,
 }
 
+# What every config has and the dense model reads from its own: one value, that of the dense config where it is the
+# default here.
+_SHARED_FIELDS = (
+    "output_hidden_states",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+# What tools look up in `to_dict()`; config.json holds it once, in `dense_config`.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+
 
 @strict
 class SparseMoeConfig(PreTrainedConfig):
@@ -46,8 +67,8 @@ class SparseMoeConfig(PreTrainedConfig):
     The fields that the three families share. Use one of the subclasses.
 
     The config holds the mixture's own fields and a whole dense config. What it lacks (`hidden_size`, `vocab_size`,
-    `pad_token_id`, ...) it reads from, and writes to, the dense one; what [`PreTrainedConfig`] itself defines
-    (`id2label`, `dtype`, ...) always is its own.
+    `pad_token_id`, ...) it reads from, and writes to, the dense one. What both have and the dense model reads
+    (`output_hidden_states`, `output_attentions`, `return_dict`, `id2label`, `problem_type`, ...) is written to both.
 
     Args:
         dense_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -95,13 +116,6 @@ class SparseMoeConfig(PreTrainedConfig):
 
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
     sub_configs: ClassVar[dict[str, type]] = {"dense_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
-        "router_logits",
-        "aux_loss",
-        "task_loss",
-        "z_loss",
-    ]
     _default_dense_config: ClassVar[dict[str, Any]] = {}
     _layer_type_fields: ClassVar[dict[str, str]] = {}
 
@@ -128,10 +142,8 @@ class SparseMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         dense = self.dense_config
         if isinstance(dense, PreTrainedConfig):
-            self.dense_config = copy.deepcopy(dense)  # the model writes its labels into it
-        else:
-            if not isinstance(dense, dict | None):
-                raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
+            dense = copy.deepcopy(dense)  # what is shared is written into it
+        elif isinstance(dense, dict | None):
             fields = dict(self._default_dense_config if dense is None else dense)
             model_type = fields.pop("model_type", None)
             if model_type == "dense_olmoe":
@@ -141,18 +153,26 @@ class SparseMoeConfig(PreTrainedConfig):
                     f"`dense_config` has `model_type={model_type!r}`, which the installed transformers does not know. "
                     "Pass the config of a dense text model of transformers, or upgrade transformers."
                 )
-            self.dense_config = AutoConfig.for_model(model_type, **fields)
+            dense = AutoConfig.for_model(model_type, **fields)
+        else:
+            raise ValueError(f"`dense_config={dense!r}` is not allowed: it must be a config, its `dict` or None.")
+        dense.name_or_path = ""  # where it lay is nobody's business who reads the published config
+        self.dense_config = dense
+        for name in _SHARED_FIELDS:
+            given = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            given = given or (name in ("id2label", "label2id") and kwargs.get("num_labels") is not None)
+            setattr(self, name, getattr(self if given else dense, name))  # in both
+        kwargs.setdefault("output_attentions", dense.output_attentions)
         super().__post_init__(**kwargs)
         self._check_fields()
 
     # The dense config answers for what this one lacks. `PreTrainedConfig` stores its own fields in `__dict__`, so that
     # `__getattr__`, which Python calls last, never sees them.
     def __getattr__(self, name: str) -> Any:
-        dense = self.__dict__.get("dense_config")
-        if name.startswith("_") or not isinstance(dense, PreTrainedConfig):
+        if not self._is_of_dense(name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         try:
-            return getattr(dense, name)
+            return getattr(self.dense_config, name)
         except RuntimeError as error:  # transformers' way to say that the layers differ in it
             raise AttributeError(f"'{type(self).__name__}' object has no single '{name}': {error}") from error
 
@@ -160,12 +180,26 @@ class SparseMoeConfig(PreTrainedConfig):
         if name in self.attribute_map:  # with the checks of the field's own name
             setattr(self, self.attribute_map[name], value)
             return
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if not own and self._is_of_dense(name) and hasattr(self.dense_config, name):
+            setattr(self.dense_config, name, value)
+            return
+        super().__setattr__(name, value)
+        if name in (*_SHARED_FIELDS, "_output_attentions") and self._is_of_dense("dense_config"):
+            setattr(self.dense_config, name, value)
+
+    def _is_of_dense(self, name: str) -> bool:
+        """Whether `name` may be the dense config's; of private names, its fields are."""
         dense = self.__dict__.get("dense_config")
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if not own and isinstance(dense, PreTrainedConfig) and hasattr(dense, name):
-            setattr(dense, name, value)
-        else:
-            super().__setattr__(name, value)
+        if not isinstance(dense, PreTrainedConfig):
+            return False
+        return not name.startswith("_") or name in type(dense).__dataclass_fields__
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """The outputs that Trainer does not gather in an evaluation: the dense model's, and those of the routing."""
+        dense = getattr(type(self.dense_config), "keys_to_ignore_at_inference", ["past_key_values"])
+        return [*dense, "router_logits", "aux_loss", "task_loss", "z_loss"]
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # Saving and `generate` refuse a config with undeclared generation parameters. The dense config declares those
@@ -174,11 +208,21 @@ class SparseMoeConfig(PreTrainedConfig):
         return {name: value for name, value in super()._get_generation_parameters().items() if name not in declared}
 
     def to_dict(self) -> dict[str, Any]:
-        """[`PreTrainedConfig.to_dict`] without the folder that the dense config was read from."""
+        """[`PreTrainedConfig.to_dict`] with the sizes of the dense model, and without the folder that it came from."""
         output = super().to_dict()
-        if isinstance(dense := output.get("dense_config"), dict):
-            dense.pop("_name_or_path", None)
-        return output
+        output["dense_config"].pop("_name_or_path", None)
+        return output | {name: size for name in _SIZES if (size := getattr(self, name, None)) is not None}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """[`PreTrainedConfig.from_dict`]; the sizes are those of `dense_config`."""
+        if config_dict.get("dense_config") is not None:
+            config_dict = {name: value for name, value in config_dict.items() if name not in _SIZES}
+        return super().from_dict(config_dict, **kwargs)
 
     # The experts read this config; the dense model inside has none, and would refuse the name of a backend.
     @property
@@ -220,9 +264,7 @@ class SparseMoeConfig(PreTrainedConfig):
         unknown = sorted(name for name in fields if name not in known and not hasattr(source, name))
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
-        inherited = ("id2label", "label2id", "problem_type", "dtype")
-        fields = {name: getattr(source, name) for name in inherited} | fields
-        config = cls(dense_config=type(source).from_dict(source.to_dict()), **fields)
+        config = cls(dense_config=type(source).from_dict(source.to_dict()), **{"dtype": source.dtype} | fields)
         meta_model(config)  # finds the feed-forwards, or says why not
         return config
 
@@ -249,64 +291,46 @@ class SparseMoeConfig(PreTrainedConfig):
         return count_flops_per_token(meta_model(self))
 
     def _check_fields(self) -> None:
-        def require(condition: bool, field: str, allowed: str) -> None:
-            if not condition:
+        for field, is_allowed, allowed in self._rules():
+            if not is_allowed:
                 raise ValueError(f"`{field}={getattr(self, field)!r}` is not allowed: it must be {allowed}.")
 
-        require(self.num_experts >= 1, "num_experts", "at least 1")
-        require(
-            1 <= self.num_experts_per_tok <= self.num_experts,
-            "num_experts_per_tok",
-            f"between 1 and `num_experts={self.num_experts}`",
-        )
-        size = self.moe_intermediate_size
-        require(size is None or size >= 1, "moe_intermediate_size", "None or at least 1")
-        require(self.num_shared_experts >= 0, "num_shared_experts", "at least 0")
-        self._check_router(require)
-        require(0 < self.routed_scaling_factor < float("inf"), "routed_scaling_factor", "above 0 and finite")
-        require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", "at least 0 and below 1")
-        require(0 <= self.router_aux_loss_coef < float("inf"), "router_aux_loss_coef", "at least 0 and finite")
-        require(0 <= self.router_z_loss_coef < float("inf"), "router_z_loss_coef", "at least 0 and finite")
-        require(self.balance_scope in BALANCE_SCOPES, "balance_scope", f"one of {BALANCE_SCOPES}")
-        dropout = self.expert_dropout
-        require(dropout is None or 0 <= dropout < 1, "expert_dropout", "None, or at least 0 and below 1")
-        for field, side in self._layer_type_fields.items():
-            layers = getattr(self, field)
-            if layers is None:
-                continue
-            require(all(layer in LAYER_TYPES for layer in layers), field, f"a list of {LAYER_TYPES}")
-            count = self._num_layers(side)
-            require(count is None or len(layers) == count, field, f"a list of {count} entries, one a layer")
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Field, whether its value is allowed, and what is; each is worked out when all before it have passed."""
+        k, experts, size = self.num_experts_per_tok, self.num_experts, self.moe_intermediate_size
+        yield "num_experts", experts >= 1, "at least 1"
+        yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and `num_experts={experts}`"
+        yield "moe_intermediate_size", size is None or size >= 1, "None or at least 1"
+        yield "num_shared_experts", self.num_shared_experts >= 0, "at least 0"
 
-    def _check_router(self, require: Callable[[bool, str, str], None]) -> None:
-        top_k = self.router_type == "top_k"
-        require(self.router_type in ROUTER_TYPES, "router_type", f"one of {ROUTER_TYPES}")
-        causal = "encoder" not in self._layer_type_fields.values() or getattr(self.dense_config, "is_decoder", False)
-        require(
-            self.router_type != "expert_choice" or not causal or type(self) is SparseMoeConfig,
-            "router_type",
-            "'top_k' or 'hash' in a causal decoder, because an expert that chooses its tokens sees those that follow",
+        top_k, sides = self.router_type == "top_k", self._layer_type_fields.values()
+        sees_later = "encoder" in sides and not getattr(self.dense_config, "is_decoder", False)
+        can_choose = sees_later or type(self) is SparseMoeConfig
+        causal = (
+            "'top_k' or 'hash' in a causal decoder, because an expert that chooses its tokens sees those that follow"
         )
-        require(self.scoring_func in SCORING_FUNCTIONS, "scoring_func", f"one of {SCORING_FUNCTIONS}")
-        require(top_k or self.scoring_func == "softmax", "scoring_func", "'softmax' unless `router_type='top_k'`")
-        require(self.n_group >= 1 and self.num_experts % self.n_group == 0, "n_group", "a divisor of `num_experts`")
-        require(top_k or self.n_group == 1, "n_group", "1 unless `router_type='top_k'`")
-        require(1 <= self.topk_group <= self.n_group, "topk_group", f"between 1 and `n_group={self.n_group}`")
-        within = self.topk_group * self.num_experts // self.n_group
-        require(
-            self.num_experts_per_tok <= within,
-            "num_experts_per_tok",
-            f"at most {within}, the experts of `topk_group={self.topk_group}` groups",
-        )
-        capacity = self.capacity_factor
-        require(capacity is None or 0 < capacity < float("inf"), "capacity_factor", "None, or above 0 and finite")
-        speed = self.router_bias_update_speed
-        require(0 <= speed < float("inf"), "router_bias_update_speed", "at least 0 and finite")
-        require(
-            speed == 0 or (top_k and self.scoring_func == "sigmoid"),
-            "router_bias_update_speed",
-            "0 unless `scoring_func='sigmoid'`, whose router has a selection bias",
-        )
+        yield "router_type", self.router_type in ROUTER_TYPES, f"one of {ROUTER_TYPES}"
+        yield "router_type", self.router_type != "expert_choice" or can_choose, causal
+        yield "scoring_func", self.scoring_func in SCORING_FUNCTIONS, f"one of {SCORING_FUNCTIONS}"
+        yield "scoring_func", top_k or self.scoring_func == "softmax", "'softmax' unless `router_type='top_k'`"
+        yield "n_group", self.n_group >= 1 and experts % self.n_group == 0, "a divisor of `num_experts`"
+        yield "n_group", top_k or self.n_group == 1, "1 unless `router_type='top_k'`"
+        yield "topk_group", 1 <= self.topk_group <= self.n_group, f"between 1 and `n_group={self.n_group}`"
+        within = self.topk_group * experts // self.n_group
+        yield "num_experts_per_tok", k <= within, f"at most {within}, those of `topk_group={self.topk_group}` groups"
+
+        capacity, speed, dropout = self.capacity_factor, self.router_bias_update_speed, self.expert_dropout
+        has_bias = top_k and self.scoring_func == "sigmoid"
+        yield "capacity_factor", capacity is None or 0 < capacity < float("inf"), "None, or above 0 and finite"
+        yield "routed_scaling_factor", 0 < self.routed_scaling_factor < float("inf"), "above 0 and finite"
+        yield "router_jitter_noise", 0 <= self.router_jitter_noise < 1, "at least 0 and below 1"
+        for field in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_speed"):
+            yield field, 0 <= getattr(self, field) < float("inf"), "at least 0 and finite"
+        yield "router_bias_update_speed", speed == 0 or has_bias, "0 unless `scoring_func='sigmoid'`"
+        yield "balance_scope", self.balance_scope in BALANCE_SCOPES, f"one of {BALANCE_SCOPES}"
+        yield "expert_dropout", dropout is None or 0 <= dropout < 1, "None, or at least 0 and below 1"
+        for field in self._layer_type_fields:
+            yield field, set(getattr(self, field) or ()) <= set(LAYER_TYPES), f"a list of {LAYER_TYPES}"
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -314,15 +338,6 @@ class SparseMoeConfig(PreTrainedConfig):
         if self.router_type == "expert_choice" and self.capacity_factor is not None:
             return min(self.capacity_factor, self.num_experts)
         return self.num_experts_per_tok
-
-    def _num_layers(self, side: str) -> int | None:
-        dense = self.get_text_config(encoder=True) if side == "encoder" and self.is_encoder_decoder else self
-        if side == "decoder" and self.is_encoder_decoder:
-            dense = self.get_text_config(decoder=True)
-        for name in ("num_decoder_layers", "num_hidden_layers") if side == "decoder" else ("num_hidden_layers",):
-            if (count := getattr(dense, name, None)) is not None:
-                return count
-        return None
 
 
 @strict

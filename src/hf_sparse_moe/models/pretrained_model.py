@@ -64,8 +64,6 @@ class SparseMoePreTrainedModel(SavedMixture):
     def __init__(self, config: SparseMoeConfig):
         super().__init__(config)
         config._check_fields()  # they may have been assigned to since
-        # A checkpoint's own heads need its own sizes; `id2label` and `dtype` are kept by the outer config.
-        config.dense_config.id2label, config.dense_config.label2id = config.id2label, config.label2id
         if type(config.dense_config) not in self.dense_auto_class._model_mapping:
             raise ValueError(
                 f"`{type(self).__name__}` needs a dense architecture with an `{self.dense_auto_class.__name__}` "
