@@ -14,38 +14,28 @@ from hf_sparse_moe.models.experts import SparseMoeExperts
 
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-Pullback = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]]
+Gradients = tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]  # of the rows, and of the parameters
+Pullback = Callable[[torch.Tensor], Gradients]
 
 
 @dataclass
 class Activation:
-    """
-    The activation of an experts module: rows of the first projection to rows for the second. R rows, U = 2I or I.
+    """The activation of an experts module: rows of the first projection to rows for the second. U = 2I or I."""
 
-    Args:
-        function: (R, U) to (R, I): the module's `_apply_gate`, or its `act_fn` if it has no gate.
-        gate_function: What `act_fn(gate) * up` applies to the gate, where `function` is that and nothing more. Its
-            gradient costs fewer passes over memory than that of `function`, which torch differentiates as it stands.
-        parameters: What `function` learns, as XIELU does.
-    """
-
-    function: Callable[[torch.Tensor], torch.Tensor]
+    function: Callable[[torch.Tensor], torch.Tensor]  # (R, U) to (R, I)
+    # What `act_fn(gate) * up` applies to the gate, where `function` is that and nothing more. Its gradient costs fewer
+    # passes over memory than that of `function`, which torch differentiates as it stands.
     gate_function: Callable[[torch.Tensor], torch.Tensor] | None
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[nn.Parameter, ...]  # what `function` learns, as XIELU does
 
     @classmethod
     def of(cls, experts: Any) -> Activation:
         """The activation of `experts`, in their present mode (training or not)."""
         gated = experts.has_gate
-        return cls(
-            function=experts._apply_gate if gated else experts.act_fn,
-            gate_function=experts.act_fn if gated and _multiplies_only(experts) else None,
-            parameters=tuple(
-                parameter
-                for name, parameter in experts.named_parameters()
-                if parameter.requires_grad and name.removesuffix("_bias") not in PROJECTIONS
-            ),
-        )
+        named = experts.named_parameters()
+        learnt = [one for name, one in named if one.requires_grad and name.removesuffix("_bias") not in PROJECTIONS]
+        gate_function = experts.act_fn if gated and _multiplies_only(experts) else None
+        return cls(experts._apply_gate if gated else experts.act_fn, gate_function, tuple(learnt))
 
     def __call__(self, first_RU: torch.Tensor) -> torch.Tensor:
         if self.gate_function is None:
@@ -63,7 +53,7 @@ class Activation:
         gate_RI, up_RI = first_RU.chunk(2, dim=-1)
         activated_RI, pull_gate = self._autograd(self.gate_function, gate_RI)
 
-        def pull_both(gradient_RI: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        def pull_both(gradient_RI: torch.Tensor) -> Gradients:
             gradient_RU = torch.empty_like(first_RU)
             d_gate_RI, d_up_RI = gradient_RU.chunk(2, dim=-1)
             torch.mul(gradient_RI, activated_RI, out=d_up_RI)
@@ -80,7 +70,7 @@ class Activation:
             leaf = argument.detach().requires_grad_()
             output = function(leaf)
 
-        def pull(gradient: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        def pull(gradient: torch.Tensor) -> Gradients:
             of_leaf, *of_parameters = torch.autograd.grad(
                 output, (leaf, *self.parameters), gradient.to(output.dtype), allow_unused=True
             )

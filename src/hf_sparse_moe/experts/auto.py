@@ -22,21 +22,19 @@ def auto_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    `experts_implementation="auto"`: `segment_mm` on a CPU, transformers' `grouped_mm` elsewhere and in traced graphs.
-
-    On a CPU, outside of training, few rows an expert run with `grouped_mm`, as in each step of `generate`. A choice by
-    measurement (benchmarks/experts.py, benchmarks/generate.py): with
-    its own arguments no backend computes anything else. Takes what [`segment_mm_experts_forward`] takes.
+    `experts_implementation="auto"`: `segment_mm` on a CPU, transformers' `grouped_mm` elsewhere, in traced graphs, and
+    for few rows an expert outside of training, as in each step of `generate` (measured by benchmarks/experts.py and
+    benchmarks/generate.py). Takes what [`segment_mm_experts_forward`] takes.
     """
+    arguments = (self, hidden_states, top_k_index, top_k_weights)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if hidden_states.device.type != "cpu" or traced or self.has_post_expert_norm:
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if self.training:  # a reentrant checkpoint runs without gradients first, and has to draw the same dropout later
-        return segment_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if _few_rows_suit_grouped_mm(self, top_k_index):
-        require_experts(top_k_index, self.num_experts, may_skip=self._is_expert_parallel)
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return segment_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return grouped_mm_experts_forward(*arguments)
+    # In training, a reentrant checkpoint runs without gradients first, and has to draw the same dropout later.
+    if self.training or not _few_rows_suit_grouped_mm(self, top_k_index):
+        return segment_mm_experts_forward(*arguments)
+    require_experts(top_k_index, self.num_experts, may_skip=self._is_expert_parallel)
+    return grouped_mm_experts_forward(*arguments)
 
 
 def _few_rows_suit_grouped_mm(experts: Any, top_k_index: torch.Tensor) -> bool:

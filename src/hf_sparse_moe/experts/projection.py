@@ -9,14 +9,10 @@ from .segments import Segment, Segments
 
 class Projection:
     """
-    y = x W_e^T + b_e, for the rows of each expert e.
+    y = x W_e^T + b_e, for the rows of each expert e. W (E, out, in), or (E, in, out) if `transposed`; b (E, out).
 
-    Args:
-        weight (`torch.Tensor` of shape `(E, out, in)`, or `(E, in, out)` if `transposed`): In any dtype.
-        bias (`torch.Tensor` of shape `(E, out)`, *optional*): In any dtype.
-        dtype (`torch.dtype`): That of the products. A weight of another dtype is cast expert by expert, into one
-            matrix that the cache still holds when the product reads it.
-        transposed (`bool`): The layout of `weight`.
+    The products are of `dtype`. A weight of another one is cast expert by expert, into one matrix that the cache still
+    holds when the product reads it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, transposed: bool):
@@ -63,11 +59,7 @@ class Projection:
 
 
 class ProjectionGradient:
-    """
-    The gradients of a projection's weight and bias, each in its own shape and dtype, or None where not needed.
-
-    Experts without a row get zeros; nothing else is filled before it is written.
-    """
+    """The gradients of a projection's weight and bias, or None where not needed; experts without a row get zeros."""
 
     def __init__(self, projection: Projection, need_weight: bool, need_bias: bool, segments: Segments):
         self._transposed = projection.transposed

@@ -36,18 +36,11 @@ def segment_mm_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    The experts of one layer, in the interface of transformers' `ALL_EXPERTS_FUNCTIONS`, for the CPU.
+    The experts of one layer on the CPU, in the interface of transformers' `ALL_EXPERTS_FUNCTIONS`: takes hidden states
+    (T, H), the experts of each token (T, K) and their weights (T, K); gives (T, H) in the dtype of the hidden states.
 
-    Computes in the dtype of autocast where that is on, else in the dtype of the experts' weights. What it cannot do
-    (other devices, a norm after the experts, being traced into one graph) it leaves to `grouped_mm`, and says so once.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(T, H)`): The tokens.
-        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token.
-        top_k_weights (`torch.Tensor` of shape `(T, K)`): Their weights.
-
-    Returns:
-        `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`.
+    Computes in the dtype of autocast where that is on, else in that of the weights. What it cannot do (other devices,
+    a norm after the experts, being traced into one graph) it leaves to `grouped_mm`, and says so once.
     """
     return _forward(self, hidden_states, top_k_index, top_k_weights, recompute=False)
 

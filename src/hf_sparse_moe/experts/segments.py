@@ -17,20 +17,12 @@ class Segment(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """
-    R rows cut into segments, one an expert that has any. T tokens, K experts a token.
+    """R rows cut into segments, one an expert that has any. T tokens, K experts a token."""
 
-    Attributes:
-        segments (`list[Segment]`): In the order of the experts and of the rows.
-        token_R (`torch.LongTensor`): The token of each row.
-        pair_R (`torch.LongTensor`): The (token, slot) pair of each row, flat; T * K where the row only fills up.
-        row_TK (`torch.LongTensor`): The row of each pair; R where no expert here serves it.
-    """
-
-    segments: list[Segment]
-    token_R: torch.Tensor
-    pair_R: torch.Tensor
-    row_TK: torch.Tensor
+    segments: list[Segment]  # in the order of the experts and of the rows
+    token_R: torch.Tensor  # the token of each row
+    pair_R: torch.Tensor  # the (token, slot) pair of each row, flat; T * K where the row only fills up
+    row_TK: torch.Tensor  # the row of each pair; R where no expert here serves it
 
     def batches(self, rows: int) -> list[list[Segment]]:
         """Neighbouring segments together, as long as they have at most `rows` rows; a longer segment stands alone."""
@@ -45,14 +37,11 @@ class Segments(NamedTuple):
 
 def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool, may_skip: bool) -> Segments:
     """
-    Sort the pairs by expert, on the host.
+    Sort the pairs of `top_k_index` (T, K) by expert, on the host.
 
-    Args:
-        top_k_index (`torch.LongTensor` of shape `(T, K)`): The experts of each token, on the CPU.
-        num_experts (`int`): E. A higher index is a pair that another expert-parallel rank serves.
-        fill_up (`bool`): Whether to lengthen each segment to one of few lengths ([`padded_lengths`]). The rows that
-            fill up repeat a row of the same expert, so that no value of one expert can reach another.
-        may_skip (`bool`): Whether indices of E and above are allowed; their pairs get no row.
+    `fill_up` lengthens each segment to one of few lengths ([`padded_lengths`]); the rows that fill up repeat a row of
+    the same expert, so that no value of one expert can reach another. `may_skip` allows an index of E and above, a
+    pair that another expert-parallel rank serves; it gets no row.
 
     Raises:
         ValueError: an index below 0, or above E - 1 unless `may_skip`.

@@ -83,22 +83,19 @@ class SparseMoeExperts(nn.Module):
             `torch.Tensor` of shape `(T, H)`.
         """
         output = torch.zeros_like(hidden_states)
-        up_proj, up_bias = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias", None)
-        down_bias = getattr(self, "down_proj_bias", None)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:  # a token of another expert-parallel rank
                 continue
             token, slot = torch.where(top_k_index == expert)
-            up = nn.functional.linear(
-                hidden_states[token], up_proj[expert], None if up_bias is None else up_bias[expert]
-            )
+            up = self._project(self.up_name, expert, hidden_states[token])
             intermediate = self._apply_gate(up) if self.gated else self.act_fn(up)
-            expert_output = nn.functional.linear(
-                intermediate, self.down_proj[expert], None if down_bias is None else down_bias[expert]
-            )
-            weighted = expert_output * top_k_weights[token, slot, None]
+            weighted = self._project("down_proj", expert, intermediate) * top_k_weights[token, slot, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
+
+    def _project(self, name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        bias = getattr(self, f"{name}_bias")[expert] if self.biased else None
+        return nn.functional.linear(rows, getattr(self, name)[expert], bias)
 
     def extra_repr(self) -> str:
         shape = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
@@ -150,20 +147,10 @@ class SparseMoePlainBiasedExperts(SparseMoeExperts):
     gated, biased = False, True
 
 
-_EXPERTS = {
-    (cls.gated, cls.biased): cls
-    for cls in (
-        SparseMoeGatedExperts,
-        SparseMoeGatedBiasedExperts,
-        SparseMoePlainExperts,
-        SparseMoePlainBiasedExperts,
-    )
-}
-
-
 def make_experts(config: PreTrainedConfig, *args, gated: bool, biased: bool) -> SparseMoeExperts:
     """The experts class of this layout, built with `args` as [`SparseMoeExperts`] takes them."""
-    return _EXPERTS[gated, biased](config, *args)
+    kinds = SparseMoeExperts.__subclasses__()
+    return next(kind for kind in kinds if (kind.gated, kind.biased) == (gated, biased))(config, *args)
 
 
 class _ActivationThenDropout(nn.Module):

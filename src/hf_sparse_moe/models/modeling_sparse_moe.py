@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
@@ -230,27 +229,12 @@ class SparseMoeEncoderDecoderForQuestionAnswering(AnswerSpan, SparseMoeEncoderDe
 
 
 AUTO_CLASSES: dict[type[SparseMoeConfig], dict[type, type[SparseMoePreTrainedModel]]] = {
-    SparseMoeEncoderConfig: {
-        AutoModel: SparseMoeEncoderModel,
-        AutoModelForMaskedLM: SparseMoeEncoderForMaskedLM,
-        AutoModelForSequenceClassification: SparseMoeEncoderForSequenceClassification,
-        AutoModelForTokenClassification: SparseMoeEncoderForTokenClassification,
-        AutoModelForQuestionAnswering: SparseMoeEncoderForQuestionAnswering,
-        AutoModelForMultipleChoice: SparseMoeEncoderForMultipleChoice,
-    },
-    SparseMoeDecoderConfig: {
-        AutoModel: SparseMoeDecoderModel,
-        AutoModelForCausalLM: SparseMoeDecoderForCausalLM,
-        AutoModelForSequenceClassification: SparseMoeDecoderForSequenceClassification,
-        AutoModelForTokenClassification: SparseMoeDecoderForTokenClassification,
-        AutoModelForQuestionAnswering: SparseMoeDecoderForQuestionAnswering,
-    },
-    SparseMoeEncoderDecoderConfig: {
-        AutoModel: SparseMoeEncoderDecoderModel,
-        AutoModelForSeq2SeqLM: SparseMoeEncoderDecoderForConditionalGeneration,
-        AutoModelForSequenceClassification: SparseMoeEncoderDecoderForSequenceClassification,
-        AutoModelForQuestionAnswering: SparseMoeEncoderDecoderForQuestionAnswering,
-    },
+    family.config_class: {member.dense_auto_class: member for member in family.family_classes()}
+    for family in (
+        SparseMoeEncoderPreTrainedModel,
+        SparseMoeDecoderPreTrainedModel,
+        SparseMoeEncoderDecoderPreTrainedModel,
+    )
 }
 
 # `save_pretrained` copies the code of a class that is registered so, and writes it into the config's `auto_map`.

@@ -17,6 +17,7 @@ from .routing import Routing
 ROUTER_INIT_STD = 0.02  # small rows: every expert starts about equally likely
 COSINE_INIT_TEMPERATURE, COSINE_MIN_TEMPERATURE = 0.07, 0.01
 COSINE_MAX_DIM = 256
+Choice = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # top_k_index, kept, token_index of a `Routing`
 ROUNDING = 1e-3  # so that a capacity of 3 in exact numbers is not 4 in floating-point ones
 
 
@@ -74,7 +75,69 @@ def within_capacity(
     return (valid & (rank < capacity)).reshape(index_TK.shape)
 
 
-class SparseMoeTopKRouter(nn.Module):
+class SparseMoeRouter(nn.Module):
+    """
+    What all routers share: logits, the experts that they choose, and the weights of those. Everything is computed in
+    float32, whatever the dtype of the model or of autocast.
+
+    Args:
+        config (`SparseMoeConfig`): The mixture's config.
+        hidden_size (`int`): H.
+        side (`str`): `"encoder"` or `"decoder"`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__()
+        self.side = side
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_experts
+        self.scoring_func = config.scoring_func
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
+
+    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
+        """
+        Args:
+            hidden_states_TH (`torch.Tensor` of shape `(T, H)`): The tokens, pads included.
+            context (`TokenContext`, *optional*): What else is known of them.
+        """
+        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
+        scores = self.scores(router_logits)
+        index, kept, token_index = self.choose(scores, context)
+        choice = Routing(router_logits, scores, index, kept, token_index, raw_logits)
+        return choice._replace(top_k_weights=self.weigh(scores, choice))
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        """The experts of `choice` with the weights that these logits give them."""
+        weights = self.weigh(self.scores(router_logits_TE), choice)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights)
+
+    def scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
+        """[`router_scores`], those of disabled experts 0."""
+        if self.disabled_experts is not None:
+            router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
+        return router_scores(router_logits_TE, self.scoring_func)
+
+    def reset_parameters(self) -> None:
+        """Initialise what no checkpoint has filled."""
+
+    def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (T, E), with 0 for what is not finite, so that the choice stays defined; and the raw ones."""
+        raise NotImplementedError
+
+    def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
+        """The experts of the tokens, or the tokens of the experts."""
+        raise NotImplementedError
+
+    def weigh(self, scores_TE: torch.Tensor, choice: Routing) -> torch.Tensor:
+        """The weights of the experts that were chosen."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, scoring_func={self.scoring_func!r}"
+
+
+class SparseMoeTopKRouter(SparseMoeRouter):
     """
     Each token takes its `num_experts_per_tok` best experts.
 
@@ -83,24 +146,14 @@ class SparseMoeTopKRouter(nn.Module):
     sigmoid scores, `e_score_correction_bias` is added for the choice alone. `n_group` and `topk_group` limit the
     choice to each token's best groups of experts. With a `capacity_factor` an expert takes no more than its share in
     training and drops the rest; in evaluation nothing is dropped, so that a cached step routes as the full forward.
-    Everything is computed in float32, whatever the dtype of the model or of autocast.
-
-    Args:
-        config (`SparseMoeConfig`): The mixture's config.
-        hidden_size (`int`): H.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_experts
-        self.scoring_func = config.scoring_func
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__(config, hidden_size, side)
         self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
         self.jitter_noise = config.router_jitter_noise
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.capacity_factor = config.capacity_factor
-        self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.row_size(hidden_size)))
         self.e_score_correction_bias: torch.Tensor | None
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.scoring_func == "sigmoid" else None
@@ -121,11 +174,7 @@ class SparseMoeTopKRouter(nn.Module):
         """`(T, E)` of `(T, H)`, both float32."""
         return nn.functional.linear(router_input_TH, self.weight.float())
 
-    def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        [`logits`] in float32, with jitter in training: those with 0 for what is not finite, so that the choice stays
-        defined, and the raw ones.
-        """
+    def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         device = hidden_states_TH.device.type
         # Each step of `generate` asks every router: what it need not do costs as much as its product.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
@@ -136,57 +185,33 @@ class SparseMoeTopKRouter(nn.Module):
             logits = self.logits(router_input)
         return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), logits
 
-    def enabled_scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
-        """[`router_scores`], those of disabled experts 0."""
-        if self.disabled_experts is not None:
-            router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
-        return router_scores(router_logits_TE, self.scoring_func)
-
-    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
-        """
-        Args:
-            hidden_states_TH (`torch.Tensor` of shape `(T, H)`): The tokens, pads included.
-            context (`TokenContext`, *optional*): What else is known of them.
-        """
-        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
-        scores = self.enabled_scores(router_logits)
-        top_k_index = self.choose(scores)
-        kept = None
-        if self.training and self.capacity_factor is not None:
-            chosen = scores.gather(-1, top_k_index)
-            kept = within_capacity(chosen, top_k_index, self.num_experts, self.capacity_factor, context.mask)
-        return Routing(router_logits, self.weigh(scores, top_k_index, kept), top_k_index, kept, raw_logits=raw_logits)
-
-    def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        """`(T, K)`: the experts of each token."""
-        choice = scores_TE
+    def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
+        values = scores_TE
         if self.e_score_correction_bias is not None:
-            choice = choice + self.e_score_correction_bias.float()
+            values = values + self.e_score_correction_bias.float()
         if self.disabled_experts is not None:
-            choice = choice.masked_fill(self.disabled_experts, -math.inf)
+            values = values.masked_fill(self.disabled_experts, -math.inf)
         if self.topk_group < self.n_group:
             best = 2 if self.scoring_func == "sigmoid" else 1
-            choice = mask_lower_groups(choice, self.n_group, self.topk_group, best)
-        return torch.topk(choice, self.top_k, dim=-1).indices
+            values = mask_lower_groups(values, self.n_group, self.topk_group, best)
+        index_TK = torch.topk(values, self.top_k, dim=-1).indices
+        if not self.training or self.capacity_factor is None:
+            return index_TK, None, None
+        chosen_TK = scores_TE.gather(-1, index_TK)
+        kept_TK = within_capacity(chosen_TK, index_TK, self.num_experts, self.capacity_factor, context.mask)
+        return index_TK, kept_TK, None
 
-    def weigh(self, scores_TE: torch.Tensor, index_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> torch.Tensor:
-        """`(T, K)`: the weights of the experts that were chosen."""
-        weights = scores_TE.gather(-1, index_TK)
-        if self.norm_topk_prob:
+    def weigh(self, scores_TE: torch.Tensor, choice: Routing) -> torch.Tensor:
+        if choice.token_index is None:
+            weights = scores_TE.gather(-1, choice.top_k_index)
+        else:
+            weights = scores_TE[choice.token_index, choice.top_k_index[:, 0]][:, None]
+        if self.norm_topk_prob and choice.token_index is None:
             # Sigmoids can all be 0; the smallest float32 keeps such a token's weights 0 rather than NaN.
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
-        return weights if kept_TK is None else weights.masked_fill(~kept_TK, 0.0)
-
-    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
-        """The experts of `choice` with the weights that these logits give them."""
-        scores_TE = self.enabled_scores(router_logits_TE)
-        weights_TK = self.weigh(scores_TE, choice.top_k_index, choice.kept)
-        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, scoring_func={self.scoring_func!r}"
+        return weights if choice.kept is None else weights.masked_fill(~choice.kept, 0.0)
 
 
 class SparseMoeCosineRouter(SparseMoeTopKRouter):
@@ -195,8 +220,8 @@ class SparseMoeCosineRouter(SparseMoeTopKRouter):
     `projection @ x` and the keys `weight`, divided by a learned temperature of at least 0.01.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+        super().__init__(config, hidden_size, side)
         self.projection = nn.Parameter(torch.empty(self.row_size(hidden_size), hidden_size))
         self.temperature = nn.Parameter(torch.empty(1))
 
@@ -223,10 +248,9 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
 
-    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
-        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
-        sequences, length = context.num_sequences, len(router_logits) // context.num_sequences
-        scores_BSE = self.enabled_scores(router_logits).unflatten(0, (sequences, length))
+    def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
+        sequences, length = context.num_sequences, len(scores_TE) // context.num_sequences
+        scores_BSE = scores_TE.unflatten(0, (sequences, length))
         mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)
         if (mask := context.mask) is not None:
             mask_BS = mask.reshape(sequences, length)
@@ -238,67 +262,42 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
         kept = kept & (best.values >= 0)  # pads have -1
         if self.disabled_experts is not None:
             kept = kept & ~self.disabled_experts
-        kept = kept.reshape(-1, 1)
         first_token = torch.arange(sequences, device=best.indices.device)[:, None, None] * length
         expert = torch.arange(self.num_experts, device=best.indices.device).expand_as(best.indices)
-        weights = best.values.reshape(-1, 1).masked_fill(~kept, 0.0) * self.routed_scaling_factor
-        token_index = (best.indices + first_token).reshape(-1)
-        return Routing(router_logits, weights, expert.reshape(-1, 1), kept, token_index, raw_logits)
-
-    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
-        scores_TE = self.enabled_scores(router_logits_TE)
-        weights_R1 = scores_TE[choice.token_index, choice.top_k_index[:, 0]][:, None] * self.routed_scaling_factor
-        if choice.kept is not None:
-            weights_R1 = weights_R1.masked_fill(~choice.kept, 0.0)
-        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_R1)
+        return expert.reshape(-1, 1), kept.reshape(-1, 1), (best.indices + first_token).reshape(-1)
 
 
-class SparseMoeHashRouter(nn.Module):
+class SparseMoeHashRouter(SparseMoeRouter):
     """
     The experts of a token follow from its id alone, with equal weights (Hash Layers, arXiv 2106.04426): expert
     `hash(id) mod E` and the next `num_experts_per_tok - 1` ones. Nothing is learned, so its logits are zeros.
     """
 
-    scoring_func = "softmax"
+    def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return torch.zeros(len(hidden_states_TH), self.num_experts, device=hidden_states_TH.device), None
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
-        super().__init__()
-        self.side = side
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_experts
-        self.routed_scaling_factor = config.routed_scaling_factor
-
-    def reset_parameters(self) -> None:
-        """Nothing to initialise."""
-
-    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
-        num_tokens, ids = len(hidden_states_TH), context.ids
-        if ids is None:
+    def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
+        if (ids := context.ids) is None:
             raise ValueError(
                 f'`router_type="hash"` routes by the token ids of the {self.side}, and this call has none for its '
-                f"{num_tokens} tokens. Pass `input_ids` (`decoder_input_ids`), not `inputs_embeds`."
+                f"{len(scores_TE)} tokens. Pass `input_ids` (`decoder_input_ids`), not `inputs_embeds`."
             )
         mixed = (ids.long() * 2654435761) % 2**32 // 2**8  # Knuth's multiplicative hash; its low bits are poor
         top_k_index = (mixed[:, None] + torch.arange(self.top_k, device=ids.device)) % self.num_experts
-        logits = torch.zeros(num_tokens, self.num_experts, device=hidden_states_TH.device)
-        weights = torch.full(top_k_index.shape, self.routed_scaling_factor / self.top_k, device=logits.device)
-        return Routing(logits, weights, top_k_index.to(logits.device))
+        return top_k_index.to(scores_TE.device), None, None
 
-    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
-        """The experts of `choice` with equal weights."""
-        weights_TK = torch.full_like(choice.top_k_weights, self.routed_scaling_factor / choice.top_k_index.shape[-1])
-        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights_TK)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+    def weigh(self, scores_TE: torch.Tensor, choice: Routing) -> torch.Tensor:
+        top_k = choice.top_k_index.shape[-1]
+        return torch.full(choice.top_k_index.shape, self.routed_scaling_factor / top_k, device=scores_TE.device)
 
 
-def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> SparseMoeTopKRouter | SparseMoeHashRouter:
+def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> SparseMoeRouter:
     """The router that the config asks for. In an encoder-decoder, expert choice is the encoder's alone."""
+    kind: type[SparseMoeRouter] = SparseMoeTopKRouter
     if config.router_type == "hash":
-        return SparseMoeHashRouter(config, hidden_size, side)
-    if config.router_type == "expert_choice" and side == "encoder":
-        return SparseMoeExpertChoiceRouter(config, hidden_size)
-    if config.scoring_func == "cosine":
-        return SparseMoeCosineRouter(config, hidden_size)
-    return SparseMoeTopKRouter(config, hidden_size)
+        kind = SparseMoeHashRouter
+    elif config.router_type == "expert_choice" and side == "encoder":
+        kind = SparseMoeExpertChoiceRouter
+    elif config.scoring_func == "cosine":
+        kind = SparseMoeCosineRouter
+    return kind(config, hidden_size, side)
