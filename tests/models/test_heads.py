@@ -69,7 +69,8 @@ def test_question_answering_takes_what_its_dense_model_takes_and_two_ends_for_la
     """By its arguments Trainer knows which columns of a data set it may keep."""
     model = tiny_sparse(family, hf.AutoModelForQuestionAnswering)
     own = inspect.signature(model.forward).parameters
-    assert own.keys() >= inspect.signature(model.dense.forward).parameters.keys() | {"start_positions", "end_positions"}
+    dense = inspect.signature(model.dense.forward).parameters
+    assert own.keys() >= dense.keys() | {"start_positions", "end_positions"}
     assert "labels" not in own
     inputs = tiny_inputs(model, labels=False)
     ends = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
