@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from .adapters import (
         dequantize_experts as dequantize_experts,
         expert_lora_config as expert_lora_config,
-        load_expert_lora as load_expert_lora,
         quantize_experts as quantize_experts,
         select_experts as select_experts,
     )
@@ -96,7 +95,7 @@ __version__ = "0.1.0"
 
 # The module of each public name.
 _HOMES = {
-    ".adapters": "dequantize_experts expert_lora_config load_expert_lora quantize_experts select_experts",
+    ".adapters": "dequantize_experts expert_lora_config quantize_experts select_experts",
     ".distributed.consolidation": "consolidate",
     ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push render_model_card write_model_card",
     ".models.configuration_sparse_moe": (
@@ -128,6 +127,7 @@ _RENAMED: dict[str, tuple[str, str]] = {
     "explain": (".models.feed_forward", "explain_layouts"),
     "import_native": (".stock", "import_stock"),
     "list_feed_forward_layouts": (".models.feed_forward", "explain_layouts"),
+    "load_expert_lora": (".adapters", "load_adapter"),
     "push_adapter": (".hub.publish", "push"),
     "push_folder": (".hub.publish", "push"),
     "push_to_hub": (".hub.publish", "push"),

@@ -79,7 +79,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_merges(name):
 def test_a_broken_adapter_does_not_merge():
     peft_model = adapted(tiny_sparse("decoder"))
     next(iter(trainable(peft_model).values())).data[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="seems to be broken"):
         peft_model.merge_adapter(safe_merge=True)
 
 
@@ -143,11 +143,17 @@ def test_a_model_with_adapters_copies_and_pickles():
         assert torch.equal(logits_of(again, inputs), expected)
 
 
-def test_a_wrapped_model_raises():
+@pytest.mark.parametrize("choice", [{}, {"experts": {1: [0, 2]}}, {"attention": True, "router": True}], ids=str)
+def test_a_model_that_has_an_adapter_gets_another(choice):
     model = tiny_sparse("decoder")
-    get_peft_model(model, expert_lora_config(model, r=2))
-    with pytest.raises(ValueError, match=r"experts modules of .* do not hold two fused"):
-        expert_lora_config(model)
+    expected = expert_lora_config(model, r=3, **choice)
+    peft_model = get_peft_model(model, expert_lora_config(model, r=2, **choice))
+    for wrapped in (model, peft_model):
+        assert expert_lora_config(wrapped, r=3, **choice) == expected
+    peft_model.add_adapter("other", expected)
+    assert {p.shape[1] for name, p in peft_model.named_parameters() if ".experts." in name and ".other." in name} == {
+        3
+    }
 
 
 def test_a_dense_model_raises():
@@ -184,5 +190,5 @@ def test_packed_experts_are_refused_with_a_sentence():
     model = stock_mixture("mixtral")
     experts = model.model.layers[1].mlp.experts
     torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
-    with pytest.raises(ValueError, match="nor quantised by other means"):
+    with pytest.raises(ValueError, match="not quantised by other means"):
         expert_lora_config(model)

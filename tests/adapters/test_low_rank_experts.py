@@ -10,8 +10,7 @@ from torch.autograd import gradcheck
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_sparse_moe.adapters.low_rank import LowRank
-from hf_sparse_moe.adapters.low_rank_experts import grouped_low_rank_experts, low_rank_experts
+from hf_sparse_moe.adapters.low_rank_experts import LowRank, grouped_low_rank_experts, low_rank_experts
 from hf_sparse_moe.models.experts import make_experts
 
 

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
 from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.adapters import dequantize_experts, load_expert_lora, quantize_experts
-from hf_sparse_moe.adapters.low_rank import LowRank
-from hf_sparse_moe.adapters.low_rank_experts import grouped_low_rank_experts, low_rank_experts
-from hf_sparse_moe.adapters.quantized_weight import QuantizedWeight
+from hf_sparse_moe.adapters.low_rank_experts import LowRank, grouped_low_rank_experts, low_rank_experts
+from hf_sparse_moe.adapters.quantized_experts import QuantizedWeight
 from pairwise import pairwise
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
 
@@ -329,7 +328,9 @@ def test_other_bits_are_refused():
 
 def test_quantising_twice_is_refused():
     model = quantize_experts(mixture("mixtral"), 8)
-    with pytest.raises(ValueError, match=r"MixtralExperts.gate_up_proj` is quantised already"):
+    with pytest.raises(
+        ValueError, match=r"MixtralExperts.gate_up_proj` is not a plain .*quantise it once"
+    ):
         quantize_experts(model, 4)
     assert {weight.nbytes / weight.numel() for weight in packed(model).values()} == {BYTES[8]}
 
@@ -337,14 +338,12 @@ def test_quantising_twice_is_refused():
 def test_what_is_not_a_plain_mixture_is_refused():
     with pytest.raises(ValueError, match="has no experts"):
         quantize_experts(tiny_dense("llama"))
-    with pytest.raises(ValueError, match="not yet wrapped by PEFT"):
-        quantize_experts(adapted(mixture("mixtral")))
-    with pytest.raises(ValueError, match="device `meta`"):
+    with pytest.raises(ValueError, match="on meta"):
         quantize_experts(mixture("mixtral").to("meta"))
     model = mixture("mixtral")
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"quantised by other means \(torch.int8\)"):
+    with pytest.raises(ValueError, match=r"not a plain float tensor in memory \(torch.int8"):
         quantize_experts(model)
     assert not packed(model)
 
@@ -358,15 +357,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"hf-sparse-moe\[quantize\]"):
         quantize_experts(mixture("mixtral"))
-
-
-def test_a_missing_kernel_is_named(monkeypatch):
-    """bitsandbytes puts this object in the place of a native library that does not load."""
-    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
-
-    missing = ErrorHandlerMockBNBNativeLibrary("libbitsandbytes_cpu.so: cannot open shared object file")
-    monkeypatch.setattr("bitsandbytes.backends.cpu.ops.lib", missing)
-    model = mixture("mixtral")
-    with pytest.raises(RuntimeError, match="no 8-bit kernel for `cpu` tensors here"):
-        quantize_experts(model, 8)
-    assert not packed(model)

@@ -37,7 +37,7 @@ def test_a_base_is_known_below_its_adapter():
 
 def test_a_quantised_base_is_known():
     pytest.importorskip("bitsandbytes")
-    from hf_sparse_moe.adapters.expert_quantization import quantize_experts
+    from hf_sparse_moe.adapters.quantized_experts import quantize_experts
 
     plain = recorded(mixture("qwen3_moe"))
     quantised = quantize_experts(mixture("qwen3_moe"))

@@ -85,13 +85,10 @@ def test_a_base_of_another_shape_does_not_load(folder, tmp_path):
     [
         (
             lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.1.mlp.experts.lora" in name],
-            {"every tensor attached", "outputs equal the fingerprint"},
+            {"loads"},
         ),
-        (  # each load draws another one
-            lambda tensors: tensors.pop(sorted(tensors)[0]),
-            {"every tensor attached", "outputs equal the fingerprint", "plain PEFT computes the same"},
-        ),
-        (lambda tensors: tensors.update(stray=torch.zeros(2)), {"every tensor attached"}),
+        (lambda tensors: tensors.pop(sorted(tensors)[0]), {"loads"}),
+        (lambda tensors: tensors.update(stray=torch.zeros(2)), {"loads"}),
         (
             lambda tensors: tensors[sorted(tensors)[-1]].fill_(float("nan")),
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
+_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+
+
 class ExpertFactor(nn.Module):
     """
-    One factor of N adapted experts out of E: `weight` (N, r, features).
+    One factor of N adapted experts out of E: `weight` (N, r, features), of the projection's inputs (A) or outputs (B).
 
     PEFT's files hold it as its `target_parameters` do, for all E experts, with zeros for those without adapter: A as
     `(E r, in)`, and B, the experts running fastest, as `(out, r E)`. A state dict holds the parameter itself, since
@@ -22,7 +26,7 @@ class ExpertFactor(nn.Module):
         experts (`tuple[int, ...]`): The N adapted experts.
         num_experts (`int`): E.
         rank (`int`): r.
-        features (`int`): The projection's inputs (A) or outputs (B), all of them.
+        features (`int`): All inputs or outputs of the projection.
         columns (`slice`): Which of the features it reaches.
         is_b (`bool`): Whether it is B.
         like (`torch.Tensor`): Gives device and dtype.
@@ -61,10 +65,8 @@ class ExpertFactor(nn.Module):
 
     def from_file(self, packed: torch.Tensor, name: str) -> torch.Tensor:
         """
-        The parameter's form, of the adapted experts and columns.
-
-        Raises:
-            ValueError: `packed`, whose name is `name`, is for other experts, another width or another rank.
+        The parameter's form, of the adapted experts and columns. Raises a `ValueError` where `packed`, whose name is
+        `name`, is for other experts, another width or another rank.
         """
         rows = self.num_experts * self.rank
         needed = (self.features, rows) if self.is_b else (rows, self.features)
@@ -74,10 +76,11 @@ class ExpertFactor(nn.Module):
                 f"{self.features} {'outputs' if self.is_b else 'inputs'} at rank {self.rank} need "
                 f"{needed}. Load it into the model, and with the rank, that it was trained for."
             )
-        if self.is_b:
-            full = packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0)
-        else:
-            full = packed.unflatten(0, (-1, self.rank))
+        full = (
+            packed.unflatten(1, (self.rank, -1)).permute(2, 1, 0)
+            if self.is_b
+            else packed.unflatten(0, (-1, self.rank))
+        )
         weight = full[list(self.experts)][..., self.columns].contiguous()
         if self.is_b and weight.count_nonzero() != full.count_nonzero():
             raise ValueError(
@@ -94,37 +97,64 @@ class ExpertFactor(nn.Module):
 def pack_in_peft_files() -> None:
     """
     Have PEFT write and read factors in its own form. It has no hook of a layer for that: its `LoraModel` chooses the
-    tensors of a file from a state dict, whoever gathered that, and names those of a file as a state dict does.
+    tensors of a file from a state dict, whoever gathered that, and names those of a file as a state dict does; a hot
+    swap names them itself.
     """
     from peft.tuners import lora
+    from peft.utils import hotswap
 
     lora_model: Any = lora.LoraModel
     choose = lora_model._get_adapter_state_dict.__func__
     rename = lora_model._remap_adapter_state_dict_for_load.__func__
-
-    def factors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[tuple[str, ExpertFactor]]:
-        named = ((f"{name}.weight", module) for name, module in model.named_modules())
-        return [(name, module) for name, module in named if isinstance(module, ExpertFactor) and name in tensors]
+    swap = hotswap.hotswap_adapter_from_state_dict
 
     def choose_packed(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         tensors = choose(cls, model, *args, **kwargs)
-        return tensors | {name: factor.to_file(tensors[name]) for name, factor in factors(model, tensors)}
+        return tensors | {name: factor.to_file(tensors[name]) for name, factor in _factors(model, tensors)}
 
-    def rename_unpacked(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        tensors = rename(cls, model, *args, **kwargs)
-        _refuse_what_matches_nothing(model, tensors)
-        return tensors | {name: factor.from_file(tensors[name], name) for name, factor in factors(model, tensors)}
+    def rename_unpacked(
+        cls: type, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        tensors = rename(cls, model, config, adapter_name, state_dict)
+        _check_all_match(model, adapter_name, tensors)
+        return _unpacked(model, tensors)
+
+    def swap_unpacked(model: nn.Module, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        swap(model, _unpacked(model, state_dict), *args, **kwargs)
 
     lora_model._get_adapter_state_dict = classmethod(choose_packed)
     lora_model._remap_adapter_state_dict_for_load = classmethod(rename_unpacked)
+    hotswap.hotswap_adapter_from_state_dict = swap_unpacked
 
 
-def _refuse_what_matches_nothing(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """PEFT only warns, and leaves the adapter as it was drawn."""
-    known = [name for name, module in model.named_modules() if isinstance(module, ExpertFactor)]
-    if tensors and known and not any(name in tensors for name, _ in model.named_parameters()):
+def _factors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[tuple[str, ExpertFactor]]:
+    named = ((_WRAPPERS.sub("", f"{name}.weight"), module) for name, module in model.named_modules())
+    return [(name, module) for name, module in named if isinstance(module, ExpertFactor) and name in tensors]
+
+
+def _unpacked(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {name: factor.from_file(tensors[name], name) for name, factor in _factors(model, tensors)}
+
+
+def _check_all_match(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """PEFT warns of what is missing, passes over the rest, and leaves the adapter as it was drawn."""
+    if not any(isinstance(module, ExpertFactor) for module in model.modules()):
+        return
+    # A tied head has a name of its own in a file.
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    known = {_WRAPPERS.sub("", name) for name, _ in named}
+    needed = {name for name in known if ".lora_" in name and f".{adapter_name}." in name}
+    missing, unused = sorted(needed - tensors.keys()), sorted(tensors.keys() - known)
+    if missing or unused:
+        faults = [
+            f"{len(names)} of {total} tensors {what}, such as `{names[0]}`"
+            for names, total, what in (
+                (missing, len(needed), "that it needs are not in the file"),
+                (unused, len(tensors), "in the file have no place in it"),
+            )
+            if names
+        ]
         raise ValueError(
-            f"The adapter does not fit `{type(model).__name__}`: none of its tensors (such as "
-            f"`{next(iter(tensors))}`) matches a parameter (such as `{known[0]}.weight`). Load it into the model that "
-            "it was trained for."
+            f"The adapter does not fit `{type(model).__name__}`: {'; '.join(faults)}. Load it into the model that it "
+            "was trained for."
         )

@@ -1,25 +1,34 @@
-"""LoRA on experts: a `peft.LoraConfig` that reaches every expert of a mixture."""
+"""LoRA on experts: a `peft.LoraConfig` that reaches every expert of a mixture, and whose file plain PEFT reads."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
-from .expert_config import config_class
-from .expert_layer import PROJECTIONS, follows_interface, shape_of
+from hf_sparse_moe.checkpoints.files import read_json
+
+from .expert_layer import layer_class
+from .expert_modules import PROJECTIONS, below_adapters, expert_modules, first_projection, follows_interface, shape_of
 
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
-
+FILE = "expert_lora.json"  # what PEFT's own file has no place for, or refuses on experts
+_OWN = ("lora_dropout", "experts", "projections")
+_ABSENT_IS_FINE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+_DOWNLOAD = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 _IGNORED = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_modules", "target_parameters")
-
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -48,7 +57,7 @@ def expert_lora_config(
     update of W, as PEFT's do; its files are PEFT's own. Biases of experts are not adapted.
 
     Args:
-        model (`PreTrainedModel`): The mixture, not yet wrapped by PEFT.
+        model (`PreTrainedModel`): The mixture, or a `PeftModel` of it that is to get another adapter.
         r (`int`, defaults to 16): Rank, of each expert; `rank_pattern` gives others a layer or projection.
         lora_alpha (`int`, defaults to 32): The update is scaled by `lora_alpha / r`.
         experts (`Mapping[str | int, Sequence[int] | None]`, *optional*):
@@ -78,12 +87,14 @@ def expert_lora_config(
                 f"`{name}={lora_kwargs[name]!r}` is set here, and ignored by PEFT's LoRA on experts. Leave it out; "
                 "`experts` chooses layers and experts."
             )
+    model = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     modules = expert_modules(model)
     chosen = None if experts is None else _chosen_experts(modules, experts)
     modules_to_save = list(lora_kwargs.pop("modules_to_save", None) or [])
     if router:
-        modules_to_save += sorted({".".join(name.split(".")[-2:]) for name in _routers(model, modules)})
-    lora_kwargs.setdefault("task_type", _task_type(model))
+        modules_to_save += _routers(model, modules)
+    name = type(model).__name__
+    task_type = next((task for head, task in _TASK_TYPES.items() if name.endswith(head)), None)
     return config_class()(
         r=r,
         lora_alpha=lora_alpha,
@@ -92,28 +103,8 @@ def expert_lora_config(
         modules_to_save=modules_to_save or None,
         experts=chosen,
         projections=None if set(projections) == set(PROJECTIONS) else sorted(projections),
-        **lora_kwargs,
+        **{"task_type": task_type, **lora_kwargs},
     )
-
-
-def expert_modules(model: nn.Module) -> dict[str, Any]:
-    """
-    The experts of all layers, by name.
-
-    Raises:
-        ValueError: there are none, or not all are fused 3-D parameters.
-    """
-    found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
-    if not found:
-        raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, such as what `upcycle` returns.")
-    missed = [name for name, module in found.items() if not follows_interface(module)]
-    if missed:
-        raise ValueError(
-            f"{len(missed)} of {len(found)} experts modules of `{type(model).__name__}` do not hold two "
-            f"fused 3-D parameters (first: `{missed[0]}`), so only a part would be reached. Pass a model with fused "
-            "experts, not yet wrapped by PEFT, nor quantised by other means than `quantize_experts`."
-        )
-    return found
 
 
 def _chosen_experts(
@@ -143,41 +134,113 @@ def _target_parameters(
     """The suffixes that name them in every layer, or whole names where layers are chosen."""
     gated = all(module.has_gate for module in modules.values())
     known = PROJECTIONS if gated else PROJECTIONS[1:]
-    wrong = set(projections) - set(known) if gated or set(projections) != set(PROJECTIONS) else set()
-    if wrong or not projections:
+    wanted = set(projections) if gated or set(projections) != set(PROJECTIONS) else set(known)
+    if not wanted or wanted - set(known):
         raise ValueError(f"`projections={list(projections)}` must be some of {', '.join(known)}.")
-    up = {"gate", "up"} & set(projections)
-    parameters = ["gate_up_proj" if gated else "up_proj"] if up else []
-    if "down" in projections:
+    parameters = [first_projection(next(iter(modules.values())))] if wanted - {"down"} else []
+    if "down" in wanted:
         parameters.append("down_proj")
     return sorted(f"{name}.{parameter}" for name in (chosen or ["experts"]) for parameter in parameters)
 
 
 def _routers(model: nn.Module, modules: dict[str, Any]) -> list[str]:
+    """The suffixes that name them."""
     names = {name for name, _ in model.named_modules()}
-    parents = [name.rpartition(".")[0] for name in modules]
-    routers = [f"{parent}.{gate}" for parent in parents for gate in ("gate", "router") if f"{parent}.{gate}" in names]
-    if len(routers) != len(parents):
+    blocks = [name.rpartition(".")[0] for name in modules]
+    routers = [f"{block}.{name}" for block in blocks for name in ("gate", "router") if f"{block}.{name}" in names]
+    if len(routers) != len(blocks):
         raise ValueError(
-            f"`router=True` finds {len(routers)} routers for {len(parents)} experts modules. Leave it out, and name "
+            f"`router=True` finds {len(routers)} routers for {len(blocks)} experts modules. Leave it out, and name "
             "the routers in `modules_to_save`."
         )
-    return routers
+    return sorted({".".join(name.split(".")[-2:]) for name in routers})
 
 
 def _attention_projections(model: nn.Module) -> list[str]:
-    names = [
-        f"{attention_name}.{name}"
+    names = {
+        f"{attention_name}.{name}".removesuffix(".base_layer")
         for attention_name, attention in model.named_modules()
         if "Attention" in type(attention).__name__
         for name, module in attention.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
+        if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name
+    }
     if not names:
         raise ValueError(f"`attention=True` finds no attention in `{type(model).__name__}`. Leave it out.")
-    return sorted(set(names))
+    return sorted(names)
 
 
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((task for head, task in _TASK_TYPES.items() if name.endswith(head)), None)
+@cache
+def config_class() -> type[Any]:
+    """`ExpertLoraConfig`; made on first use, since PEFT is an extra."""
+    from peft import LoraConfig
+
+    @dataclass
+    class ExpertLoraConfig(LoraConfig):
+        """
+        Args:
+            experts (`dict[str, list[int]]`, *optional*): The adapted experts of each experts module, by its name.
+            projections (`list[str]`, *optional*): Which of "gate", "up" and "down" are adapted.
+        """
+
+        experts: dict[str, list[int]] | None = None
+        projections: list[str] | None = None
+
+        def __post_init__(self):
+            super().__post_init__()
+            self._register_custom_module({nn.Module: cast(type[nn.Module], _make_layer)})  # PEFT only calls it
+
+        def to_dict(self) -> dict[str, Any]:
+            """What plain PEFT reads: dropout acts in training only, and PEFT refuses to load it on experts."""
+            settings = super().to_dict()
+            return {name: settings[name] for name in settings if name not in _OWN} | {"lora_dropout": 0.0}
+
+        def save_pretrained(self, save_directory: str, **kwargs) -> None:
+            super().save_pretrained(save_directory, **kwargs)
+            own = {name: getattr(self, name) for name in _OWN}
+            path = Path(save_directory, FILE)
+            path.unlink(missing_ok=True)
+            if any(own.values()):
+                path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs):
+            name = str(pretrained_model_name_or_path)
+            base = LoraConfig.from_pretrained(name, **kwargs)
+            settings = {field.name: getattr(base, field.name) for field in fields(base) if field.init}
+            where = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
+            path = cached_file(name, FILE, **where, **_ABSENT_IS_FINE)
+            return cls(**settings | (read_json(Path(path)) if path else {}))
+
+    # `pickle` and `copy` look a class up by these.
+    ExpertLoraConfig.__qualname__ = "ExpertLoraConfig"
+    return ExpertLoraConfig
+
+
+def _make_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs) -> nn.Module | None:
+    """The layer for `target`, or None for what is left to PEFT; PEFT calls it for every target of a config."""
+    if kwargs.get("parameter_name") is None or not follows_interface(below_adapters(target)):
+        return None
+    return layer_class()(target, adapter_name, config=config, **kwargs)
+
+
+def load_expert_lora(
+    model: PreTrainedModel, adapter: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs
+) -> PeftModel:
+    """
+    `PeftModel.from_pretrained`, with its arguments, with this package's layers for a LoRA of its own or of plain PEFT.
+
+    Raises:
+        ValueError, RuntimeError: it does not fit the model.
+    """
+    from peft import PeftModel
+
+    config = config_class().from_pretrained(adapter, **{name: kwargs[name] for name in _DOWNLOAD if name in kwargs})
+    return PeftModel.from_pretrained(
+        model, adapter, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
+    )
+
+
+def __getattr__(name: str) -> type:
+    if name == "ExpertLoraConfig":
+        return config_class()
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers, routing_events
 
-from .expert_layer import follows_interface
+from .expert_modules import expert_modules
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def select_experts(
     scores are taken until they sum to the threshold. Pads do not count. Runs the model in evaluation mode.
 
     Args:
-        model (`PreTrainedModel`): A mixture, this package's or of transformers, not yet wrapped by PEFT.
+        model (`PreTrainedModel`): A mixture, this package's or of transformers.
         batches (`Iterable[Mapping[str, torch.Tensor]]`): Some of the task's data, as the forward takes it.
         share (`float`, defaults to 0.2): Of each layer's scores, above 0 and up to 1.
         by (`str`, defaults to `"weight"`): What scores an expert: its router weight, or the count of its tokens.
@@ -43,9 +43,7 @@ def select_experts(
         raise ValueError(f"`share={share}` must lie above 0 and be at most 1.")
     if by not in ("weight", "count"):
         raise ValueError(f'`by={by!r}` must be "weight" or "count".')
-    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if follows_interface(module)}
-    if not modules:
-        raise ValueError(f"`{type(model).__name__}` has no experts. Pass a mixture, not yet wrapped by PEFT.")
+    modules = expert_modules(model)
     names = {module: name for name, module in modules.items()}
     layers = [layer for layer in find_mixture_layers(model) if layer.experts in names]
     scores = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name, module in modules.items()}

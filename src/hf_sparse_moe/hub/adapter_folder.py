@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hf_sparse_moe.adapters.expert_config import FILE as SETTINGS_NAME
+from hf_sparse_moe.adapters.expert_lora import FILE as SETTINGS_NAME
 from hf_sparse_moe.checkpoints.files import read_json, tensor_names
 
 from .adapter_base import base_experts, read_base

@@ -1,16 +1,24 @@
-"""A frozen weight in 8 or 4 bits a value, which every product reads as the float tensor that it stands for."""
+"""
+Experts in 8 or 4 bits a weight, frozen, under adapters that train (QLoRA, arXiv 2305.14314).
+
+A `QuantizedWeight` is what every product reads as the float tensor that it stands for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from .expert_modules import expert_modules
 
 
 BLOCK_SIZE = 64  # values that share one scale
@@ -23,12 +31,89 @@ _NO_FLOATS = (
 aten = torch.ops.aten
 
 
+def quantize_experts(model: PreTrainedModel, bits: Literal[8, 4] = 4) -> PreTrainedModel:
+    """
+    Keep the experts of `model` in 8 or 4 bits a weight from now on, frozen; everything else stays as it is.
+
+    Works on every model whose experts are fused 3-D parameters of a module called `experts`, which the quantising
+    loaders of transformers pass over in silence: this library's, and transformers' own mixtures. Experts are read as
+    floats while a product needs them: one expert at a time with `experts_implementation="auto"` on a CPU, all experts
+    of one projection at a time elsewhere. Neither adapters nor biases nor routers are quantised.
+
+    Args:
+        model (`PreTrainedModel`): The mixture, loaded as floats; changed in place.
+        bits (`int`, defaults to 4): 8 (255 even steps) or 4 (NF4), with a float32 scale for every 64 weights: 1.06 or
+            0.56 bytes a weight.
+
+    Returns:
+        `PreTrainedModel`: The same model.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        RuntimeError: bitsandbytes has no kernel for the model's device.
+        ValueError: another `bits`; no experts; or experts that are not whole floats in memory.
+
+    Example:
+        ```python
+        model = quantize_experts(model, bits=4)
+        model = get_peft_model(model, expert_lora_config(model, r=16))
+        ```
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"`bits={bits!r}` must be 8 or 4.")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError('`quantize_experts` needs bitsandbytes. Run: pip install "hf-sparse-moe[quantize]"')
+    weights = [
+        (experts, name, parameter)
+        for experts in expert_modules(model).values()
+        for name, parameter in experts.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    for experts, name, weight in weights:
+        if type(weight.data) is not torch.Tensor or weight.is_meta or not weight.is_floating_point():
+            kind = "quantised" if isinstance(weight, QuantizedWeight) else f"{weight.dtype} on {weight.device}"
+            raise ValueError(
+                f"`{type(experts).__name__}.{name}` is not a plain float tensor in memory ({kind}). Load the model "
+                "unquantised, without offloading or a `distributed_config`, and quantise it once."
+            )
+    while weights:  # holding on to none of the floats
+        experts, name, weight = weights.pop()
+        setattr(experts, name, nn.Parameter(QuantizedWeight.quantize(weight, bits), requires_grad=False))
+    return model
+
+
+def dequantize_experts(model: nn.Module) -> nn.Module:
+    """
+    Undo [`quantize_experts`], but for what rounding took: the experts are floats again, and stay frozen.
+
+    Args:
+        model (`nn.Module`): What [`quantize_experts`] returned, or PEFT's model around it; changed in place.
+
+    Returns:
+        `nn.Module`: The same model.
+
+    Raises:
+        ValueError: its experts are not quantised.
+    """
+    weights = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, QuantizedWeight)
+    ]
+    if not weights:
+        raise ValueError(f"`{type(model).__name__}` has no experts that `quantize_experts` has quantised.")
+    for module, name in weights:
+        setattr(module, name, nn.Parameter(getattr(module, name).dequantize(), requires_grad=False))
+    return model
+
+
 class QuantizedWeight(torch.Tensor):
     """
     Matrices of one shape, each value an 8- or 4-bit code times the largest magnitude of its block of 64 values.
 
     8 bits are 255 even steps, so that a value is off by at most 1/254 of its block's largest; 4 bits are NF4 (QLoRA,
-    arXiv 2305.14314, appendix E), off by at most 0.152 of it. The kernels are bitsandbytes'.
+    appendix E), off by at most 0.152 of it. The kernels are bitsandbytes'.
 
     It has shape, dtype and device of the float tensor. What chooses a matrix, transposes, casts or moves it keeps the
     codes; any other operation is given the floats, for as long as it runs, so that autograd too keeps the codes
@@ -50,14 +135,7 @@ class QuantizedWeight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
-        cls,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        matrix: tuple[int, int],
-        dtype: torch.dtype,
-        transposed: bool = False,
-    ) -> QuantizedWeight:
+    def __new__(cls, codes, scales, matrix, dtype, transposed=False) -> QuantizedWeight:
         like = torch.empty(*codes.shape[:-1], *matrix, device="meta")
         like = like.mT if transposed else like
         with torch.inference_mode(False):  # what stands for a parameter may outlive the inference
@@ -89,9 +167,7 @@ class QuantizedWeight(torch.Tensor):
         """Refused: a hand-written kernel would read memory that does not exist."""
         raise NotImplementedError(_NO_FLOATS)
 
-    def storage(self) -> torch.TypedStorage:
-        """Refused: a file of weights would be made of it."""
-        raise NotImplementedError(_NO_FLOATS)
+    storage = data_ptr  # a file of weights would be made of it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
         copied = self.detach().clone()  # torch's own asks for `data_ptr`
@@ -100,7 +176,7 @@ class QuantizedWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantizedWeight({tuple(self.shape)}, {self.dtype}, {self.nbytes} bytes, device={self.device})"
 
-    def _with(self, change: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> QuantizedWeight:
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor] = lambda part: part, **changes) -> QuantizedWeight:
         settings = {"matrix": self.matrix, "dtype": self.dtype, "transposed": self.transposed, **changes}
         return QuantizedWeight(change(self.codes), change(self.scales), **settings)
 
@@ -113,12 +189,13 @@ class QuantizedWeight(torch.Tensor):
                 return result
             if func in _MAKES_NEW:
                 return func(first.codes.new_empty((), dtype=first.dtype).expand(first.shape), *args[1:], **kwargs)
-            if func._schema.is_mutable:
+            if func._schema.is_mutable or func is aten.split.Tensor:  # FSDP would split floats
                 raise NotImplementedError(
-                    f"`{func}` would change quantised experts, whose codes cannot follow. Keep them frozen, or call "
-                    "`dequantize_experts(model)` first."
+                    f"`{func}` would change quantised experts, or share them out over ranks; codes cannot follow. "
+                    "Keep them frozen and whole on each rank (`DistributedDataParallel`, or `ignored_params` of "
+                    "`fully_shard`), or call `dequantize_experts(model)` first."
                 )
-        # In inference mode, operations arrive before torch has taken them apart into those above.
+        # In inference mode, operations arrive before torch has taken them apart into those below.
         if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
             return result
         args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs))
@@ -132,35 +209,26 @@ class QuantizedWeight(torch.Tensor):
         return QuantizedWeight(tensors["codes"], tensors["scales"], *settings)
 
 
-def _same(weight: QuantizedWeight) -> QuantizedWeight:
-    return weight._with(lambda tensor: tensor)
-
-
-def _copy(weight: QuantizedWeight, *, memory_format: Any = None) -> QuantizedWeight:
-    return weight._with(torch.clone)
-
-
 def _cast(weight: QuantizedWeight, *, dtype=None, device=None, non_blocking=False, **_) -> QuantizedWeight:
     """On the same device it shares the codes: autograd may keep what a product cast."""
-    return weight._with(
-        lambda tensor: tensor.to(device or tensor.device, non_blocking=non_blocking), dtype=dtype or weight.dtype
-    )
+    move = {"device": device or weight.device, "non_blocking": non_blocking}
+    return weight._with(lambda part: part.to(**move), dtype=dtype or weight.dtype)
 
 
 def _choose(weight: QuantizedWeight, dim: int, index: int) -> QuantizedWeight | None:
-    return weight._with(lambda tensor: tensor[index]) if dim == 0 and weight.dim() == 3 else None
+    return weight._with(lambda part: part[index]) if dim == 0 and weight.dim() == 3 else None
 
 
 def _transpose(weight: QuantizedWeight, first: int = -1, second: int = -2) -> QuantizedWeight | None:
-    if {first % weight.dim(), second % weight.dim()} != {weight.dim() - 1, weight.dim() - 2}:
-        return None
-    return weight._with(lambda tensor: tensor, transposed=not weight.transposed)
+    last_two = {weight.dim() - 1, weight.dim() - 2}
+    is_matrix = {first % weight.dim(), second % weight.dim()} == last_two
+    return weight._with(transposed=not weight.transposed) if is_matrix else None
 
 
-def _write(weight: QuantizedWeight, source: torch.Tensor, non_blocking: bool = False) -> QuantizedWeight:
+def _write(weight: QuantizedWeight, source: torch.Tensor, non_blocking: bool = False) -> QuantizedWeight | None:
     """All of it at once, as loading a state dict and DistributedDataParallel do; what it holds already stays."""
     if weight.dim() == 2 or weight.transposed:
-        raise NotImplementedError("A part of quantised experts cannot be written. Write all of them at once.")
+        return None
     if not isinstance(source, QuantizedWeight):
         bits = 8 * weight.codes.numel() // (weight.scales.numel() * BLOCK_SIZE)
         source = QuantizedWeight.quantize(source.to(weight.device, weight.dtype), bits)
@@ -169,24 +237,16 @@ def _write(weight: QuantizedWeight, source: torch.Tensor, non_blocking: bool = F
     return weight
 
 
-def _refuse_shards(weight: QuantizedWeight, *_, **__) -> None:
-    raise NotImplementedError(
-        "Quantised experts are not sharded over ranks, where they would become floats. Leave them to each rank: "
-        "`DistributedDataParallel`, or `ignored_params` of `fully_shard`."
-    )
-
-
 # None where they must read floats after all.
 _KEEPS_CODES: dict[Any, Callable[..., QuantizedWeight | None]] = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.clone.default: _copy,
+    aten.detach.default: QuantizedWeight._with,
+    aten.alias.default: QuantizedWeight._with,
+    aten.clone.default: lambda weight, **_: weight._with(torch.clone),
     aten._to_copy.default: _cast,
     aten.copy_.default: _write,
     aten.select.int: _choose,
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
-    aten.split.Tensor: _refuse_shards,
 }
 _MAKES_NEW = {aten.new_empty.default, aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default}
 
