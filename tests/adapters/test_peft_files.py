@@ -228,7 +228,5 @@ def test_an_adapter_that_matches_nothing_is_refused(tmp_path):
     adapted(model).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name.replace("model.dense.", "model."): value for name, value in load_file(path).items()}, path)
-    with pytest.raises(
-        ValueError, match=r"8 of 8 tensors that it needs are not in the file.*8 of 8 .* no place"
-    ):
+    with pytest.raises(ValueError, match=r"8 of 8 tensors that it needs are not in the file.*8 of 8 .* no place"):
         load_expert_lora(tiny_sparse("decoder"), str(tmp_path))

@@ -328,9 +328,7 @@ def test_other_bits_are_refused():
 
 def test_quantising_twice_is_refused():
     model = quantize_experts(mixture("mixtral"), 8)
-    with pytest.raises(
-        ValueError, match=r"MixtralExperts.gate_up_proj` is not a plain .*quantise it once"
-    ):
+    with pytest.raises(ValueError, match=r"MixtralExperts.gate_up_proj` is not a plain .*quantise it once"):
         quantize_experts(model, 4)
     assert {weight.nbytes / weight.numel() for weight in packed(model).values()} == {BYTES[8]}
 
