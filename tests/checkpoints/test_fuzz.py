@@ -32,7 +32,7 @@ BAD_INPUT = {0, 2, 3}  # 3: a push that nothing was wrong with, and no Hub
 
 # What reads all of a folder quickly more often than what loads it as a model, which takes ten times as long.
 COMMANDS = {
-    "dense": ("upcycle", "plan", "plan", "verify --against"),
+    "dense": ("upcycle", "plan", "plan", "verify --against", "quickstart"),
     "mixture": (*3 * ("info", "card", "consolidate"), "export", "export", "verify", "push", "doctor", "upcycle"),
     "stock": ("import-stock", "import-stock", "push", "doctor"),
     "training": (*2 * ("consolidate",), "push"),

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import hf_sparse_moe
 from cli_client import run_cli
 from distributed.recovery_runs import Run, final_weights, train
 from hf_sparse_moe.distributed.checkpoint import INCOMPLETE_NAME
-from hf_sparse_moe.distributed.consolidation import consolidate
-from processes import in_processes
+from hf_sparse_moe.distributed.consolidation import ConsolidateReport, consolidate
+from hf_sparse_moe.hub import write_model_card
+from processes import in_processes, kill_at_file
 from tiny_models import FAMILIES, tiny_sparse
 
 
@@ -145,7 +148,9 @@ def test_tokenizer_and_receipt_come_along(checkpoint, tmp_path):
 def test_the_command(checkpoint, tmp_path):
     finished = run_cli("consolidate", checkpoint, tmp_path / "model", "--json")
     assert finished.code == 0, finished.err
-    assert json.loads(finished.out)["engine"] == "FSDP, sharded"
+    report = json.loads(finished.out)
+    assert report.keys() == {field.name for field in fields(ConsolidateReport)}
+    assert (report["engine"], report["path"]) == ("FSDP, sharded", str(tmp_path / "model"))
     assert_same(loaded(tmp_path / "model"), final_weights(checkpoint.parent))
     (checkpoint / "pytorch_model_fsdp_0" / "__1_0.distcp").unlink()
     finished = run_cli("consolidate", checkpoint, tmp_path / "half")
@@ -237,6 +242,37 @@ def test_metadata_that_names_a_file_elsewhere(checkpoint, tmp_path):
 def test_a_target_that_is_taken(checkpoint, tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         consolidate(checkpoint, checkpoint)
+
+
+def consolidate_until_killed(source: Path, output: Path, number: int) -> None:
+    kill_at_file(output.with_name(f".{output.name}."), number)
+    consolidate(source, output, max_shard_size="20KB")
+
+
+@pytest.mark.parametrize("number", [0, 3, 8, 16, 24, 32])
+def test_killed_while_it_writes(number, tmp_path):
+    """At its n-th file: nothing is at the output then, and the next call writes all of it and clears what was left."""
+    model = tiny_sparse("decoder")
+    model.save_pretrained(tmp_path / "saved")
+    codes = in_processes(1, consolidate_until_killed, tmp_path / "saved", tmp_path / "model", number)
+    assert codes == [-signal.SIGKILL]
+    assert not (tmp_path / "model").exists()
+    consolidate(tmp_path / "saved", tmp_path / "model", max_shard_size="20KB")
+    assert_same(loaded(tmp_path / "model"), model.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "model"}
+
+
+def test_two_at_once(tmp_path, monkeypatch):
+    tiny_sparse("decoder").save_pretrained(tmp_path / "saved")
+
+    def meanwhile(*arguments):
+        with pytest.raises(OSError, match="Another process is writing"):
+            consolidate(tmp_path / "saved", tmp_path / "model")
+        return write_model_card(*arguments)
+
+    monkeypatch.setattr("hf_sparse_moe.distributed.consolidation.write_model_card", meanwhile)
+    consolidate(tmp_path / "saved", tmp_path / "model")
+    loaded(tmp_path / "model")
 
 
 def test_a_dtype_that_is_none(checkpoint, tmp_path):
