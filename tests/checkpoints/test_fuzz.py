@@ -32,12 +32,16 @@ BAD_INPUT = {0, 2, 3}  # 3: a push that nothing was wrong with, and no Hub
 
 # What reads all of a folder quickly more often than what loads it as a model, which takes ten times as long.
 COMMANDS = {
-    "dense": ("upcycle", "plan", "plan", "verify --against", "quickstart"),
+    "dense": (*3 * ("upcycle", "plan", "plan", "verify --against"), "quickstart"),
+    "cached": ("pull",),
     "mixture": (*3 * ("info", "card", "consolidate"), "export", "export", "verify", "push", "doctor", "upcycle"),
     "stock": ("import-stock", "import-stock", "push", "doctor"),
     "training": (*2 * ("consolidate",), "push"),
     "adapter": (*4 * ("card",), "push", "doctor"),
 }
+
+
+FEW = ["--num-experts", "4", "--steps", "1", "--adapter-steps", "1", "--batch-size", "2", "--sequence-length", "8"]
 
 
 class Hang(BaseException):
@@ -50,7 +54,12 @@ def folders(tmp_path_factory):
     tiny_dense("llama").save_pretrained(root / "dense")
     upcycle(str(root / "dense"), num_experts=4).save_pretrained(root / "mixture")
     save_mixture(root / "tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(root / "tokenizer" / name, root / "dense")
     shutil.copy(root / "tokenizer" / "tokenizer.json", root / "mixture")
+    for name in ("poems", "songs"):
+        (root / "texts").mkdir(exist_ok=True)
+        (root / "texts" / f"{name}.txt").write_text("\n\n".join(["word7 word8 word9 " * 9] * 4))
     (root / "mixture" / "LICENSE").write_text("MIT\n")
     (root / "mixture" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     record = {
@@ -67,6 +76,7 @@ def folders(tmp_path_factory):
     tiny_sparse("t5").save_pretrained(root / "training", max_shard_size="30KB")
     (root / "training" / "trainer_state.json").write_text("{}")
     save_adapter(root / "adapter", root / "mixture")
+    shutil.copytree(root / "mixture", root / "cached")
     return root
 
 
@@ -295,6 +305,10 @@ def _arguments(command, given, folders, output):
         return [name, folders / "mixture", "--against", given]
     if name in ("upcycle", "export", "import-stock", "consolidate"):
         return [name, given, output]
+    if name == "pull":
+        return [name, "user/cached", output]
+    if name == "quickstart":
+        return [name, "--model", given, "--data", folders / "texts", "--output", output, *FEW]
     further = {"verify": ["--against", folders / "dense"], "push": ["user/model"]}.get(name, [])
     if given.name == "adapter" and name in ("push", "doctor"):
         further = [*further, "--base", folders / "mixture"]
@@ -314,6 +328,12 @@ def run_case(number, folders, root, monkeypatch):
     kind = chance.choice(list(COMMANDS))
     command = chance.choice(COMMANDS[kind])
     given, precious, work = root / "given" / kind, root / "precious", root / "work"
+    if command == "pull":  # from the cache of this machine, which is offline
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "given"))
+        repository = root / "given" / "models--user--cached"
+        given = repository / "snapshots" / ("0" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folders / kind, given)
     for folder in (precious, work, root / "blobs", root / "tmp"):
         folder.mkdir()
@@ -332,7 +352,7 @@ def run_case(number, folders, root, monkeypatch):
         raise Hang
 
     before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(SECONDS)
+    signal.alarm(SECONDS * (4 if command == "quickstart" else 1))
     _watched.append((allowed, elsewhere))
     arguments = _arguments(command, given, folders, work / "output")
     case = f"case {number}: {command} {kind}: {', '.join(told)}"
@@ -360,7 +380,7 @@ def run_case(number, folders, root, monkeypatch):
         yield f"{case}: prints another's file"
     if (
         finished.code
-        and command.split()[0] in ("upcycle", "export", "import-stock", "consolidate")
+        and command.split()[0] in ("upcycle", "export", "import-stock", "consolidate", "pull", "quickstart")
         and any(work.iterdir())
     ):
         yield f"{case}: leaves {[path.name for path in work.iterdir()]}"

@@ -190,12 +190,9 @@ def verify(
 
 def _batches(text: Path, source: str, revision: str | None) -> list[dict[str, Any]]:
     """A text file as batches for the checkpoint's own objective."""
-    from transformers import AutoTokenizer
-
     from hf_sparse_moe.checkpoints.config import read_config
-    from hf_sparse_moe.quickstart.examples import make_examples
+    from hf_sparse_moe.quickstart.examples import load_tokenizer, make_examples
 
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    config = read_config(source, revision)
-    examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, type(config), length=128, limit=64)
+    family, tokenizer = type(read_config(source, revision)), load_tokenizer(source, revision)
+    examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, family, length=128, limit=64)
     return [{name: tensor.unsqueeze(0) for name, tensor in example.items()} for example in examples]

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from hf_sparse_moe.checkpoints.files import is_own
 from hf_sparse_moe.checkpoints.folder import check_free_space, check_target, new_folder
 from hf_sparse_moe.checkpoints.source import Source, weight_files
 
@@ -81,7 +82,7 @@ def pull(
         check_target(output)
         if constants.is_offline_mode():
             snapshot = _cached(repo_id, revision)
-            commit, paths = snapshot.name, [path for path in snapshot.rglob("*") if path.is_file()]
+            commit, paths = snapshot.name, [path for path in snapshot.rglob("*") if is_own(path, snapshot)]
             found = {path.relative_to(snapshot).as_posix(): path for path in paths}
             sizes = {name: path.stat().st_size for name, path in found.items()}
             hashes = {name: path.resolve().name for name, path in found.items()}  # the cache names a file by its hash

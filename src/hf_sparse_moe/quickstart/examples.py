@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from hf_sparse_moe.models.configuration_sparse_moe import (
     SparseMoeConfig,
@@ -13,6 +15,19 @@ from hf_sparse_moe.models.configuration_sparse_moe import (
 
 
 Example = dict[str, torch.Tensor]
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; a `ValueError` where its files are damaged."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer("text")
+        return tokenizer
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"The tokenizer of `{source}` cannot be read ({reason}). Fetch it again.") from error
 
 
 def make_examples(

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
@@ -30,7 +30,7 @@ from hf_sparse_moe.insight import expert_load_table, plot_expert_load
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeDecoderConfig
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.quickstart.corpus import Corpus, load_corpus
-from hf_sparse_moe.quickstart.examples import interleave, make_examples
+from hf_sparse_moe.quickstart.examples import interleave, load_tokenizer, make_examples
 from hf_sparse_moe.quickstart.small_dense_model import new_dense_model, train_tokenizer
 from hf_sparse_moe.quickstart.training import held_out_losses, train
 from hf_sparse_moe.routing import routing_statistics
@@ -123,10 +123,10 @@ class _Story:
         if options.model is None:
             self.train_dense_model(corpus, folder / "dense", fit)
         source = find_source(start)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
 
         self.title("Upcycle")
         dense = load_dense(source, dtype=torch.float32)
+        tokenizer = load_tokenizer(source.folder)
         sizes = (options.num_experts, options.num_experts_per_tok)
         mixture = upcycle(start, *sizes, seed=options.seed, dtype=torch.float32)
         equality = mixture.receipt["equality"]
