@@ -141,8 +141,7 @@ def _wanted(names: Collection[str], repo_id: str) -> list[str]:
 
 def _download(repo_id: str, commit: str, token: bool | str | None, wanted: list[str], folder: Path) -> None:
     patterns = [glob.escape(name) for name in wanted]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error of ours
+    with warnings.catch_warnings(action="ignore"):  # of a full disk, which is an error of ours
         snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 from typing import TypeVar
@@ -27,39 +27,12 @@ Result = TypeVar("Result")
 
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds; each pause is twice the one before
-NOT_DONE = {408, 409, 412, 429}  # a commit under way, a head that moved, a limit: surely nothing was written
-PERHAPS_DONE = {500, 502, 503, 504}
+NOT_DONE: set[int | None] = {408, 409, 412, 429}  # a commit under way, a head that moved, a limit: nothing was written
+PASSING = NOT_DONE | {500, 502, 503, 504, None}  # None is a connection that was cut
 
 
 class HubUnavailableError(ConnectionError):
     """The Hub could not do it now: nothing is wrong with the request, and sending it again may succeed."""
-
-
-_ANSWERS: tuple[tuple[type[Exception], type[Exception], str], ...] = (
-    (
-        OfflineModeIsEnabled,
-        HubUnavailableError,
-        "`{repo_id}` is on the Hub, but this machine is set to stay offline (`HF_HUB_OFFLINE`). Unset that, or use "
-        "what is in the cache.",
-    ),
-    (
-        GatedRepoError,
-        PermissionError,
-        "`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at {hub}/{repo_id} "
-        "and log in with that account (`hf auth login`).",
-    ),
-    (
-        RepositoryNotFoundError,
-        ValueError,
-        "`{repo_id}` does not exist on the Hub ({hub}), or is private and you may not see it (status {status}). Check "
-        "the name, and log in with an account that may read it (`hf auth login`, or `HF_TOKEN`).",
-    ),
-    (
-        RevisionNotFoundError,
-        ValueError,
-        "`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.",
-    ),
-)
 
 
 @contextmanager
@@ -82,29 +55,19 @@ def raise_hub_error(repo_id: str, revision: str | None = None, writes: bool = Fa
         raise _translate(answer, error, repo_id, revision, writes) from None
 
 
-def retried(ask: Callable[[], Result], may_pass: Callable[[HTTPError], bool] | None = None) -> Result:
+def retried(ask: Callable[[], Result], passing: Collection[int | None] = PASSING) -> Result:
     """
     What `ask` returns, called again where the Hub was busy or did not answer: for requests that `huggingface_hub`
-    sends once. `may_pass` says whether an error is worth another attempt, by default [`is_passing`].
+    sends once. `passing` are the statuses that are worth another attempt.
     """
     for attempt in range(1, ATTEMPTS):
         try:
             return ask()
         except HTTPError as error:
-            if not (may_pass or is_passing)(error):
+            if _status(error) not in passing:
                 raise
         time.sleep(FIRST_PAUSE * 2**attempt)
     return ask()
-
-
-def is_passing(error: HTTPError) -> bool:
-    """Whether the same request may succeed later."""
-    return status_of(error) in NOT_DONE | PERHAPS_DONE | {None}
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status; None where the connection ended before there was an answer."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -119,39 +82,54 @@ def check_repo_id(repo_id: str) -> None:
 
 def _hub_answer(error: BaseException) -> BaseException | None:
     """The error of the Hub inside `error`: an upload wraps it in a RuntimeError, a download in other errors."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, HTTPError | OfflineModeIsEnabled):
-            return seen
-        seen = seen.__cause__
-    is_ours = isinstance(error, EntryNotFoundError) or "Consistency check failed" in str(error)
+    is_ours = isinstance(error, HTTPError | OfflineModeIsEnabled)
+    if not is_ours and error.__cause__ is not None and (inner := _hub_answer(error.__cause__)):
+        return inner
+    is_ours |= isinstance(error, EntryNotFoundError) or "Consistency check failed" in str(error)
     return error if is_ours else None
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _translate(
     answer: BaseException, error: BaseException, repo_id: str, revision: str | None, writes: bool
 ) -> Exception:
-    status, hub, reason = status_of(answer), constants.ENDPOINT, _reason(answer)
-    is_wrong_token = status == 401 and "invalid" in reason.lower()
-    is_refused = is_wrong_token or (writes and type(answer) is RepositoryNotFoundError)
-    upload = re.match("Error while uploading '(.+)'", str(error))
-    for kind, told, sentence in () if is_refused or upload else _ANSWERS:
-        if isinstance(answer, kind):
-            return told(sentence.format(repo_id=repo_id, revision=revision, status=status, hub=hub))
+    status, reason, hub = _status(answer), _reason(answer), f"The Hub ({constants.ENDPOINT})"
     said = f"status {status}: {reason}" if status else reason
-    if upload or status is None or status in NOT_DONE or status >= 500:
+    upload = re.match("Error while uploading '(.+)'", str(error))
+    if isinstance(answer, OfflineModeIsEnabled):
+        return HubUnavailableError(
+            f"`{repo_id}` is on the Hub, but this machine is set to stay offline. Unset `HF_HUB_OFFLINE`."
+        )
+    if upload or status is None or status in PASSING or status >= 500:
         what = f"`{upload[1]}` of `{repo_id}`" if upload else f"`{repo_id}`"
         return HubUnavailableError(
-            f"The Hub ({hub}) did not finish with {what} ({said}). Run the same command again: files that "
-            "arrived are not sent twice."
+            f"{hub} did not finish with {what} ({said}). Run the same command again: files that arrived are not sent "
+            "twice."
         )
-    if is_refused or status in (401, 403):
+    if isinstance(answer, GatedRepoError):
+        return PermissionError(
+            f"`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at "
+            f"{constants.ENDPOINT}/{repo_id} and log in with that account (`hf auth login`)."
+        )
+    is_wrong_token = status == 401 and "invalid" in reason.lower()
+    is_missing = isinstance(answer, RepositoryNotFoundError)
+    if is_missing and not writes and not is_wrong_token:
+        return ValueError(
+            f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and you may not see it "
+            f"(status {status}). Check the name, and log in with an account that may read it (`hf auth login`)."
+        )
+    if is_missing or status in (401, 403):
         what = "let you write to" if writes else "show you"
         why = "your token is wrong or expired" if is_wrong_token else "the token is missing, or lacks the right"
         return PermissionError(
-            f"The Hub ({hub}) refused to {what} `{repo_id}`: {why} ({said}). Run `hf auth login`, or set `HF_TOKEN`."
+            f"{hub} refused to {what} `{repo_id}`: {why} ({said}). Run `hf auth login`, or set `HF_TOKEN`."
         )
-    return ValueError(f"The Hub ({hub}) refuses this for `{repo_id}` ({said}).")
+    if isinstance(answer, RevisionNotFoundError):
+        return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
+    return ValueError(f"{hub} refuses this for `{repo_id}` ({said}).")
 
 
 def _reason(error: BaseException) -> str:

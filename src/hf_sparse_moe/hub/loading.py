@@ -26,12 +26,13 @@ def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[Pr
     no checkpoint in safetensors, or none of a class that this package or transformers has.
     """
     source = find_source(folder)
-    weight_files(source)
+    weight_files(source)  # an index that names files elsewhere is refused
     config = read_config(source)
-    name = str(named_architecture(config))
-    is_ours = isinstance(config, SparseMoeConfig)
-    ours = {known.__name__: known for known in AUTO_CLASSES[type(config)].values()} if is_ours else {}
-    found: Any = ours.get(name) if is_ours else getattr(transformers, name, None)
+    name, found = str(named_architecture(config)), None
+    if isinstance(config, SparseMoeConfig):
+        found = next((known for known in AUTO_CLASSES[type(config)].values() if known.__name__ == name), None)
+    else:
+        found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"`{source.name}` names no class of this package or of transformers in `architectures` ({name!r}). Pass a "
@@ -67,22 +68,16 @@ def compute_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """
     stored: set[int] = set()
     for layer in find_mixture_layers(model) if is_mixture(model) else ():
-        stored |= {id(weight) for weight in layer.experts.parameters()}
-        narrow: list[torch.Tensor] = []
-        layer.experts.register_forward_pre_hook(partial(_widen, narrow))
-        layer.experts.register_forward_hook(partial(_restore, narrow), always_call=True)
+        weights = list(layer.experts.parameters())
+        stored |= {id(weight) for weight in weights}
+        layer.experts.register_forward_pre_hook(partial(_convert, torch.float32))
+        layer.experts.register_forward_hook(partial(_convert, weights[0].dtype), always_call=True)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in stored:
             tensor.data = tensor.float()
     return model
 
 
-def _widen(narrow: list[torch.Tensor], module: nn.Module, inputs: Any) -> None:
+def _convert(dtype: torch.dtype, module: nn.Module, *_: Any) -> None:
     for weight in module.parameters():
-        narrow.append(weight.data)
-        weight.data = weight.float()
-
-
-def _restore(narrow: list[torch.Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    for weight in module.parameters():
-        weight.data = narrow.pop(0)
+        weight.data = weight.data.to(dtype)  # back again without a loss: it was stored so

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from hf_sparse_moe.checkpoints.config import read_config
@@ -22,7 +21,7 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import save_adapter, stage_adapter
 from .checkpoint import Checkpoint, read_checkpoint
-from .errors import NOT_DONE, is_passing, raise_hub_error, retried, status_of
+from .errors import NOT_DONE, PASSING, raise_hub_error, retried
 from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
 from .model_card import render_model_card
@@ -90,15 +89,14 @@ def push(
     that it supersedes.
 
     Pickles, training states, links that lead elsewhere and whatever else is not part of a checkpoint are left out. The
-    card is rendered from the checkpoint and keeps what a person wrote in the folder's README.md or the Hub's. An
-    adapter is compared with its base before anything is sent. After a failure the head is read again, so that a commit
-    whose answer was lost is not made twice; large files that arrived are not sent again.
+    card keeps what a person wrote in the folder's README.md or the Hub's. An adapter is compared with its base before
+    anything is sent. A commit whose answer was lost is not made twice; large files that arrived are not sent again.
 
     Args:
         what (`PreTrainedModel`, `PeftModel`, `Trainer`, `str` or `Path`):
-            A mixture or a stock model, an adapter, a trainer of either, or the folder of a saved model or adapter; a
-            folder stays as it is. Every process of a training calls it with the trainer, so that weights
-            which are spread over them are gathered; other models that are sharded must be consolidated first.
+            A mixture or a stock model, an adapter, a trainer of either, or the folder of a saved one, which stays as
+            it is. Every process of a training calls it with the trainer, so that weights which are spread over them
+            are gathered; other models that are sharded must be consolidated first.
         repo_id (`str`):
             `"user/name"`, or a name in your own namespace. Created if it does not exist. A trainer's defaults to its
             `hub_model_id`.
@@ -114,21 +112,19 @@ def push(
         create_pr (`bool`, defaults to `False`): Open a pull request instead of writing to the branch.
         commit_message (`str`, *optional*): Defaults to `"Upload <class>"`, or `"Upload adapter"`.
         commit_description (`str`, *optional*): Text below the message.
-        tag (`str`, *optional*): A name for the commit.
+        tag (`str`, *optional*): A name for the commit. One that names another commit is never moved.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): Of one weight file, for a model in memory.
         fingerprint (`bool`, *optional*):
             Whether to publish outputs on a fixed sequence, which [`doctor`] compares wherever the checkpoint arrives.
-            The weights are loaded for it once, as they are stored; of an adapter its base is fetched and loaded.
-            Defaults to True for weights up to 4 GiB.
+            The weights are loaded for it once; of an adapter its base too. Defaults to True up to 4 GiB of weights.
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
     Returns:
         [`PushReport`]; None on the other processes of a training.
 
     Raises:
-        ValueError: no checkpoint, weights in a pickle, a sharded training state, a token in a file, a tag that names
-            another commit; an adapter whose base is another, or which does not fit it; a repository that holds a
-            model where an adapter is pushed, or the other way round.
+        ValueError: no checkpoint, weights in a pickle, a token in a file, a tag that names another commit, an adapter
+            that does not fit its base, or a repository that holds a model where an adapter is pushed.
         PermissionError: the token is missing, wrong, or may not write there.
         HubUnavailableError: the Hub could not do it now.
     """
@@ -150,17 +146,14 @@ def push(
         tags = [tags] if isinstance(tags, str) else tags
         told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
         render = None if published is None else partial(render_model_card, published, **told)
-        options = {"revision": revision, "create_pr": create_pr, "commit_description": commit_description}
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        options |= {"commit_message": commit_message or title, "commit_description": commit_description}
         write = partial(_write, HfApi(token=token), repo_id, files, render, private, tag, **options)
-
-        def may_pass(error: HTTPError) -> bool:
-            # A 404 says that the head is gone. A lost answer may hide a pull request, and a second one is worse.
-            return status_of(error) in NOT_DONE | {404} or (is_passing(error) and not create_pr)
-
-        commit = retried(partial(write, commit_message=commit_message or title), may_pass)
+        # A 404 says that the head is gone. A lost answer may hide a pull request, and a second one is worse.
+        made = retried(write, {404} | (NOT_DONE if create_pr else PASSING))
         if tag is not None:
-            retried(partial(_tag, HfApi(token=token), commit, tag))
-    return PushReport(commit, sorted({*files, *(["README.md"] if render else [])}), left_out)
+            retried(partial(_tag, HfApi(token=token), made, tag))
+    return PushReport(made, sorted({*files, *(["README.md"] if render else [])}), left_out)
 
 
 def hub_model_id(trainer: Trainer) -> str:
@@ -182,24 +175,30 @@ def _as_folder(
             yield saved
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            if isinstance(what, PreTrainedModel):
-                what.save_pretrained(folder, max_shard_size=max_shard_size)
-                if not any(folder.glob("*.safetensors")):
-                    raise ValueError(
-                        f"`{type(what).__name__}` saved no weights, so nothing was published. If it is sharded over "
-                        "processes, run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
-                    )
-            elif hasattr(what, "peft_config"):
-                folder = save_adapter(what, folder, adapter_name)
-            else:
-                raise ValueError(
-                    f"`what` is a {type(what).__name__}, which cannot be pushed. Pass a model, an adapter, a trainer "
-                    "or a folder."
-                )
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            yield folder
+            yield _saved(what, Path(temporary), adapter_name, tokenizer, max_shard_size)
+
+
+def _saved(
+    what: Any, folder: Path, adapter_name: str, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str
+) -> Path:
+    """Save what is in memory in `folder`, or below; returns where."""
+    if isinstance(what, PreTrainedModel):
+        what.save_pretrained(folder, max_shard_size=max_shard_size)
+    elif hasattr(what, "peft_config"):
+        folder = save_adapter(what, folder, adapter_name)
+    else:
+        raise ValueError(
+            f"`what` is a {type(what).__name__}, which cannot be pushed. Pass a model, an adapter, a trainer or a "
+            "folder."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"`{type(what).__name__}` saved no weights, so nothing was published. If it is sharded over processes, "
+            "run `hf-sparse-moe consolidate CHECKPOINT OUTPUT`, and push OUTPUT."
+        )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _stage(
