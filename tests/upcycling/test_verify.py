@@ -53,6 +53,35 @@ def test_numbers_of_the_receipt_come_again(method, dtype, dense, tmp_path):
     assert ("does not promise" in report.findings[0]) == (method == "noise")
 
 
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 50, (2, 16), generator=generator) for _ in range(2)]
+
+
+def test_a_method_without_a_promise_is_never_called_equal(dense, tmp_path):
+    """Its loss may be far from the dense model's, and the receipt is right all the same."""
+    write_checkpoint(upcycle(str(dense), 4, method="drop"), tmp_path / "mixture")
+    report = verify(tmp_path / "mixture", dense, evaluation=batches())
+    assert report.passed, report.findings
+    assert not report.promised
+    assert "does not promise what the dense model computes" in report.verdict
+    assert "train the mixture before use" in report.verdict
+    assert ("higher" in report.findings[3]) == (report.loss["mixture"] > report.loss["dense"])
+    assert "does not promise the same" in report.findings[3]
+    assert report.to_dict()["verdict"] == report.verdict
+
+
+def test_a_promise_of_equality_holds_for_the_loss_too(dense, mixture):
+    report = verify(mixture, dense, evaluation=batches())
+    assert report.passed, report.findings
+    assert "computes what its dense model computes" in report.verdict
+    assert "er;" not in report.findings[3]
+    change(mixture / "model.safetensors", "dense.lm_head.weight", lambda tensor: tensor * 1.5)
+    report = verify(mixture, dense, evaluation=batches())
+    assert report.verdict.startswith("not verified")
+    assert "the method promises the same" in report.findings[3]
+
+
 def test_changed_mixture(dense, mixture):
     key = "dense.model.layers.0.mlp.experts.down_proj"
     change(mixture / "model.safetensors", key, lambda tensor: tensor + 0.01)

@@ -182,8 +182,9 @@ def verify(
     if as_json:
         print_json(report.to_dict())
     else:
-        verdict = "[green]verified[/]" if report.passed else "[red]not verified[/]"
-        Console().print("\n".join([verdict, *map(escape, report.findings)]), highlight=False)
+        colour = "red" if not report.passed else "green" if report.promised else "yellow"
+        lines = [f"[{colour}]{report.verdict}[/]", *map(escape, report.findings)]
+        Console().print("\n".join(lines), highlight=False)
     if not report.passed:
         raise typer.Exit(1)
 
