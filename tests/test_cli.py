@@ -10,6 +10,7 @@ import typer.main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_moe
+from adapted_models import stock_mixture
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe.cli import app
 from tiny_models import tiny_dense
@@ -82,6 +83,10 @@ def test_info_as_a_table(mixture):
 
 def test_info_of_what_is_no_mixture(dense, tmp_path):
     assert_one_sentence(run_cli("info", dense), "is not a mixture of this package", "hf-sparse-moe upcycle")
+    stock_mixture("mixtral").save_pretrained(tmp_path / "stock")
+    shown = run_cli("info", tmp_path / "stock")
+    assert_one_sentence(shown, f"hf-sparse-moe import-stock {tmp_path / 'stock'} <new folder>")
+    assert "upcycle" not in shown.err
     assert_one_sentence(run_cli("info", tmp_path), "no config.json")
     assert_one_sentence(run_cli("info", tmp_path / "nowhere"), "a folder")
 

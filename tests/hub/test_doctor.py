@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import create_dynamic_module
 
+from adapted_models import stock_mixture
 from cli_client import run_cli
 from hf_sparse_moe.hub.examination import FAILED, NOT_CHECKED, PASSED, WARNING, examine
 from hf_sparse_moe.hub.fingerprint import FINGERPRINT_NAME, fingerprint_difference, make_fingerprint
@@ -191,6 +192,16 @@ def test_a_dense_model_has_no_mixture_to_check(tmp_path):
     found = verdicts(tmp_path)
     assert found["experts differ"] == found["routers choose"] == NOT_CHECKED
     assert FAILED not in found.values()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stock_mixture_is_checked_and_its_next_step_named(tmp_path, dtype):
+    stock_mixture("mixtral").to(dtype).save_pretrained(tmp_path)
+    rows = {finding.check: finding for finding in examine(tmp_path)[0]}
+    assert "`hf-sparse-moe import-stock`" in rows["loads"].detail
+    assert "2 sparse layers" in rows["loads"].detail
+    assert rows["experts differ"].verdict == rows["routers choose"].verdict == PASSED
+    assert FAILED not in {finding.verdict for finding in rows.values()}
 
 
 def test_a_number_that_is_none_is_no_small_difference():

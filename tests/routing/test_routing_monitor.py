@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
+from adapted_models import stock_mixture
 from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, find_mixture_layers
-from hf_sparse_moe.routing.routing_monitor import layer_labels
+from hf_sparse_moe.routing.routing_monitor import _balance_remedy, layer_labels
 from hf_sparse_moe.routing.training_events import TrainingEvents
 from monitored_training import make_model, make_rows, make_trainer
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse
@@ -423,3 +424,12 @@ def test_router_logits_that_are_not_finite_are_counted_and_told(family, tmp_path
     told = [message for message in warnings_of_ours() if "layer_1" in message]
     assert len(told) == 1  # not of a collapse, whose remedy would be a higher coefficient
     assert "NaN or infinity for 3 tokens" in told[0]
+
+
+def test_the_remedy_for_a_stock_mixture_is_one_that_it_has():
+    ours, stock = tiny_sparse("llama"), stock_mixture("mixtral")
+    said = _balance_remedy(find_mixture_layers(ours), ours.config)
+    assert said == f"Raise `router_aux_loss_coef` ({ours.config.router_aux_loss_coef} now)."
+    said = _balance_remedy(find_mixture_layers(stock), stock.config)
+    assert "`fix_balance(model, router_aux_loss_coef=0.01)`, or `import_stock`" in said
+    assert "Raise" not in said

@@ -44,6 +44,7 @@ _LIMITS = {
     re.compile(r"n_positions|n_ctx|max_.*positions?|max_position_embeddings"): 2**24,
     re.compile(r".*(size|dim|rank|heads|width)|d_.*|n_embd|n_inner|n_head"): 2**27,
 }
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # of stock mixtures
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
@@ -77,9 +78,11 @@ def read_mixture_config(
     """As [`read_config`]; raises a `ValueError` for a dense checkpoint too."""
     config, name = read_config(source, revision, token), _name(source)
     if not isinstance(config, SparseMoeConfig):
+        is_stock = any(getattr(config.get_text_config(), field, None) for field in _EXPERT_COUNTS)
+        what, command = ("a stock one", "import-stock") if is_stock else ("dense", "upcycle")
         raise ValueError(
-            f"`{name}` is not a mixture of this package (`model_type={config.model_type!r}`). Make one of a dense "
-            f"checkpoint: hf-sparse-moe upcycle {name} <new folder>; of a stock mixture: hf-sparse-moe import-stock."
+            f"`{name}` is not a mixture of this package but {what} (`model_type={config.model_type!r}`). Make one of "
+            f"it: hf-sparse-moe {command} {name} <new folder>."
         )
     return config
 

@@ -25,6 +25,7 @@ from hf_sparse_moe.checkpoints.source import Source, weight_files
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, observe_routing
+from hf_sparse_moe.stock.targets import EXPORT_TARGETS
 
 from .adapter_base import base_difference, is_mixture, read_base
 from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
@@ -82,9 +83,11 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
     routings: list[tuple[MixtureLayer, Routing]] = []
     with observe_routing(layers, lambda layer, routing: routings.append((layer, routing))):
         taken = take_fingerprint(compute_in_float32(model), folder)
-    size = f"{len(files.names)} tensors, {len(layers)} sparse layers"
+    loads = f"{type(model).__name__}, {len(files.names)} tensors, {len(layers)} sparse layers."
+    if model.config.model_type in {target.model_type for target in EXPORT_TARGETS}:
+        loads += " A stock mixture: `hf-sparse-moe import-stock` reads it into this package's classes."
     outcomes = {
-        "loads": (PASSED, f"{type(model).__name__}, {size}."),
+        "loads": (PASSED, loads),
         "every tensor present": _present(info),
         "config and weights agree": _agree(folder, files, info),
         "every tensor finite": _finite(model.state_dict()),

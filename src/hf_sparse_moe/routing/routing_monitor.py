@@ -12,6 +12,7 @@ from torch import distributed, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput, logging
 
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.routing import RoutingEvent
 
 from .mixture_layers import MixtureLayer, find_mixture_layers
@@ -305,6 +306,9 @@ def _balance_remedy(layers: list[MixtureLayer], config: Any) -> str:
     if any(layer.selection_bias is not None for layer in layers):
         return "Add `SelectionBiasCallback`, or raise its `update_speed`."
     coefficient = getattr(config, "router_aux_loss_coef", None)
-    if coefficient is None:
-        return "Add a load-balancing loss, or a router with a selection bias."
-    return f"Raise `router_aux_loss_coef` ({coefficient} now; stock models ignore it without `fix_balance(model)`)."
+    if isinstance(config, SparseMoeConfig):
+        return f"Raise `router_aux_loss_coef` ({coefficient} now)."
+    return (
+        f"Train with a balance loss (`router_aux_loss_coef` is {coefficient}, which stock models apply as they please "
+        "or not at all): `fix_balance(model, router_aux_loss_coef=0.01)`, or `import_stock`."
+    )
