@@ -246,7 +246,7 @@ def forget_folders(path: Path) -> None:
 
 def renderer(name: str) -> Callable[..., str]:
     """What renders the card of the run whose record lies in this folder, without its weights."""
-    run, checkpoint = RUNS[name], read_checkpoint(HERE / name, with_weights=False)
+    run, checkpoint = RUNS[name], read_checkpoint(HERE / name)
     return partial(render_model_card, checkpoint, run.repo_id, license=run.license, language=run.language)
 
 

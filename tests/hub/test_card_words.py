@@ -1,6 +1,5 @@
 """What a person wrote in a card survives every rendering."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -142,24 +141,18 @@ def test_metadata_of_a_person_stays_and_derived_ones_follow_the_files(card):
     assert "base_model" not in metadata_of(refreshed(model, one))
 
 
-def test_a_card_of_version_0_1_keeps_what_a_person_wrote(model):
-    once = refreshed(model, OLD_CARD.read_text(), repo_id="your-name/minilm-4x")
+def test_a_card_of_version_0_1_is_kept_whole_and_folded_up(model):
+    old = OLD_CARD.read_text()
+    once = refreshed(model, old, repo_id="your-name/minilm-4x")
     above, rest = once.split(START)
-    below = rest.split(END)[1]
-    assert above.split("---\n\n")[1].startswith("# your-name/minilm-4x\n\nThe dense source is all-MiniLM-L6-v2")
-    for words in (
-        "## Limits and risks\n\nNo poems.",
-        "## Thanks ##\n\n```bash\n## Export\n```",
-        "Mine\n----\n\nText.",
-    ):
-        assert below.count(words) == 1
-    assert "not recorded" not in once
-    assert not re.search(r"## (Notes|Intended use|Citation)\b", below)
+    assert above.endswith("---\n\n# your-name/minilm-4x\n\n")
+    assert (
+        f"<details>\n<summary>The card of version 0.1</summary>\n\n{old.split('---', 2)[2].strip()}"
+        in rest.split(END)[1]
+    )
     assert metadata_of(once)["thumbnail"] == "a.png"
-    assert metadata_of(once)["tags"] == ["moe", "sparse-moe", "encoder", "mine"]
+    assert {"moe", "sparse-moe", "encoder", "mine"} <= set(metadata_of(once)["tags"])
     assert refreshed(model, once, repo_id="your-name/minilm-4x") == once
-    with pytest.raises(ValueError, match="without its counterpart"):
-        refreshed(model, OLD_CARD.read_text().replace("<!-- /free: limits -->", ""))
 
 
 texts = st.text(st.sampled_from("# \n`-=|<>!a\r"), max_size=40)
@@ -169,7 +162,6 @@ texts = st.text(st.sampled_from("# \n`-=|<>!a\r"), max_size=40)
 @settings(max_examples=150, deadline=None)
 def test_whatever_is_written_is_settled_after_one_rendering(above, below):
     fresh = join(REPO, "generated\n", {}, [])
-    assert not read_words(fresh).has_text()
     body = fresh.replace(START, f"{above}{START}") + below
     once = join(REPO, "generated\n", {}, [read_words(body)])
     assert join(REPO, "generated\n", {}, [read_words(once)]) == once

@@ -27,9 +27,7 @@ def make():
 def test_there_is_a_card_for_every_variant(make):
     assert set(VARIANTS) == {path.parent.name for path in FOLDER.glob("*/README.md")} == set(make.RUNS)
     for name in VARIANTS:
-        assert read_checkpoint(FOLDER / name, with_weights=False).model.config.model_type.endswith(
-            name.replace("-", "_")
-        )
+        assert read_checkpoint(FOLDER / name).model.config.model_type.endswith(name.replace("-", "_"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -42,7 +40,7 @@ def test_the_card_is_what_its_record_renders_to(make, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_changed_record_is_noticed(make, name):
     card = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    checkpoint = read_checkpoint(FOLDER / name, with_weights=False)
+    checkpoint = read_checkpoint(FOLDER / name)
     record = json.loads((FOLDER / name / "training_record.json").read_text())
     part = next(iter(record["evaluation"]["results"]))
     assert f"{record['evaluation']['results'][part]['loss']:.6g}" in card

@@ -64,9 +64,8 @@ def test_the_record_is_the_trainer_s_own_history(trained):
     last = [log for log in history if "loss" in log][-1]
     assert training["last_log"] == pytest.approx(last)
     assert {"task_loss", "aux_loss", "router/entropy"} <= set(training["last_log"])
-    assert 0 < training["seconds"] < 300
     assert record["hyperparameters"]["learning_rate"] == trainer.args.learning_rate
-    assert record["hyperparameters"]["total_train_batch_size"] == 2
+    assert record["hyperparameters"]["train_batch_size"] == 2
     logged = [(line["step"], line["part"], line["loss"]) for line in record["evaluation"]["log"]]
     wanted = [
         (log["step"], part, log[f"eval_{part}_loss"])
@@ -145,17 +144,11 @@ def test_the_weights_of_the_best_step_have_the_results_of_that_step(tmp_path):
 
 
 def test_an_interrupted_training_is_told_whole(tmp_path):
-    first = make_trainer(tmp_path / "out", ModelCardCallback(), max_steps=2)
-    first.train()
-    path = tmp_path / "out" / "checkpoint-2" / "training_record.json"
-    record = json.loads(path.read_text())
-    record["training"]["seconds"] = 1000.0
-    path.write_text(json.dumps(record))
+    make_trainer(tmp_path / "out", ModelCardCallback(), max_steps=2).train()
     make_trainer(tmp_path / "out", ModelCardCallback()).train(resume_from_checkpoint=True)
-    training = read(tmp_path / "out")["training"]
-    assert training["resumed_at_steps"] == [2]
-    assert training["seconds"] > 1000
-    assert [line["step"] for line in read(tmp_path / "out")["evaluation"]["log"]] == [2, 2, 4, 4]
+    record = read(tmp_path / "out")
+    assert record["training"]["steps"] == 4
+    assert [line["step"] for line in record["evaluation"]["log"]] == [2, 2, 4, 4]
 
 
 def test_what_nobody_told_is_left_out(tmp_path):
@@ -191,8 +184,11 @@ def test_a_log_of_an_evaluation_is_told_by_its_names(logs, wanted):
 def test_numbers_that_are_not_finite_are_words(tmp_path, value):
     callback = ModelCardCallback()
     trainer = make_trainer(tmp_path / "out", callback)
-    callback.on_evaluate(trainer.args, trainer.state, trainer.control, {"eval_perplexity": value, "eval_runtime": 1.0})
-    assert read(tmp_path / "out")["evaluation"]["results"][""] == {"perplexity": str(value)}
+    logs = {"eval_perplexity": value, "eval_runtime": 1.0}
+    trainer.state.log_history.append(logs | {"step": 0})
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, logs)
+    words = {math.nan: "NaN", math.inf: "Infinity"}[value]
+    assert read(tmp_path / "out")["evaluation"]["results"][""] == {"perplexity": words}
 
 
 def test_data_that_is_not_on_the_hub_has_no_entries():
@@ -213,5 +209,5 @@ def test_scores_are_not_written_through_a_link(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / ".eval_results").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads elsewhere"):
-        write_evaluation_results([], tmp_path / "folder")
+        write_evaluation_results({}, tmp_path / "folder")
     assert not list((tmp_path / "elsewhere").iterdir())

@@ -7,29 +7,28 @@ import re
 import unicodedata
 from pathlib import Path
 
+from markupsafe import Markup
+
 
 LONGEST_VALUE = 300
 
 
-class Markdown(str):
-    """Text of ours, which the template prints as it stands; all other values are escaped."""
-
-
-def escape_markdown(value: object) -> Markdown:
+def escape_markdown(value: object) -> Markup:
     """The value on one line that Markdown, a table cell and HTML show as it is, whoever wrote it."""
-    if isinstance(value, Markdown):
+    if isinstance(value, Markup):  # text of ours
         return value
-    return Markdown(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(_one_line(value), quote=False)))
+    return Markup(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(_one_line(value), quote=False)))
 
 
-def as_code(value: object) -> Markdown:
+def as_code(value: object) -> Markup:
     """A name, path or hash as inline code; whatever else it is, as escaped text: code knows no escapes."""
     text = _one_line(value)
-    return Markdown(f"`{text}`") if re.fullmatch(r"[\w./:@+ -]+", text) else escape_markdown(value)
+    return Markup(f"`{text}`") if re.fullmatch(r"[\w./:@+ -]+", text) else escape_markdown(value)
 
 
 def _one_line(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else text
     if Path(text).is_absolute():
         text = Path(text).name  # where it lay on someone's disk is nobody else's business
     text = " ".join(text.split())

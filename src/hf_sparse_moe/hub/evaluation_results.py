@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,12 @@ def evaluation_entries(record: Mapping[str, Any]) -> list[EvalResultEntry]:
     """
     An entry for each number that a training record has of evaluation data on the Hub. Of data that are not there, or
     of several that were measured together, nothing can be said in this form.
-
-    Args:
-        record (`Mapping`): As [`ModelCardCallback`] writes it.
     """
     evaluation = mapping(record.get("evaluation"))
-    entries = []
+    date, entries = evaluation.get("date"), []
     for part, results in mapping(evaluation.get("results")).items():
         names = mapping(mapping(evaluation.get("data")).get(part)).get("data")
         source = hub_data(names[0]) if isinstance(names, list) and len(names) == 1 else None
-        date = evaluation.get("date")
         entries += [
             EvalResultEntry(
                 dataset_id=source[0],
@@ -52,15 +48,13 @@ def evaluation_entries(record: Mapping[str, Any]) -> list[EvalResultEntry]:
     return entries
 
 
-def write_evaluation_results(entries: Iterable[EvalResultEntry], folder: str | Path) -> Path | None:
-    """Write the entries to `.eval_results/hf-sparse-moe.yaml` in a folder; without any, remove that file."""
+def write_evaluation_results(record: Mapping[str, Any], folder: str | Path) -> None:
+    """Write the entries of a record to `.eval_results/hf-sparse-moe.yaml`; without any, remove that file."""
     path = Path(folder) / RESULTS_FILE
     if path.parent.is_symlink() or path.is_symlink():
         raise ValueError(f"`{path}` leads elsewhere by a link, so nothing was written. Remove the link.")
-    listed = eval_result_entries_to_yaml(list(entries))
-    if not listed:
+    if entries := eval_result_entries_to_yaml(evaluation_entries(record)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    else:
         path.unlink(missing_ok=True)
-        return None
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(listed, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import StrictUndefined, Template
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from transformers import TrainerState
 
 from hf_sparse_moe.checkpoints.files import read_text, write_whole
@@ -21,9 +21,9 @@ from .adapter_folder import Adapter, is_adapter, read_adapter
 from .card_facts import card_facts
 from .card_metadata import derived_metadata, merged_metadata
 from .card_words import join, read_words
-from .checkpoint import Checkpoint, checkpoint_in_memory, read_checkpoint
-from .escaping import Markdown, as_code, escape_markdown
-from .evaluation_results import evaluation_entries, write_evaluation_results
+from .checkpoint import Checkpoint, checkpoint_in_memory, mapping, read_checkpoint
+from .escaping import escape_markdown
+from .evaluation_results import write_evaluation_results
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -72,15 +72,26 @@ def render_model_card(
         validate_repo_id(name)
     published = _read(model)
     cards = [read_words(card) for card in previous]
-    derived = derived_metadata(published)
-    told = {"license": license, "language": language, "tags": tags, "base_model": base_model}
-    metadata = merged_metadata(derived, [words.metadata for words in cards], published.record, told)
-    facts = card_facts(published, _results(evaluation))
-    body = join(repo_id, _template().render(repo_id=Markdown(repo_id), **facts), derived, cards)
+    derived, recorded = derived_metadata(published), mapping(published.record.get("card"))
+    metadata = merged_metadata(
+        derived,
+        *(words.metadata for words in reversed(cards)),
+        {name: recorded.get(name) for name in ("license", "language", "tags")},
+        {"license": license, "language": language, "tags": tags, "base_model": base_model},
+    )
+    environment = Environment(
+        autoescape=True,  # so that a macro of the template returns text of ours
+        finalize=escape_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    generated = template.render(repo_id=Markup(repo_id), **card_facts(published, _results(evaluation)))
     data = ModelCardData()
     for name, value in metadata.items():
         data[name] = value
-    card = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    card = f"---\n{data.to_yaml()}\n---\n\n{join(repo_id, generated, derived, cards)}"
     ModelCard(card)  # reads the metadata as the Hub does
     return card
 
@@ -107,19 +118,20 @@ def write_model_card(
         `Path`: the README.md.
     """
     published, folder = _read(folder), Path(folder)
-    present = [read_words(card) for card in _present(folder)]
-    repo_id = repo_id or next((words.repo_id for words in present if words.repo_id), folder.resolve().name)
-    render = partial(
-        render_model_card,
-        published,
-        repo_id,
-        license=license,
-        language=language,
-        tags=tags,
-        base_model=base_model,
+    recalled = (read_words(card).repo_id for card in _present(folder))
+    path = write_readme(
+        folder,
+        partial(
+            render_model_card,
+            published,
+            repo_id or next((name for name in recalled if name), folder.resolve().name),
+            license=license,
+            language=language,
+            tags=tags,
+            base_model=base_model,
+        ),
     )
-    path = write_readme(folder, render)
-    write_evaluation_results(evaluation_entries(published.record), folder)
+    write_evaluation_results(published.record, folder)
     return path
 
 
@@ -141,28 +153,6 @@ def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -
     if isinstance(model, str | Path):
         return read_adapter(model) if is_adapter(model) else read_checkpoint(model)
     return checkpoint_in_memory(model)
-
-
-def _template() -> Template:
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined, finalize=escape_markdown, trim_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["code"] = as_code
-    environment.globals |= {"table": _table, "grid": _grid}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-
-
-def _table(rows: Mapping[str, Any]) -> Markdown:
-    return Markdown("\n".join(["| | |", "| --- | --- |", *map(_row, rows.items())]))
-
-
-def _grid(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> Markdown:
-    header = list(header)
-    return Markdown("\n".join([_row(header), _row(Markdown("---") for _ in header), *map(_row, rows)]))
-
-
-def _row(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
 def _results(evaluation: Mapping[str, Any] | TrainerState | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import save_adapter, stage_adapter
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import NOT_DONE, PASSING, raise_hub_error, retried
-from .evaluation_results import RESULTS_FILE, evaluation_entries, write_evaluation_results
+from .evaluation_results import RESULTS_FILE, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
 from .model_card import render_model_card
 from .publishable import publishable_files
@@ -225,7 +225,7 @@ def _stage(
         if isinstance(config, SparseMoeConfig):
             published = read_checkpoint(folder)
     if published is not None:
-        write_evaluation_results(evaluation_entries(published.record), staged)
+        write_evaluation_results(published.record, staged)
     files |= {path.relative_to(staged).as_posix(): path for path in staged.rglob("*") if path.is_file()}
     return published, title
 

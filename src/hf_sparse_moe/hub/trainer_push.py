@@ -93,7 +93,7 @@ def saved_trainer(trainer: Trainer) -> Iterator[Path | None]:
                 shutil.copyfile(output / name, folder / name)
         if callback := _callback_of(trainer):
             callback.write(trainer.args, trainer.state, folder)
-        if _is_adapted(model):
+        if not isinstance(model, SparseMoePreTrainedModel):
             record_base(model, folder)
         yield folder
 
@@ -110,23 +110,14 @@ def create_model_card(
     callback, folder = _callback_of(trainer), Path(str(trainer.args.output_dir))
     record = None if callback is None else callback.record(trainer.args, trainer.state)
     model = _check_model(trainer)
+    published: Checkpoint | Adapter
     if isinstance(model, SparseMoePreTrainedModel):
-        published: Checkpoint | Adapter = checkpoint_in_memory(
-            model, record, read_json(folder / ROUTING_NAME, optional=True)
-        )
+        published = checkpoint_in_memory(model, record, read_json(folder / ROUTING_NAME, optional=True))
     else:
         published = adapter_in_memory(model, record)
-    write_readme(
-        folder,
-        partial(
-            render_model_card,
-            published,
-            hub_model_id(trainer),
-            license=license,
-            language=language,
-            tags=[tags] if isinstance(tags, str) else tags,
-        ),
-    )
+    tags = [tags] if isinstance(tags, str) else tags
+    told: dict[str, Any] = {"license": license, "language": language, "tags": tags}
+    write_readme(folder, partial(render_model_card, published, hub_model_id(trainer), **told))
 
 
 def _push_to_hub(
@@ -169,16 +160,12 @@ def _push_from_checkpoint(trainer: Trainer, callback: ModelCardCallback, checkpo
 
 def _check_model(trainer: Trainer) -> SparseMoePreTrainedModel | PeftModel:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, SparseMoePreTrainedModel) and not _is_adapted(model):
+    if not isinstance(model, SparseMoePreTrainedModel) and not (hasattr(model, "peft_config") and is_mixture(model)):
         raise ValueError(
             f"`trainer.model` is a {type(model).__name__}; this needs a class of hf_sparse_moe, or an adapter of a "
             "mixture. Use the trainer's own `push_to_hub`."
         )
     return model
-
-
-def _is_adapted(model: Any) -> bool:
-    return hasattr(model, "get_base_model") and is_mixture(model)
 
 
 def _callback_of(trainer: Trainer) -> ModelCardCallback | None:

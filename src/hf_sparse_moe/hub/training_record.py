@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import platform
 import re
-import time
 from collections.abc import Iterable, Mapping, Sized
 from datetime import UTC, datetime
-from enum import Enum
 from numbers import Number
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import hf_sparse_moe
@@ -26,28 +24,7 @@ from .adapter_base import record_base
 from .checkpoint import RECORD_NAME, mapping
 
 
-_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "weight_decay",
-    "max_grad_norm",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "torch_compile",
-    "seed",
-    "data_seed",
-)
-_RUNTIME = re.compile(r"(.+)_runtime")
+_RUNTIME = re.compile(r"eval(?:_(.+))?_runtime")
 _NO_RESULT = ("runtime", "per_second", "model_preparation_time")  # of the machine, not of the model
 _READERS = ("json", "csv", "text", "parquet", "arrow", "generator")  # of `datasets`: no names of data
 
@@ -55,8 +32,8 @@ _READERS = ("json", "csv", "text", "parquet", "arrow", "generator")  # of `datas
 class ModelCardCallback(TrainerCallback):
     """
     Records a training for the model card, in `training_record.json` beside the weights of each checkpoint and of the
-    end: data, hyperparameters, hardware, versions, duration, the routers' health and every evaluation. Where an
-    adapter is trained, `adapter_base.json` says what tells its base from others.
+    end: data, hyperparameters, device, versions, the routers' health and every evaluation. Where an adapter is
+    trained, `adapter_base.json` says what tells its base from others.
 
     It watches the stock [`Trainer`]. The names of data that were not loaded by `datasets` are known only where they
     are passed. No path, token or host name is recorded.
@@ -92,15 +69,9 @@ class ModelCardCallback(TrainerCallback):
         eval_metrics: str | None = None,
     ):
         self._train_names, self._eval_names = _listed(train_data), _listed(eval_data)
-        self._started: float | None = None  # while a training runs
-        self._seconds_before, self._resumed_at = 0.0, list[int]()
-        self._train_data: dict[str, Any] = {}
-        self._record: dict[str, Any] = {
-            "training": {},
-            "hyperparameters": {},
-            "evaluation": {"task": eval_task, "metrics": eval_metrics, "data": {}, "results": {}, "log": []},
-            "card": {"license": license, "language": _listed(language), "tags": _listed(tags)},
-        }
+        self._card = {"license": license, "language": _listed(language), "tags": _listed(tags)}
+        self._data: dict[str, Any] = {}
+        self._evaluation: dict[str, Any] = {"task": eval_task, "metrics": eval_metrics, "data": {}}
 
     def on_train_begin(
         self,
@@ -110,14 +81,7 @@ class ModelCardCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._started, self._seconds_before, self._resumed_at = time.perf_counter(), 0.0, []
-        self._train_data = _describe_data(train_dataloader, self._train_names)
-        self._record["hyperparameters"] = hyperparameters(args)
-        if state.global_step > 0:  # resumed
-            earlier = mapping(_read_record(_checkpoint_folder(args, state)).get("training"))
-            seconds, steps = earlier.get("seconds"), earlier.get("resumed_at_steps")
-            self._seconds_before = float(seconds) if isinstance(seconds, int | float) else 0.0
-            self._resumed_at = [*(steps if isinstance(steps, list) else ()), state.global_step]
+        self._data = _describe_data(train_dataloader, self._train_names)
 
     def on_evaluate(
         self,
@@ -128,76 +92,70 @@ class ModelCardCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        group, results = read_evaluation(metrics or {})
-        if group is None:
+        part, _ = read_evaluation(metrics or {})
+        if part is None:
             return
-        evaluation = self._record["evaluation"]
-        evaluation["data"][group] = _describe_data(eval_dataloader, self._eval_names)
-        evaluation["date"] = _now()
-        if self._started is None:  # of the weights as they are at the end
-            evaluation["results"][group] = results
+        self._evaluation["data"][part] = _describe_data(eval_dataloader, self._eval_names)
+        self._evaluation["date"] = _now()
+        if state.global_step == 0 or _divided(state)[1]:  # no training runs
             self.write(args, state, str(args.output_dir))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (folder := _checkpoint_folder(args, state)).is_dir():
-            self.write(args, state, folder)
-            self._write_base(kwargs.get("model"), state, folder)
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if folder.is_dir():
+            self.write(args, state, folder, kwargs.get("model"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        best = state.best_global_step if args.load_best_model_at_end else None
-        self._follow(state, best or state.global_step)
-        self._started = None
-        self.write(args, state, str(args.output_dir))
-        self._write_base(kwargs.get("model"), state, args.output_dir)
+        self.write(args, state, str(args.output_dir), kwargs.get("model"))
 
     def record(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What is known by now, in plain values. Numbers that are not finite become strings, since JSON has none."""
-        if self._started is not None:
-            self._follow(state, state.global_step)
-        return _plain({**self._record, "hardware": _hardware(args), "versions": _versions()})
-
-    def write(self, args: TrainingArguments, state: TrainerState, folder: str | Path) -> None:
-        """Write `training_record.json`, on the main process."""
-        if state.is_world_process_zero:
-            write_record(self.record(args, state), folder)
-
-    def _write_base(self, model: Any, state: TrainerState, folder: str | Path | None) -> None:
-        if folder is not None and state.is_world_process_zero and hasattr(model, "peft_config"):
-            record_base(model, folder)
-
-    def _follow(self, state: TrainerState, step: int) -> None:
-        """Bring the record of a running training up to date, for the weights of `step`."""
-        evaluations = [(log, *read_evaluation(log)) for log in state.log_history]
+        during, after = _divided(state)
+        best = state.best_global_step if args.load_best_model_at_end and after else None
+        step = best or state.global_step  # of the weights
+        logs = [log for log in during if "loss" in log and log["step"] <= step]
+        evaluations = [(log, *read_evaluation(log)) for log in during]
         evaluations = [entry for entry in evaluations if entry[1] is not None]
-        self._record["evaluation"] |= {
-            "results": {group: results for log, group, results in evaluations if log.get("step") == step},
-            "log": [
-                {"step": log.get("step"), "epoch": log.get("epoch"), "part": group, **results}
-                for log, group, results in evaluations
-            ],
-        }
-        logs = [log for log in state.log_history if "loss" in log and log.get("step", 0) <= step]
-        elapsed = 0.0 if self._started is None else time.perf_counter() - self._started
-        self._record["training"] = {
-            **self._train_data,
+        at_step = {part: results for log, part, results in evaluations if log["step"] == step}
+        at_end = {part: results for part, results in map(read_evaluation, after) if part is not None}
+        training = {
+            **self._data,
             "steps": state.global_step,
             "weights_of_step": step,
             "epochs": state.epoch,
             "tokens": state.num_input_tokens_seen or None,
-            "seconds": round(self._seconds_before + elapsed, 3),
-            "resumed_at_steps": self._resumed_at,
             "last_log": logs[-1] if logs else {},
         }
+        evaluation = {
+            **self._evaluation,
+            "results": at_step | at_end,
+            "log": [
+                {"step": log["step"], "epoch": log.get("epoch"), "part": part, **results}
+                for log, part, results in evaluations
+            ],
+        }
+        is_cuda = args.device.type == "cuda"
+        device = torch.cuda.get_device_name(args.device) if is_cuda else args.device.type
+        packages = (hf_sparse_moe, transformers, torch)
+        return _plain(
+            {
+                "training": training if state.global_step else {},
+                "hyperparameters": extract_hyperparameters_from_trainer(SimpleNamespace(args=args)),
+                "evaluation": evaluation,
+                "card": self._card,
+                "hardware": {"device": device, "processes": args.world_size},
+                "versions": {package.__name__: package.__version__ for package in packages},
+            }
+        )
 
-
-def write_record(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write a record as `training_record.json` into `folder`, whole or not at all."""
-    path = Path(folder) / RECORD_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return path
+    def write(self, args: TrainingArguments, state: TrainerState, folder: str | Path, model: Any = None) -> None:
+        """Write `training_record.json`, and of an adapter's base `adapter_base.json`, on the main process."""
+        if state.is_world_process_zero:
+            _write_record(self.record(args, state), folder)
+            if hasattr(model, "peft_config"):
+                record_base(model, folder)
 
 
 def record_results(
@@ -216,16 +174,16 @@ def record_results(
         data (`str` or `Iterable[str]`, *optional*): The data's names, see [`ModelCardCallback`].
         metrics (`str`, *optional*): How the results were computed.
     """
-    record = dict(_read_record(Path(folder)))
-    evaluation = dict(mapping(record.get("evaluation")))
-    described = {part: {"data": _listed(data), "rows": None} for part in results}
-    record["evaluation"] = evaluation | {
+    record = read_json(Path(folder) / RECORD_NAME, optional=True)
+    evaluation = mapping(record.get("evaluation"))
+    record["evaluation"] = {
+        **evaluation,
         "results": {**mapping(evaluation.get("results")), **results},
-        "data": {**mapping(evaluation.get("data")), **described},
+        "data": {**mapping(evaluation.get("data")), **{part: {"data": _listed(data)} for part in results}},
         "metrics": metrics or evaluation.get("metrics"),
         "date": _now(),
     }
-    write_record(_plain(record), folder)
+    _write_record(_plain(record), folder)
 
 
 def read_evaluation(metrics: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -233,22 +191,23 @@ def read_evaluation(metrics: Mapping[str, Any]) -> tuple[str | None, dict[str, A
     The part of the evaluation data (empty for the whole) and the results in a log of `Trainer.evaluate`, which names
     the parts where `eval_dataset` is a dict; `(None, {})` of another log.
     """
-    prefix = next((found[1] for name in metrics if (found := _RUNTIME.fullmatch(name))), "")
-    if prefix != "eval" and not prefix.startswith("eval_"):
+    found = next((found for name in metrics if (found := _RUNTIME.fullmatch(name))), None)
+    if found is None:
         return None, {}
+    prefix = found[0].removesuffix("runtime")
     results = {
-        name.removeprefix(f"{prefix}_"): value
+        name.removeprefix(prefix): value
         for name, value in metrics.items()
-        if name.startswith(f"{prefix}_") and isinstance(value, Number | str) and not name.endswith(_NO_RESULT)
+        if name.startswith(prefix) and isinstance(value, Number | str) and not name.endswith(_NO_RESULT)
     }
-    return prefix.removeprefix("eval").removeprefix("_"), results
+    return found[1] or "", results
 
 
-def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that shape what is learnt: named one by one, so that no token, path or name slips in."""
-    chosen = {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)}
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return _plain({**chosen, "total_train_batch_size": batch})
+def _divided(state: TrainerState) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The logs of a training, and those from its end on: they are of the weights as they are then."""
+    history = state.log_history
+    end = next((index for index, log in enumerate(history) if "train_runtime" in log), len(history))
+    return history[:end], history[end:]
 
 
 def _describe_data(dataloader: Any, names: list[str]) -> dict[str, Any]:
@@ -260,50 +219,20 @@ def _describe_data(dataloader: Any, names: list[str]) -> dict[str, Any]:
     return {"data": names, "rows": len(data) if isinstance(data, Sized) else None}
 
 
-def _hardware(args: TrainingArguments) -> dict[str, Any]:
-    cuda = args.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(args.device) if cuda else args.device.type,
-        "processes": args.world_size,
-        "machine": platform.machine(),
-        "threads_per_process": torch.get_num_threads(),
-        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(args.device) if cuda else None,
-    }
+def _write_record(record: Mapping[str, Any], folder: str | Path) -> None:
+    path = Path(folder) / RECORD_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "hf_sparse_moe": hf_sparse_moe.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: numbers of numpy and torch become plain ones, and those that are not finite strings."""
+    return json.loads(json.dumps(record, default=float), parse_constant=str)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _read_record(folder: Path) -> Mapping[str, Any]:
-    return read_json(folder / RECORD_NAME, optional=True)
-
-
 def _listed(names: str | Iterable[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, bool | str | int | None):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else str(number)
