@@ -48,7 +48,7 @@ def main() -> None:
         compute_metrics=recipe.perplexity,
         preprocess_logits_for_metrics=partial(recipe.token_losses, shift=True),
     )
-    recipe.train_and_evaluate(trainer, data_args)
+    recipe.train_and_evaluate(trainer, data_args, "perplexity is over the predicted tokens")
 
 
 if __name__ == "__main__":

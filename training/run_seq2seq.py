@@ -107,7 +107,8 @@ def main() -> None:
         compute_metrics=compute_metrics if args.predict_with_generate else None,
     )
     register_fsdp_forward_method(model, "generate")  # it calls the encoder by itself
-    recipe.train_and_evaluate(trainer, data_args)
+    cut = f"words cut by {data_args.metric_tokenizer}" if data_args.metric_tokenizer else "its default tokenizer"
+    recipe.train_and_evaluate(trainer, data_args, f"{data_args.metric} of generated texts, {cut}")
 
 
 if __name__ == "__main__":

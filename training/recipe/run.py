@@ -73,10 +73,10 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     return arguments
 
 
-def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
+def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics: str | None = None) -> None:
     """
     Train where there is training data, evaluate where there is validation data; write the model, the numbers and the
-    model card, and with `--push_to_hub` publish them.
+    model card, which says in the words of `eval_metrics` how they were computed, and with `--push_to_hub` publish them.
     """
     checkpoint = trainer.args.resume_from_checkpoint
     with stop_on_bad_input():
@@ -86,7 +86,7 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments) -> None:
             check_same_model(trainer.model, checkpoint)
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
-    add_model_card(trainer, ModelCardCallback(train_data, eval_data))
+    add_model_card(trainer, ModelCardCallback(train_data, eval_data, eval_metrics=eval_metrics))
     if trainer.train_dataset is not None:
         add_leading_callback(trainer, RoutingMonitor())
         if trainer.model.config.router_bias_update_speed > 0:
