@@ -76,7 +76,7 @@ def parse_arguments(description: str, *classes: type) -> tuple:
 def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics: str | None = None) -> None:
     """
     Train where there is training data, evaluate where there is validation data; write the model, the numbers and the
-    model card, which says in the words of `eval_metrics` how they were computed, and with `--push_to_hub` publish them.
+    model card, with `eval_metrics` on how they were computed, and with `--push_to_hub` publish them.
     """
     checkpoint = trainer.args.resume_from_checkpoint
     with stop_on_bad_input():
