@@ -1,0 +1,62 @@
+"""Trainers that compute a loss of their own, on mixtures: the table of docs/training.md."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank
+from processes import in_processes
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+CELLS = [(trainer, family, variant) for trainer, family in TRAINERS for variant in VARIANTS]
+
+
+def documented() -> dict[tuple[str, str, str], str]:
+    """The cells of the table."""
+    text = PAGE.read_text(encoding="utf-8")
+    head = re.search(rf"^\| trainer \| family \| {' [|] '.join(map(re.escape, VARIANTS))} \|$", text, re.MULTILINE)
+    assert head is not None
+    table = {}
+    for line in text[head.end() :].split("\n\n")[0].splitlines()[2:]:
+        trainer, family, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        table |= {(trainer, family, variant): cell for variant, cell in zip(VARIANTS, cells, strict=True)}
+    return table
+
+
+def test_the_table_names_what_is_run():
+    assert documented() == dict.fromkeys(CELLS, "trains")
+
+
+@pytest.mark.parametrize(("trainer", "family", "variant"), CELLS)
+def test_the_balance_loss_reaches_the_routers(trainer, family, variant, tmp_path):
+    make = TRAINERS[trainer, family]
+    without, balanced = (Run(tmp_path / str(c), c, variant).gradient(make) for c in (0.0, 1.0))
+    assert (balanced - without).norm() > 1e-3
+
+
+SPLIT = [("`SFTTrainer`", "decoder"), ("`DPOTrainer`", "decoder"), ("`MultipleNegativesRankingLoss`", "encoder")]
+
+
+def relative(gradient, expected):
+    return ((gradient - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", SPLIT, ids=lambda name: name[0].strip("`"))
+def test_the_router_gradient_is_the_same_for_every_split(name, tmp_path):
+    expected, *others = [
+        Run(tmp_path, 1.0, accumulation=accumulation, identical=True).gradient(TRAINERS[name])
+        for accumulation in (1, 2, 4, ROWS)
+    ]
+    assert max(relative(gradient, expected) for gradient in others) <= 1e-5
+
+
+def test_two_processes_have_the_router_gradient_of_one(tmp_path):
+    assert in_processes(2, gradients_of_a_rank, tmp_path / "gradients.pt", SPLIT[:2]) == [0, 0]
+    saved = torch.load(tmp_path / "gradients.pt")
+    assert saved["world_size"] == 2
+    for name in SPLIT[:2]:
+        expected = Run(tmp_path / "one", 1.0, identical=True, scope="global_batch").gradient(TRAINERS[name])
+        assert relative(saved["gradients"][name], expected) <= 1e-5
