@@ -209,10 +209,7 @@ def named_parts(model: PreTrainedModel) -> Iterator[None]:
         (moe_block, "active_record", "record"),
         (pretrained_model, "tokens_by_side", "record"),
         (pretrained_model, "RoutingRecord", "record"),
-        (pretrained_model, "load_balancing_losses", "balance loss"),
-        (pretrained_model, "mean_z_loss", "balance loss"),
-        (pretrained_model, "refuse_loss_without", "balance loss"),
-        (pretrained_model, "router_trains", "balance loss"),
+        (pretrained_model, "BalanceLosses", "balance loss"),
         (balancing, "expert_counts", "statistics"),
         (routing, "expert_counts", "statistics"),
     ]

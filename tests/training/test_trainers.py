@@ -53,6 +53,7 @@ def test_the_router_gradient_is_the_same_for_every_split(name, tmp_path):
     assert max(relative(gradient, expected) for gradient in others) <= 1e-5
 
 
+@pytest.mark.conformance  # other losses from elsewhere: models/test_global_batch.py
 def test_two_processes_have_the_router_gradient_of_one(tmp_path):
     assert in_processes(2, gradients_of_a_rank, tmp_path / "gradients.pt", SPLIT[:2]) == [0, 0]
     saved = torch.load(tmp_path / "gradients.pt")
