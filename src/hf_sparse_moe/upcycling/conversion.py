@@ -34,15 +34,9 @@ Made = dict[str, Matrix | list[Matrix]]  # a list, where the tensor has an entry
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """
-    One dense feed-forward that becomes sparse, by its names alone.
+    """One dense feed-forward that becomes sparse, by its names alone: its model may be without storage."""
 
-    Args:
-        position (`int`): Among the sparse layers; its random generator is seeded with it.
-        feed_forward ([`FeedForward`]): Where it is; may be of a model without storage.
-    """
-
-    position: int
+    position: int  # among the sparse layers; its random generator is seeded with it
     feed_forward: FeedForward
 
     @property
@@ -148,13 +142,8 @@ class Conversion:
 
     def make(self, layer: SparseLayer, reuse: bool = False, **measured: Any) -> Made:
         """
-        The mixture's tensors of a layer.
-
-        Args:
-            layer ([`SparseLayer`]): The layer.
-            reuse (`bool`, defaults to `False`): Whether the dense weights are read into the memory of the last layer
-                but one, see [`DenseTensors.reader`].
-            **measured: What a method needs besides the weights, as [`LayerContext`] takes it.
+        The mixture's tensors of a layer, given what the method needs besides the weights, as [`LayerContext`] takes
+        it. `reuse` reads the dense weights into the memory of the last layer but one, see [`DenseTensors.reader`].
         """
         recipe, config, read = self.recipe, self.config, self.tensors.reader(reuse)
         seed = np.random.SeedSequence((recipe.seed % 2**64, layer.position)).generate_state(1)  # torch heeds 32 bits
@@ -184,12 +173,8 @@ class Conversion:
         **load_arguments: Any,
     ) -> SparseMoePreTrainedModel:
         """
-        Make the mixture, or this process's part of it.
-
-        Args:
-            measured (`Callable`, *optional*): What the method needs besides a layer's weights.
-            generation_config (`GenerationConfig`, *optional*): The mixture gets a copy.
-            **load_arguments: As `from_pretrained` takes them, such as `distributed_config`.
+        Make the mixture, or this process's part of it where `load_arguments`, as `from_pretrained` takes them, have a
+        `distributed_config`. `measured` is what the method needs besides a layer's weights.
         """
         failures: list[BaseException] = []  # transformers wraps what goes wrong while a tensor is made
         # transformers loads with several threads, which may be at the end of one layer and the start of another
@@ -227,18 +212,8 @@ def plan_conversion(
     layers: Layers,
 ) -> Conversion:
     """
-    All of a conversion that is known before a weight is read.
-
-    Args:
-        dense (`PreTrainedModel`): The dense model, which may be without storage.
-        tensors ([`LoadedTensors`] or [`DenseTensors`]): Reads its tensors.
-        dtype (`torch.dtype`): Of the mixture.
-        recipe ([`Recipe`]): How the experts start.
-        fields (`dict`): The config's fields that were asked for.
-        layers (`str`, `list[int]` or `dict`): Which layers become sparse.
-
-    Raises:
-        ValueError: as [`mixture_config`], and a dense model whose tensors are not those of its class.
+    All of a conversion that is known before a weight is read, from a dense model that may be without storage and what
+    reads its tensors. Raises as [`mixture_config`], and for a dense model whose tensors are not those of its class.
     """
     target, fields = sparse_class(dense.config, type(dense).__name__), dict(fields)
     config = mixture_config(dense, target, recipe, fields, layers)
@@ -274,18 +249,8 @@ def load_mixture(
     **load_arguments: Any,
 ) -> SparseMoePreTrainedModel:
     """
-    A mixture made of a whole state dict.
-
-    Args:
-        target (`type`): Its class.
-        config ([`SparseMoeConfig`]): Its config.
-        state_dict (`dict`): Its tensors, or [`TensorSlices`] that make them.
-        dtype (`torch.dtype`): What it is loaded in.
-        generation_config (`GenerationConfig`, *optional*): The mixture gets a copy.
-        **load_arguments: As `from_pretrained` takes them.
-
-    Raises:
-        ValueError: a tensor that is missing, or has no place.
+    A mixture made of a whole state dict, whose values may be [`TensorSlices`], and of copies of both configs. Raises a
+    `ValueError` for a tensor that is missing or has no place.
     """
     model, info = target.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **load_arguments
@@ -300,11 +265,7 @@ def load_mixture(
 class TensorSlices:
     """
     A tensor with nothing in memory, as `safe_open(...).get_slice(...)` is one: transformers asks for its shape, then
-    for the slices that this process keeps.
-
-    Args:
-        shape (`list[int]`): Of the whole.
-        take (`Callable`): Makes a part of it, given a slice for each dimension.
+    for the slices that this process keeps; `take` makes a part of it, given a slice for each dimension.
     """
 
     shape: list[int]

@@ -16,20 +16,12 @@ from .rows import Rows, by_rows, mean_and_std, normal_rows, with_rows
 
 @dataclass
 class FeedForwardWeights:
-    """
-    One feed-forward. That of a dense model holds tensors; an expert may hold [`Rows`], which are made when written.
+    """One feed-forward. That of a dense model holds tensors; an expert may hold [`Rows`], made when written."""
 
-    Args:
-        up (`torch.Tensor` or [`Rows`]): (2I, H) with the gate's rows first where gated, else (I, H).
-        down (`torch.Tensor` or [`Rows`]): (H, I).
-        up_bias, down_bias (`torch.Tensor` or [`Rows`], *optional*): (2I,) or (I,), and (H,).
-        gated (`bool`): Whether `up` holds gate and up.
-    """
-
-    up: Any
-    down: Any
-    up_bias: Any
-    down_bias: Any
+    up: Any  # (2I, H) with the gate's rows first where gated, else (I, H)
+    down: Any  # (H, I)
+    up_bias: Any  # (2I,) or (I,), or None
+    down_bias: Any  # (H,), or None
     gated: bool
 
     @property
@@ -71,40 +63,23 @@ def _columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class LayerStart:
-    """
-    What one sparse layer starts from.
+    """What one sparse layer starts from."""
 
-    Args:
-        experts (`Iterable[FeedForwardWeights]`): E of them.
-        router (`torch.Tensor`): (E, H).
-        shared ([`FeedForwardWeights`], *optional*): The shared experts, as one feed-forward.
-    """
-
-    experts: Iterable[FeedForwardWeights]
-    router: torch.Tensor
-    shared: FeedForwardWeights | None = None
+    experts: Iterable[FeedForwardWeights]  # E of them
+    router: torch.Tensor  # (E, H)
+    shared: FeedForwardWeights | None = None  # the shared experts, as one feed-forward
 
 
 @dataclass
 class LayerContext:
-    """
-    What a method may use besides the dense weights.
+    """What a method may use besides the dense weights."""
 
-    Args:
-        config ([`SparseMoeConfig`]): The mixture's config, the method's own changes included.
-        generator (`torch.Generator`): The layer's own; the same seed draws the same bits.
-        options (`dict`): The method's options.
-        activations (`torch.Tensor`, *optional*): (tokens, I), measured on the data that the caller gave.
-        branches (`list[FeedForwardWeights]`): The same layer of each branch, for `"branches"`.
-        centroids (`torch.Tensor`, *optional*): (E, H), router rows measured on each branch's own text.
-    """
-
-    config: SparseMoeConfig
-    generator: torch.Generator
+    config: SparseMoeConfig  # the mixture's, the method's own changes included
+    generator: torch.Generator  # the layer's own; the same seed draws the same bits
     options: dict[str, Any]
-    activations: torch.Tensor | None = None
-    branches: list[FeedForwardWeights] = field(default_factory=list)
-    centroids: torch.Tensor | None = None
+    activations: torch.Tensor | None = None  # (tokens, I), measured on the data that the caller gave
+    branches: list[FeedForwardWeights] = field(default_factory=list)  # the same layer of each, for "branches"
+    centroids: torch.Tensor | None = None  # (E, H), router rows measured on each branch's own text
 
     def random_router(self, dense: FeedForwardWeights, rows: int | None = None) -> torch.Tensor:
         shape = (self.config.num_experts if rows is None else rows, dense.down.shape[0])
@@ -330,24 +305,16 @@ def _share(units: int, parts: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class InitializationMethod:
-    """
-    Args:
-        start (`Callable`): A layer's dense weights and its context to a [`LayerStart`].
-        exact (`str`): When the mixture computes what the dense model computes, in words.
-        is_exact (`Callable`): The same, asked of a mixture's config.
-        sizes (`Callable`): The config fields that the method decides, from the given ones, the units and the options.
-        options (`dict`): By name the default and what else is allowed: other words, or the least and most of a number.
-        makes_shared_experts (`bool`): Whether it has weights for shared experts.
-        makes_parts (`bool`): Whether experts are parts of the dense feed-forward, which a token's experts make whole.
-    """
+    """How experts start; `options` has by name the default and what else is allowed: words, or least and most."""
 
     start: Callable[[FeedForwardWeights, LayerContext], LayerStart]
-    exact: str
-    is_exact: Callable[[SparseMoeConfig], bool]
+    exact: str  # when the mixture computes what the dense model computes
+    is_exact: Callable[[SparseMoeConfig], bool]  # the same, asked of a mixture's config
+    # the config fields that the method decides, from the given ones, the dense units and the options
     sizes: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _copy_sizes
     options: dict[str, tuple] = field(default_factory=dict)
     makes_shared_experts: bool = False
-    makes_parts: bool = False
+    makes_parts: bool = False  # whether experts are parts of the dense feed-forward, which a token's make whole
 
 
 INITIALIZATION_METHODS = {

@@ -16,18 +16,9 @@ MAX_TOKENS = 4096  # a layer; enough for means and clusters
 @torch.no_grad()
 def task_losses(models: dict[str, PreTrainedModel], data: Iterable[Any]) -> dict[str, float]:
     """
-    The mean task loss of each model on the same text, in evaluation mode, each batch weighted by its labels.
-
-    Args:
-        models (`dict[str, PreTrainedModel]`): Models of one task, by name.
-        data (`Iterable`): Batches, each a dict of inputs with `labels`, or `input_ids` of shape (B, S), which are then
-            the labels too.
-
-    Returns:
-        `dict[str, float]`: the losses by name, and under `"labels"` how many labels they are means of.
-
-    Raises:
-        ValueError: no batch with a label.
+    The mean task loss of each model on the same text, in evaluation mode, each batch weighted by its labels; under
+    `"labels"` how many these are. A batch is a dict of inputs with `labels`, or `input_ids` of shape (B, S), which are
+    then the labels too.
     """
     sums, count = dict.fromkeys(models, 0.0), 0
     for batch in data:
@@ -47,15 +38,8 @@ def task_losses(models: dict[str, PreTrainedModel], data: Iterable[Any]) -> dict
 @torch.no_grad()
 def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[Any]) -> list[torch.Tensor]:
     """
-    The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most `MAX_TOKENS`.
-
-    Args:
-        dense (`PreTrainedModel`): The dense model.
-        modules (`list[nn.Module]`): Modules of it.
-        data (`Iterable`): Batches, each a dict of the model's inputs (without labels), or `input_ids` of shape (B, S).
-
-    Raises:
-        ValueError: no batches.
+    The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most `MAX_TOKENS`. A
+    batch of `data` is a dict of the model's inputs, or `input_ids` of shape (B, S).
     """
     seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
 

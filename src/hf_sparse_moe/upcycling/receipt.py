@@ -62,6 +62,14 @@ def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) 
     }
 
 
+def allowed_difference(measured: dict[str, Any], dtype: torch.dtype) -> float:
+    """
+    How far the outputs of an exact method may be apart: float32 rounds some hundred times on its way through a model,
+    and in fewer bits a factor on the weights, such as a granularity, may round.
+    """
+    return max(1e-5, torch.finfo(dtype).eps) * measured["max_abs_output"]
+
+
 def name_of(dense: PreTrainedModel, source: Source | None) -> str | None:
     """What to call a dense model: its Hub id, or its folder's own name."""
     return source.name if source else Path(dense.config.name_or_path or "").name or None

@@ -77,17 +77,9 @@ def mixture_config(
     layers: Layers,
 ) -> SparseMoeConfig:
     """
-    The config of the mixture that `dense` becomes; completes `fields`.
-
-    Args:
-        dense (`PreTrainedModel`): The dense model, which may be without storage.
-        target (`type`): The mixture's class.
-        recipe ([`Recipe`]): How the experts start.
-        fields (`dict`): The config's fields that were asked for.
-        layers (`str`, `list[int]` or `dict`): Which layers become sparse.
-
-    Raises:
-        ValueError: an unknown field, a value that is not allowed, or sizes that do not fit the method.
+    The config of the mixture of class `target` that `dense` becomes, which may be without storage; completes the
+    `fields` that were asked for. Raises a `ValueError` for an unknown field, a value that is not allowed, or sizes
+    that do not fit the method.
     """
     config_class, method, row = target.config_class, recipe.method, recipe.initialization
     unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
@@ -125,15 +117,8 @@ def mixture_config(
 
 def layer_types(layers: str | Sequence[int], num_layers: int) -> list[str]:
     """
-    `"dense"` or `"sparse"` for each of `num_layers` layers.
-
-    Args:
-        layers (`str` or `Sequence[int]`): `"all"`, `"none"`, `"every_N"` (the N-th, 2N-th, ... layer), `"last_N"`,
-            `"first_N"`, or positions from 0; negative ones count from the end.
-        num_layers (`int`): How many layers there are.
-
-    Raises:
-        ValueError: another word, or a position that does not exist.
+    `"dense"` or `"sparse"` for each layer: `layers` is `"all"`, `"none"`, `"every_N"` (the N-th, 2N-th, ... layer),
+    `"last_N"`, `"first_N"`, or positions from 0, of which negative ones count from the end.
     """
     positions = list(range(num_layers))
     if isinstance(layers, str):

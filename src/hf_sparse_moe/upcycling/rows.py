@@ -20,18 +20,11 @@ DRAWS_IN_A_WORD = 4  # 16 random bits choose a quantile
 
 @dataclass(frozen=True)
 class Rows:
-    """
-    A matrix (or vector) with nothing in memory.
-
-    Args:
-        shape (`torch.Size`): Of the whole.
-        dtype (`torch.dtype`): Of the whole.
-        make (`Callable`): Some of its rows; the same ones are the same bits, whoever asks and in whatever order.
-    """
+    """A matrix (or vector) with nothing in memory."""
 
     shape: torch.Size
     dtype: torch.dtype
-    make: Callable[[slice], torch.Tensor]
+    make: Callable[[slice], torch.Tensor]  # the same rows are the same bits, whoever asks and in whatever order
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         return self.make(rows).to(self.dtype)
@@ -89,13 +82,9 @@ def _quantiles() -> torch.Tensor:
 def normal_rows(shape: torch.Size, dtype: torch.dtype, mean: float, std: float, seed: int) -> Rows:
     """
     A matrix of normal numbers that depend on the seed and their position alone, so that any thread can draw any of
-    them. Sixteen bits of a PCG64 stream choose one of 65,536 quantiles: several times as fast as
-    `torch.Tensor.normal_`. Up to 3.5 deviations the quantiles lie closer than bfloat16 numbers do; the last is at 4.3.
-
-    Args:
-        shape, dtype: Of the matrix. Another dtype is another rounding of the same numbers.
-        mean, std (`float`): Of the distribution.
-        seed (`int`): At least 0. Element i of the matrix is draw i of the seed's stream.
+    them: element i is draw i of the seed's stream, and another dtype is another rounding of the same numbers. Sixteen
+    bits of a PCG64 stream choose one of 65,536 quantiles: several times as fast as `torch.Tensor.normal_`. Up to 3.5
+    deviations the quantiles lie closer than bfloat16 numbers do; the last is at 4.3.
     """
     width = prod(shape[1:])
 

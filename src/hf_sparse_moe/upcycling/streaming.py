@@ -36,18 +36,8 @@ def plan_from_disk(
     source: Source, recipe: Recipe, fields: dict[str, Any], layers: Layers, dtype: torch.dtype | None
 ) -> Conversion:
     """
-    The conversion of a checkpoint, of which no weight is read, except to tell whether tied ones are equal.
-
-    Args:
-        source ([`Source`]): The dense checkpoint.
-        recipe ([`Recipe`]): How the experts start.
-        fields (`dict`): The config's fields that were asked for.
-        layers (`str`, `list[int]` or `dict`): Which layers become sparse.
-        dtype (`torch.dtype`, *optional*): Of the mixture; None keeps that of the checkpoint.
-
-    Raises:
-        ValueError: as `upcycle`.
-        NotStreamableError: the checkpoint must be loaded as a model.
+    The conversion of a checkpoint, of which no weight is read, except to tell whether tied ones are equal. Without
+    `dtype` that of the checkpoint is kept. Raises a [`NotStreamableError`] where it must be loaded as a model.
     """
     if recipe.method == "branches":
         raise NotStreamableError("`sources` needs the model itself")
@@ -81,10 +71,8 @@ def write_mixture(
     show_progress: bool,
 ) -> dict[str, Any]:
     """
-    Write the mixture to a folder, tensor by tensor: memory holds two layers' dense weights, whatever their number.
-
-    Returns:
-        `dict`: the receipt.
+    Write the mixture to a folder, tensor by tensor, and return its receipt: memory holds two layers' dense weights,
+    whatever their number.
     """
     recipe, fields, sparse = conversion.recipe, conversion.fields, conversion.sparse
     asked_for = {

@@ -18,11 +18,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS
 from .measuring import task_losses
-from .receipt import output_difference
-
-
-# Relative to the largest output. float32 rounds some hundred times on its way through a model.
-TOLERANCE = 1e-5
+from .receipt import allowed_difference, output_difference
 
 
 @dataclass(frozen=True)
@@ -143,15 +139,14 @@ def _load_sparse(source: Source) -> SparseMoePreTrainedModel:
     config = read_mixture_config(source)
     classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
     architecture = named_architecture(config)
-    if architecture is None or architecture not in classes:
+    if architecture not in classes:
         raise ValueError(f"`{source.name}` names no class of its family in `architectures`: {architecture!r}.")
     with sensible_config(source):
         return classes[architecture].from_pretrained(source.folder, dtype="auto", use_safetensors=True)
 
 
 def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: torch.dtype) -> tuple[bool, str]:
-    allowed = _tolerance(dtype) * measured["max_abs_output"]
-    difference = measured["max_abs_difference"]
+    difference, allowed = measured["max_abs_difference"], allowed_difference(measured, dtype)
     told = f"the outputs differ by at most {difference:.1e} (on average {measured['mean_abs_difference']:.1e})"
     if not promised:
         reach = f"where they reach {measured['max_abs_output']:.1f}"
@@ -164,13 +159,12 @@ def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: tor
 def _reproduction(measured: dict[str, Any], recorded: dict[str, Any] | None) -> tuple[bool, str]:
     if recorded is None:
         return True, "The receipt holds no measurement to compare with."
-    slack = _tolerance(getattr(torch, recorded["dtype"])) * recorded["max_abs_output"]
-    pairs = [(measured[name], recorded[name]) for name in ("max_abs_difference", "mean_abs_difference")]
-    kept = all(abs(here - there) <= slack + 1e-3 * there for here, there in pairs)
-    told = (
-        f"{recorded['max_abs_difference']:.1e} in {recorded['dtype']}; here it is {measured['max_abs_difference']:.1e}"
-    )
-    return kept, f"The receipt says {told}{'' if kept else ', which is not the same'}."
+    slack = allowed_difference(recorded, getattr(torch, recorded["dtype"]))
+    names = ("max_abs_difference", "mean_abs_difference")
+    kept = all(abs(measured[name] - recorded[name]) <= slack + 1e-3 * recorded[name] for name in names)
+    then, now = recorded["max_abs_difference"], measured["max_abs_difference"]
+    verdict = "" if kept else ", which is not the same"
+    return kept, f"The receipt says {then:.1e} in {recorded['dtype']}; here it is {now:.1e}{verdict}."
 
 
 def _same_loss(loss: dict[str, float], promised: bool, dtype: torch.dtype) -> tuple[bool, str]:
@@ -193,8 +187,3 @@ def _hashes(recorded: dict[str, str], now: dict[str, str]) -> tuple[bool, str]:
     if different:
         return False, f"The dense checkpoint is not the one of the receipt: `{different[0]}` differs."
     return True, f"The dense checkpoint's {len(now)} files have the hashes of the receipt."
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """float32 keeps the function; in fewer bits a factor on the weights, such as a granularity, may round."""
-    return max(TOLERANCE, torch.finfo(dtype).eps)
