@@ -61,7 +61,10 @@ class SparseLayer:
         up_bias, down_bias = None, None
         if self.feed_forward.biased:
             up_bias, down_bias = (read(*names) for names in self._projections("bias"))
-        return FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated)
+        found = FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated)
+        for matrix in found.matrices.values():
+            check_numbers(self.feed_forward.path, matrix)
+        return found
 
     def activation_keys(self) -> dict[str, str]:
         """The dense keys of the activation's own parameters, where it has some (xIELU), and their last names."""
@@ -182,12 +185,13 @@ class Conversion:
         with single_threaded_workers() as threads, single_threaded_workers(1) as planner:
 
             def take(key: str, position: int | None, index: Index) -> torch.Tensor:
-                if position is None:
-                    return self.tensors.take(key.removeprefix("dense."), index)
-                planned = planner.submit(make, position)
-                if error := planned.exception():
+                try:
+                    if position is None:
+                        return check_numbers(key, self.tensors.take(key.removeprefix("dense."), index))
+                    return _part(planner.submit(make, position).result()[key], index, threads)
+                except BaseException as error:
                     failures.append(error)
-                return _part(planned.result()[key], index, threads)
+                    raise
 
             slices = {
                 key: TensorSlices(list(output.shape), partial(take, key, self.layer_of(key)))
@@ -230,6 +234,15 @@ def plan_conversion(
     return conversion
 
 
+def check_numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; raises a `ValueError` where it holds NaN."""
+    if tensor.is_floating_point() and tensor.numel() and tensor.min().isnan():  # `min` needs no memory of its own
+        raise ValueError(
+            f"`{name.removeprefix('dense.')}` of the dense model holds NaN. Pass one that computes numbers."
+        )
+    return tensor
+
+
 def check_same_tensors(name: str, missing: set[str], unknown: set[str]) -> None:
     """Raise a `ValueError` where a model lacks tensors, or has tensors that have no place in what it becomes."""
     if missing or unknown:
@@ -256,6 +269,7 @@ def load_mixture(
         None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **load_arguments
     )
     check_same_tensors(target.__name__, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    model.name_or_path = model.config.name_or_path = ""  # transformers writes "None", which tools ask the Hub for
     if model.can_generate() and generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model

@@ -10,6 +10,7 @@ import torch
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .conversion import load_mixture
+from .recipe import check_argument
 
 
 @torch.no_grad()
@@ -34,8 +35,9 @@ def expand(
     """
     if not isinstance(model, SparseMoePreTrainedModel):
         raise ValueError(f"`{type(model).__name__}` is not a mixture of this package. Upcycle it first.")
-    if factor < 2:
-        raise ValueError(f"`factor={factor}` is not allowed: it must be at least 2.")
+    check_argument("factor", factor, 2, 2)
+    check_argument("seed", seed, 0, -(2**63), 2**64 - 1)
+    check_argument("router_noise", router_noise, 0.0, 0)
     config = copy.deepcopy(model.config)
     if config.router_type == "hash":
         raise ValueError('`router_type="hash"` gives the ids to other experts when their number changes.')

@@ -319,19 +319,17 @@ class InitializationMethod:
 
 INITIALIZATION_METHODS = {
     "copy": InitializationMethod(copy_experts, "with normalised weights", has_constant_weights),
-    "noise": InitializationMethod(
-        noise_experts, "no, near", lambda config: False, options={"noise_std": (0.01, 0, float("inf"))}
-    ),
+    "noise": InitializationMethod(noise_experts, "no, near", lambda config: False, options={"noise_std": (0.01, 0)}),
     "drop": InitializationMethod(drop_experts, "no", lambda config: False, options={"drop_ratio": (0.5, 0, 1)}),
     "split": InitializationMethod(
-        split_experts, "yes", lambda config: True, _split_sizes, {"granularity": (2, 1, 2**20)}, makes_parts=True
+        split_experts, "yes", lambda config: True, _split_sizes, {"granularity": (2, 1)}, makes_parts=True
     ),
     "partition": InitializationMethod(
         partition_experts,
         "only where every token uses all experts",
         lambda config: config.num_experts_per_tok == config.num_experts,
         _partition_sizes,
-        {"partition": ("random", "contiguous", "k_means", "activation"), "shared_units": (0, 0, 2**31)},
+        {"partition": ("random", "contiguous", "k_means", "activation"), "shared_units": (0, 0)},
         makes_shared_experts=True,
         makes_parts=True,
     ),

@@ -1,8 +1,8 @@
-"""What dense models see and lose on real tokens: for methods that measure, and for receipts."""
+"""What models see and lose on real tokens: for methods that measure, and for receipts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,36 +11,78 @@ from transformers import PreTrainedModel
 
 
 MAX_TOKENS = 4096  # a layer; enough for means and clusters
+Batch = dict[str, torch.Tensor]
 
 
-@torch.no_grad()
-def task_losses(models: dict[str, PreTrainedModel], data: Iterable[Any]) -> dict[str, float]:
+def as_batches(name: str, given: Any, tokenizer: Callable[[], Any]) -> Iterator[Batch]:
     """
-    The mean task loss of each model on the same text, in evaluation mode, each batch weighted by its labels; under
-    `"labels"` how many these are. A batch is a dict of inputs with `labels`, or `input_ids` of shape (B, S), which are
-    then the labels too.
+    The batches of the argument `name` as models take them: of texts, for which `tokenizer` is asked, of a tokenizer's
+    output, or of token ids of shape (B, S). One batch may stand alone.
     """
-    sums, count = dict.fromkeys(models, 0.0), 0
-    for batch in data:
-        inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch, "labels": batch}
-        labels = int((inputs["labels"] != -100).sum())
-        count += labels
-        for name, model in models.items():
-            training = model.training
-            outputs = model.eval()(**{key: tensor.to(model.device) for key, tensor in inputs.items()})
-            model.train(training)
-            sums[name] += outputs.loss.item() * labels
-    if count == 0:
+    is_one = isinstance(given, str | Mapping) or (isinstance(given, torch.Tensor) and given.dim() == 2)
+    if not is_one and not isinstance(given, Iterable):
+        raise ValueError(f"`{name}={given!r}` is not allowed: it must be batches of texts or of token ids.")
+    for batch in [given] if is_one else given:
+        texts = [batch] if isinstance(batch, str) else batch
+        if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
+            batch = tokenizer()(list(texts), return_tensors="pt", padding=len(texts) > 1, truncation=True)
+        given_inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        try:
+            inputs = {key: torch.as_tensor(each) for key, each in given_inputs.items()}
+            if inputs["input_ids"].dim() == 1:
+                inputs = {key: each[None] for key, each in inputs.items()}
+            fits = inputs["input_ids"].dim() > 1 and not inputs["input_ids"].is_floating_point()
+        except (ValueError, TypeError, RuntimeError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"`{name}` has a batch, a {type(batch).__name__}, that is neither texts, nor a tokenizer's output, "
+                "nor token ids of shape (batch, sequence)."
+            )
+        yield inputs
+
+
+def labelled(model_name: str, batches: Iterable[Batch]) -> list[tuple[Batch, int]]:
+    """
+    Batches with how many labels each has, for the mixture's class of that name. A language model's labels are its
+    token ids where there are none; raises a `ValueError` where another head has none.
+    """
+    found = []
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if "start_positions" in batch:
+            found.append((batch, len(ids)))
+            continue
+        if "labels" not in batch:
+            if not model_name.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")):
+                raise ValueError(
+                    f"The text to measure the loss on has a batch without labels, which `{model_name}` cannot do "
+                    "without. Give `labels`, or leave `evaluation` out."
+                )
+            batch = {**batch, "labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
+        found.append((batch, int((batch["labels"] != -100).sum())))
+    if not sum(count for _, count in found):
         raise ValueError("The text to measure the loss on has no batch with a label. Give at least one.")
-    return {name: total / count for name, total in sums.items()} | {"labels": count}
+    return found
 
 
 @torch.no_grad()
-def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[Any]) -> list[torch.Tensor]:
-    """
-    The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most `MAX_TOKENS`. A
-    batch of `data` is a dict of the model's inputs, or `input_ids` of shape (B, S).
-    """
+def task_losses(models: dict[str, PreTrainedModel], batches: list[tuple[Batch, int]]) -> dict[str, float]:
+    """The mean task loss of each model on batches of [`labelled`], and under `"labels"` how many labels these have."""
+    total = sum(count for _, count in batches)
+    losses: dict[str, float] = {}
+    for name, model in models.items():
+        training = model.training
+        model.eval()
+        weighted = [_run(model, batch).loss.item() * count for batch, count in batches if count]
+        model.train(training)
+        losses[name] = sum(weighted) / total
+    return losses | {"labels": total}
+
+
+@torch.no_grad()
+def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most 4096."""
     seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
 
     def watch(module: nn.Module, args: tuple) -> None:
@@ -50,11 +92,9 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[A
     training = dense.training
     try:
         dense.eval()
-        for batch in data:
-            inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
-            if dense.config.is_encoder_decoder:
-                inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-            dense(**{name: tensor.to(dense.device) for name, tensor in inputs.items() if name != "labels"})
+        for batch in batches:
+            decoder = {"decoder_input_ids": batch["input_ids"]} if dense.config.is_encoder_decoder else {}
+            _run(dense, decoder | {name: tensor for name, tensor in batch.items() if name != "labels"})
             if all(sum(map(len, parts)) >= MAX_TOKENS for parts in seen.values()):
                 break
     finally:
@@ -64,3 +104,7 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], data: Iterable[A
     if not all(seen.values()):
         raise ValueError("`data` has no batches to measure on. Give at least one batch of token ids.")
     return [torch.cat(parts)[:MAX_TOKENS] for parts in seen.values()]
+
+
+def _run(model: PreTrainedModel, inputs: Batch) -> Any:
+    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})

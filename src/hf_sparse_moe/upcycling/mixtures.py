@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
+from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
@@ -19,7 +20,7 @@ from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
 
 from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion
-from .measuring import inputs_of, task_losses
+from .measuring import as_batches, inputs_of, labelled, task_losses
 from .receipt import describe_source, make_receipt, name_of
 from .recipe import Layers, check_dtype, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
@@ -63,6 +64,7 @@ def upcycle(
     evaluation: Iterable[Any] | None = None,
     sources: Sequence[PreTrainedModel | str | Path] = (),
     prompts: Sequence[Iterable[Any]] | None = None,
+    tokenizer: Any = None,
     revision: str | None = None,
     token: bool | str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -97,12 +99,15 @@ def upcycle(
         layers (`str`, `list[int]` or `dict`, defaults to `"all"`): Which layers become sparse: `"all"`, `"none"`,
             `"every_N"`, `"first_N"`, `"last_N"`, or positions; for an encoder-decoder also one of these a side, as
             `{"encoder": "all", "decoder": "none"}`.
-        data (`Iterable`, *optional*): Batches of token ids, for methods that measure activations.
-        evaluation (`Iterable`, *optional*): Batches of held-out text, with `labels` or of token ids alone; the receipt
-            then holds the task loss on them before and after.
-        sources (`list`, *optional*): With `method="branches"`, the dense models that become the experts.
-        prompts (`list`, *optional*): With `method="branches"`, for each of `sources` batches of token ids of its own
-            text; the router starts from them. Without, it starts at random.
+        data (`Iterable`, *optional*): Batches of token ids (batch, sequence), of a tokenizer's output, or texts, for
+            methods that measure activations.
+        evaluation (`Iterable`, *optional*): Batches of held-out text, as for `data`, for other heads than language
+            models with `labels`; the receipt then holds the task loss on them before and after.
+        sources (`list`, *optional*): With `method="branches"`, the dense models that become the experts. Their configs
+            and vocabularies must agree.
+        prompts (`list`, *optional*): With `method="branches"`, for each of `sources` batches of its own text, as for
+            `data`; the router starts from them. Without, it starts at random.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): For texts; defaults to that of the first folder or Hub id.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the dense one.
@@ -121,7 +126,8 @@ def upcycle(
 
     Raises:
         ValueError: an unknown method, option or field, a source that cannot be read or changes while it is read, an
-            architecture without a known feed-forward, a model with adapters, or a `resume` with other arguments.
+            architecture without a known feed-forward, a model that has adapters, is quantised or holds NaN, a mixture
+            that does not keep the function as its method promises, or a `resume` with other arguments.
         OSError: `output` is taken, or its disk is too small.
 
     Example:
@@ -135,6 +141,10 @@ def upcycle(
         model = upcycle("Qwen/Qwen3-0.6B", num_experts=64, distributed_config=sizes)
         ```
     """
+    if method == "branches" and (isinstance(sources, str | Path) or len(sources) < 2):
+        raise ValueError('`sources` must name at least 2 dense checkpoints for `method="branches"`.')
+    if prompts is not None and len(prompts) != len(sources):
+        raise ValueError(f"`prompts` has {len(prompts)} entries for {len(sources)} `sources`. Give one each.")
     if source is None and method != "branches":
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
     if output is not None and distributed_config is not None:
@@ -160,6 +170,7 @@ def upcycle(
                 if value is not None:
                     raise NotStreamableError(f"`{name}` needs the model itself")
             found = find_source(source, revision, allow_pickle, token)  # type: ignore[arg-type]
+            check_not_quantised(read_config(found), found.name)
             watched = WatchedSource(found)
             conversion = plan_from_disk(found, recipe, fields, layers, chosen_dtype)
         except NotStreamableError as reason:
@@ -178,71 +189,89 @@ def upcycle(
     def load(each: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Source | None]:
         if isinstance(each, str | Path):
             read_from = find_source(each, revision, allow_pickle, token)
+            check_not_quantised(read_config(read_from), read_from.name)
             return load_dense(read_from, dtype, allow_pickle), read_from
         check_plain(each)
         return each, None
 
+    def find_tokenizer() -> Any:
+        folders = [each for each in (source, *sources) if isinstance(each, str | Path)]
+        if tokenizer is None and not folders:
+            raise ValueError("Texts need `tokenizer`. Pass that of the dense model, or batches of token ids.")
+        return tokenizer or AutoTokenizer.from_pretrained(
+            folders[0], revision=revision, token=token, trust_remote_code=False
+        )
+
+    held_out = None if evaluation is None else list(as_batches("evaluation", evaluation, find_tokenizer))
     branches, (base, base_source) = [load(each) for each in sources], (None, None) if source is None else load(source)
-    models, dense = [branch for branch, _ in branches], base
+    dense = base
     if method == "branches":
-        check_branches(models, [name_of(*branch) for branch in branches])
+        given = [(base, base_source), *branches] if recipe.options["trunk"] == "base" and base else branches
+        names = [name_of(*each) or f"model {number}" for number, each in enumerate(given, start=1)]
+        check_branches([each for each, _ in given], [found for _, found in given], names)
         if num_experts != len(branches):
             raise ValueError(f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches.")
-        dense = make_trunk(models, base, recipe.options["trunk"])
+        dense = make_trunk([branch for branch, _ in branches], base, recipe.options["trunk"])
     assert dense is not None
     conversion = plan_conversion(dense, LoadedTensors(dense), chosen_dtype or dense.dtype, recipe, fields, layers)
-    measured = _measure(dense, conversion.layers, data, models, prompts)
-    sparse: Any = conversion.load(measured, getattr(dense, "generation_config", None))
+    texts = None if held_out is None else labelled(type(conversion.sparse).__name__, held_out)
+    measured: dict[str, list] = {}
+    sites = [layer.feed_forward for layer in conversion.layers]
+    if data is not None:
+        downs = [site.part(site.layout.down) for site in sites]
+        measured["activations"] = inputs_of(dense, downs, as_batches("data", data, find_tokenizer))
+    if prompts is not None:
+        ups = [site.part(site.layout.up[0]) for site in sites]
+        seen = [inputs_of(dense, ups, as_batches("prompts", each, find_tokenizer)) for each in prompts]
+        measured["centroids"] = [router_rows(states) for states in zip(*seen, strict=True)]
+    tensors = [LoadedTensors(branch) for branch, _ in branches]
+
+    def measurements(layer: SparseLayer) -> dict[str, Any]:
+        by_layer = {name: found[layer.position] for name, found in measured.items()}
+        return {**by_layer, "branches": [layer.weights(each.reader()) for each in tensors]}
+
+    sparse: Any = conversion.load(measurements, getattr(dense, "generation_config", None))
     sparse = sparse.to(dense.device)
     sparse.receipt = make_receipt(dense, sparse, None if dense is not base else base_source, recipe, conversion.fields)
-    if evaluation is not None:
-        sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, evaluation)
+    if texts is not None:
+        sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, texts)
     if branches:
         sparse.receipt["branches"] = [describe_source(*branch) for branch in branches]
     if output is None:
         return sparse
-    write_checkpoint(sparse, output, base_source.folder if base_source else None, max_shard_size=max_shard_size)
+    found_in = next((each.folder for each in (base_source, *(each for _, each in branches)) if each), None)
+    write_checkpoint(sparse, output, found_in, max_shard_size=max_shard_size)
     return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
 
 
 def check_plain(model: Any) -> None:
-    """Raise a `ValueError` unless `model` is a model of transformers without adapters."""
+    """Raise a `ValueError` unless `model` is a model of transformers without adapters or packed weights."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"`{name}` is neither a model of transformers nor a folder or Hub id. Of a PEFT model pass "
             "`model.merge_and_unload()`."
         )
-    if any(".base_layer." in parameter for parameter, _ in model.named_parameters()):  # as PEFT wraps a module
+    wrapped = (".base_layer.", ".modules_to_save.")  # as PEFT wraps a module
+    if any(part in f".{parameter}" for parameter, _ in model.named_parameters() for part in wrapped):
         raise ValueError(
             f"`{name}` has an adapter that is not merged. Pass what the PEFT model's `merge_and_unload()` returns."
         )
+    check_not_quantised(model.config, name)
+    packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
+    if packed is not None or getattr(model, "is_quantized", False):
+        raise ValueError(f"`{name}` is quantised or sharded (`{packed}`). Pass a whole model with its full weights.")
 
 
-def _measure(
-    dense: PreTrainedModel,
-    layers: list[SparseLayer],
-    data: Iterable[Any] | None,
-    branches: Sequence[PreTrainedModel],
-    prompts: Sequence[Iterable[Any]] | None,
-) -> Callable[[SparseLayer], dict[str, Any]]:
-    """What a method gets for each layer besides the dense weights, as [`LayerContext`] takes it."""
-    tensors, measured = [LoadedTensors(branch) for branch in branches], {}
-    sites = [layer.feed_forward for layer in layers]
-    if data is not None:
-        measured["activations"] = inputs_of(dense, [site.part(site.layout.down) for site in sites], data)
-    if prompts is not None:
-        if len(prompts) != len(branches):
-            raise ValueError(f"`prompts` has {len(prompts)} entries for {len(branches)} `sources`. Give one each.")
-        ups = [site.part(site.layout.up[0]) for site in sites]
-        seen = [inputs_of(dense, ups, batches) for batches in prompts]
-        measured["centroids"] = [router_rows(states) for states in zip(*seen, strict=True)]
-
-    def of(layer: SparseLayer) -> dict[str, Any]:
-        by_layer = {name: found[layer.position] for name, found in measured.items()}
-        return {**by_layer, "branches": [layer.weights(each.reader()) for each in tensors]}
-
-    return of
+def check_not_quantised(config: Any, name: str) -> None:
+    """Raise a `ValueError` for the config of a model whose weights are packed."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise ValueError(
+            f"`{name}` is quantised ({getattr(method, 'value', method)}). Pass the checkpoint that it was quantised "
+            "from, or, where transformers can undo it, what the loaded model's `dequantize()` returns."
+        )
 
 
 def stream_upcycle(source: str | Path, target: str | Path, *args, **kwargs) -> dict[str, Any]:

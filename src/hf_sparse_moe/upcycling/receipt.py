@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
@@ -70,6 +72,28 @@ def allowed_difference(measured: dict[str, Any], dtype: torch.dtype) -> float:
     return max(1e-5, torch.finfo(dtype).eps) * measured["max_abs_output"]
 
 
+def check_equality(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:
+    """
+    Raise a `ValueError` for outputs that are no numbers, or that an exact method did not keep: a mixture with `dtype`
+    weights, measured in a dtype whose rounding adds up over the layers.
+    """
+    difference, computed_in = measured["max_abs_difference"], getattr(torch, measured["dtype"])
+    if not math.isfinite(difference):
+        raise ValueError(
+            "The dense model, or the mixture made of it, computes NaN or infinite outputs. Nothing was made."
+        )
+    coarse = max((dtype, computed_in), key=lambda each: torch.finfo(each).eps)
+    allowed = allowed_difference(measured, coarse) * (1 if coarse in (torch.float32, torch.float64) else 16)
+    if torch.get_float32_matmul_precision() != "highest":
+        allowed = max(allowed, 1e-2 * measured["max_abs_output"])
+    if is_exact and difference > allowed:
+        raise ValueError(
+            f"The mixture should compute what the dense model computes, but its outputs differ by {difference:.1e}, "
+            f"where {allowed:.1e} is allowed: the dense model is not what its class and config say. Pass a plain one, "
+            "without adapters, hooks or quantisation."
+        )
+
+
 def name_of(dense: PreTrainedModel, source: Source | None) -> str | None:
     """What to call a dense model: its Hub id, or its folder's own name."""
     return source.name if source else Path(dense.config.name_or_path or "").name or None
@@ -111,6 +135,10 @@ def make_receipt(
     that were asked for. A dense model without storage is not compared with the mixture. `sha256` are the hashes of the
     source's files, where they are known already.
     """
+    equality = NOT_MEASURED
+    if dense.device.type != "meta":
+        equality = output_difference(dense, sparse)
+        check_equality(equality, recipe.initialization.is_exact(cast(SparseMoeConfig, sparse.config)), sparse.dtype)
     return {
         "source": describe_source(dense, source, sha256),
         "arguments": {"method": recipe.method, "seed": recipe.seed, **recipe.options, **fields},
@@ -122,5 +150,5 @@ def make_receipt(
             "active": count_parameters(sparse, only_active=True),
         },
         "flops_per_token": count_flops_per_token(sparse),
-        "equality": NOT_MEASURED if dense.device.type == "meta" else output_difference(dense, sparse),
+        "equality": equality,
     }

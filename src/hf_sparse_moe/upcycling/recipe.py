@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
@@ -36,7 +38,7 @@ class Recipe:
 def make_recipe(method: str, seed: int, options_and_fields: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """Separate a method's options from config fields, and fill in the defaults."""
     check_argument("method", method, *INITIALIZATION_METHODS)
-    check_argument("seed", seed, 0, -(2**64), 2**64)
+    check_argument("seed", seed, 0, -(2**64))
     known = INITIALIZATION_METHODS[method].options
     options = {name: options_and_fields.get(name, allowed[0]) for name, allowed in known.items()}
     for name, value in options.items():
@@ -47,14 +49,15 @@ def make_recipe(method: str, seed: int, options_and_fields: dict[str, Any]) -> t
 
 
 def check_argument(name: str, value: Any, default: Any, *others: Any) -> None:
-    """Raise a `ValueError` unless `value` is one of some words, or a number between two, whole if `default` is."""
+    """Raise a `ValueError` unless `value` is one of some words, or a number in bounds, whole if `default` is."""
     if isinstance(default, str):
         fine, allowed = value in (default, *others), f"one of {sorted((default, *others))}"
     else:
-        kind: Any = int if isinstance(default, int) else int | float
-        least, most = others
-        fine = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-        allowed = f"a {'whole ' if kind is int else ''}number between {least} and {most}"
+        kind: Any = Integral if isinstance(default, int) else Real
+        least, *most = others
+        fine = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= (*most, value)[0]
+        allowed = f"a {'whole ' if kind is Integral else ''}number of at least {least}"
+        allowed += f" and at most {most[0]}" if most else ""
     if not fine:
         raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
 
@@ -87,8 +90,17 @@ def mixture_config(
         raise ValueError(
             f"`{unknown[0]}` is neither a field of `{config_class.__name__}` nor an option of `method={method!r}`."
         )
+    for name in ("num_experts", "num_experts_per_tok"):
+        check_argument(name, fields.get(name, 1), 1, 1)
     others = {name: value for name, value in fields.items() if name not in config_class._layer_type_fields}
-    found = sparse_feed_forwards(dense, config_class.from_dense(dense.config, **others), target.family_side)
+    try:
+        everything = config_class.from_dense(dense.config, **others)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    found = sparse_feed_forwards(dense, everything, target.family_side)
+    sides = list(config_class._layer_type_fields.values())
+    if isinstance(layers, dict) and not set(layers) <= set(sides):
+        raise ValueError(f"`layers` names the sides {sorted(layers)}, but `{config_class.__name__}` has {sides}.")
     for name, side in config_class._layer_type_fields.items():
         chosen = layers.get(side, "all") if isinstance(layers, dict) else layers
         if chosen != "all":
@@ -134,8 +146,10 @@ def layer_types(layers: str | Sequence[int], num_layers: int) -> list[str]:
         words = {"all": positions, "none": [], "last": positions[-count:], "first": positions[:count]}
         sparse = set(positions[count - 1 :: count] if match[2] == "every" else words[match[1] or match[2]])
     else:
-        missing = [position for position in layers if not -num_layers <= position < num_layers]
+        if not isinstance(layers, Sequence) or not all(isinstance(each, int) for each in layers):
+            raise ValueError(f"`layers={layers!r}` is not allowed: it must be a word or a list of whole numbers.")
+        missing = [position for position in layers if not -num_layers <= int(position) < num_layers]
         if missing:
             raise ValueError(f"`layers` names layer {missing[0]}, but there are {num_layers}, counted from 0.")
-        sparse = {position % num_layers for position in layers}
+        sparse = {int(position) % num_layers for position in layers}
     return ["sparse" if position in sparse else "dense" for position in positions]

@@ -26,7 +26,7 @@ from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .conversion import Conversion, plan_conversion, set_dtype
+from .conversion import Conversion, check_numbers, plan_conversion, set_dtype
 from .receipt import make_receipt
 from .recipe import Layers, Recipe
 from .rows import Matrix, blocks, single_threaded_workers
@@ -44,8 +44,6 @@ def plan_from_disk(
     if not weight_files(source):
         raise NotStreamableError("its weights are no safetensors")
     dense_config = read_config(source)
-    if getattr(dense_config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantised")
     auto_class = sparse_class(dense_config, named_architecture(dense_config)).dense_auto_class
     with sensible_config(source):
         chosen = dtype or dense_config.dtype or stored_dtype(source)
@@ -134,6 +132,7 @@ def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int
                 for key in wanted:
                     begin = 0
                     for piece in conversion.tensors.pieces(key.removeprefix("dense.")):
+                        check_numbers(key, piece)
                         begin += (written := writer.write(key, piece.to(outputs[key].dtype), begin))
                         yield written
             elif wanted:

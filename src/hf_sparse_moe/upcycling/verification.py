@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoTokenizer
 
 from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
 from hf_sparse_moe.checkpoints.hashes import source_files
@@ -17,7 +18,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .initialization import INITIALIZATION_METHODS
-from .measuring import task_losses
+from .measuring import as_batches, labelled, task_losses
 from .receipt import allowed_difference, output_difference
 
 
@@ -79,8 +80,8 @@ def verify(
     Args:
         source (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
         dense (`str` or `Path`): Folder or Hub id of the dense checkpoint that it was made of.
-        evaluation (`Iterable`, *optional*): Batches of text, with `labels` or of token ids alone, to measure the task
-            loss of both models on.
+        evaluation (`Iterable`, *optional*): Batches of text to measure the task loss of both models on, as for
+            [`upcycle`].
         revision, dense_revision (`str`, *optional*): Branch, tag or commit of Hub ids.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
 
@@ -110,6 +111,13 @@ def verify(
             f"`{dense}` is a {type(dense_model).__name__}, but `{source}` was made of a "
             f"{receipt['source']['architecture']}. Pass the dense checkpoint that the receipt names."
         )
+    texts = None
+    if evaluation is not None:
+
+        def find_tokenizer() -> Any:
+            return AutoTokenizer.from_pretrained(dense_source.folder, trust_remote_code=False)
+
+        texts = labelled(type(sparse).__name__, as_batches("evaluation", evaluation, find_tokenizer))
     # First as stored: `float` leaves a model's float32 buffers as they are, the way back would not.
     as_stored = output_difference(dense_model, sparse)
     exactly = output_difference(dense_model.float(), sparse.float())
@@ -121,8 +129,8 @@ def verify(
         _hashes(receipt["source"]["sha256"], source_files(dense_source.folder)),
     ]
     loss = None
-    if evaluation is not None:
-        loss = task_losses({"dense": dense_model, "mixture": sparse}, evaluation)
+    if texts is not None:
+        loss = task_losses({"dense": dense_model, "mixture": sparse}, texts)
         findings.append(_same_loss(loss, promised, stored_dtype))
     return Verification(
         passed=all(kept for kept, _ in findings),
@@ -169,7 +177,7 @@ def _reproduction(measured: dict[str, Any], recorded: dict[str, Any] | None) -> 
 
 def _same_loss(loss: dict[str, float], promised: bool, dtype: torch.dtype) -> tuple[bool, str]:
     more = loss["mixture"] - loss["dense"]
-    kept = abs(more) <= 10 * _tolerance(dtype) * loss["dense"]
+    kept = abs(more) <= 10 * allowed_difference({"max_abs_output": loss["dense"]}, dtype)
     told = (
         f"Task loss on the text given, mean of {loss['labels']} labels: dense {loss['dense']:.4f}, mixture "
         f"{loss['mixture']:.4f}"
