@@ -353,7 +353,7 @@ def test_routers_start_from_each_branch_s_own_text(family):
     [
         ({"sources": []}, "at least 2"),
         ({"sources": ["llama", "qwen3"]}, "is a Qwen3ForCausalLM"),
-        ({"sources": ["llama", "wide"]}, "has the shape"),
+        ({"sources": ["llama", "wide"]}, "the shape"),
         ({"sources": ["llama", "llama"], "num_experts": 3}, "`num_experts=3`"),
         ({"sources": ["llama", "llama"], "trunk": "base"}, "needs the base model"),
         ({"sources": ["llama", "llama"], "trunk": "root"}, "`trunk='root'`"),

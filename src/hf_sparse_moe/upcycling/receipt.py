@@ -79,9 +79,7 @@ def check_equality(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype)
     """
     difference, computed_in = measured["max_abs_difference"], getattr(torch, measured["dtype"])
     if not math.isfinite(difference):
-        raise ValueError(
-            "The dense model, or the mixture made of it, computes NaN or infinite outputs. Nothing was made."
-        )
+        raise ValueError("The dense model, or the mixture made of it, computes NaN or infinite outputs.")
     coarse = max((dtype, computed_in), key=lambda each: torch.finfo(each).eps)
     allowed = allowed_difference(measured, coarse) * (1 if coarse in (torch.float32, torch.float64) else 16)
     if torch.get_float32_matmul_precision() != "highest":
