@@ -90,6 +90,16 @@ def test_half_precision(name, tmp_path):
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_a_state_dict_in_another_dtype_comes_back_in_it(name, tmp_path):
+    model = tiny_sparse(name)
+    state = {key: tensor.bfloat16() for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | state)
+    loaded = load(name, tmp_path)
+    assert (model.dtype, loaded.dtype, loaded.config.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert_same_state(loaded, model.bfloat16())
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"], ids=str)
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_device_map(name, device_map, tmp_path):

@@ -87,6 +87,18 @@ def test_dtype_comes_along(tmp_path, mixture):
     assert {parameter.dtype for parameter in stock.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("dense", "chosen"), [("llama", "mixtral"), ("t5", "switch_transformers")])
+def test_the_coefficients_of_the_losses_come_along(tmp_path, mixture, dense, chosen):
+    losses = {"router_aux_loss_coef": 0.0625, "router_z_loss_coef": 0.125}
+    more = {"num_experts_per_tok": 1, "norm_topk_prob": False} if dense == "t5" else {}
+    export(mixture(dense, **losses, **more), tmp_path / "stock")
+    config = AutoConfig.from_pretrained(tmp_path / "stock")
+    assert config.model_type == chosen
+    for name, value in losses.items():
+        assert getattr(config, name, value) == value
+    assert config.router_aux_loss_coef == 0.0625
+
+
 def test_companions_come_along(tmp_path, mixture):
     dense = mixture("qwen3").dense.config
     model = upcycle(AutoModelForCausalLM.from_config(dense), num_experts=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -50,8 +51,14 @@ class SavedMixture(PreTrainedModel):
                 file.write("\n")
         hub_arguments = ("commit_message", "commit_description", "create_pr", "private", "revision", "tags")
         hub = {name: kwargs.pop(name) for name in hub_arguments if push_to_hub and name in kwargs}
+        floating = (tensor.dtype for tensor in (kwargs.get("state_dict") or {}).values() if tensor.is_floating_point())
+        dtype = next(floating, self.dtype)  # before the dictionary is emptied
         with _called_as_written(type(self)):
             super().save_pretrained(save_directory, *args, **kwargs)
+        if is_main and dtype != self.dtype:
+            config = copy.deepcopy(self.config)  # it says in which dtype the weights are loaded
+            config.dtype = config.dense_config.dtype = dtype
+            config.save_pretrained(save_directory)
         if push_to_hub and is_main:
             hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(repo_id or os.path.basename(os.path.abspath(save_directory)), **hub)
@@ -98,7 +105,8 @@ class SavedMixture(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Let a checkpoint of one head load into another: the body's prefix and the head's shape differ."""
         files = [] if state_dict is not None else checkpoint_files or []
-        keys = {*(state_dict or ()), *(key for file in files for key in load_state_dict(file, map_location="meta"))}
+        stored = [load_state_dict(file, "meta", load_config.weights_only) for file in files]
+        keys = {*(state_dict or ()), *(key for tensors in stored for key in tensors)}
         if (renaming := model._body_renaming(keys)) is not None:
             load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), renaming])
         info, disk_offload_index = PreTrainedModel._load_pretrained_model(

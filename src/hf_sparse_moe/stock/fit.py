@@ -46,6 +46,7 @@ _OUR_FIELDS = {
 COMMON_FIELDS = (
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "dtype",
 )  # fmt: skip
+_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
 _LANGUAGE_MODELS = (None, "SparseMoeDecoderForCausalLM", "SparseMoeEncoderDecoderForConditionalGeneration")
 # Units of a shared expert of zeros where the target names its size: enough for tensor parallelism to divide.
 _ZERO_EXPERT_UNITS = 64
@@ -250,6 +251,7 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
         fields[shared.count_field] = count or int(shared.required)
         fields[shared.size_field] = count * size or _ZERO_EXPERT_UNITS * shared.required
     fields |= target.layers(_layer_types(config, model)) | {"dtype": config.dtype}
+    fields |= {name: getattr(config, name) for name in _LOSS_COEFFICIENTS if name in theirs}
     fields.pop(None, None)  # what the target has no name for
     result = config_class(**fields)
     result.architectures = [type(empty_model(result)).__name__]
