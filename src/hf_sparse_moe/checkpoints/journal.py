@@ -54,24 +54,15 @@ def written_shards(
     show_progress: bool = False,
 ) -> Iterator[tuple[Path, dict[str, str]]]:
     """
-    A [`new_folder`] that holds all shards of a checkpoint, for the block to put the small files into.
+    A [`new_folder`] that holds all shards of a checkpoint, for the block to put the small files into, and the sha256
+    of the source's files. Raises a `ValueError` where the source changed while it was read.
 
     Args:
-        output (`str` or `Path`): A folder that does not exist yet, or is empty.
         tensors (`Mapping[str, torch.Tensor]`): All that is to be written, without storage.
         write (`Callable`): Writes what the [`ShardWriter`] wants, and yields the bytes of each piece.
         source ([`WatchedSource`], *optional*): What the pieces are made of; None for a model in memory.
         made_from (`dict`): What else they are made of. With the source's hashes it is the journal to resume from.
-        max_shard_size (`int` or `str`, defaults to `"4GB"`): As [`ShardWriter`] takes it.
-        resume (`bool`, defaults to `False`): Continue from what a call with the same `source` and `made_from` left.
         show_progress (`bool`, defaults to `False`): A bar with rate and time left, on stderr.
-
-    Yields:
-        `tuple`: the folder, and the sha256 of the source's files.
-
-    Raises:
-        ValueError: the source changed while it was read, or what is resumed was made of something else.
-        OSError: the output is taken, or its disk is too small.
     """
     known = source.sha256() if source is not None and resume else None
     with new_folder(output, journal=None if known is None else made_from | {"sha256": known}) as folder:

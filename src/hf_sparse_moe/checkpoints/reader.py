@@ -110,12 +110,9 @@ class TensorFiles:
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
-        dtype = self.dtype(name)
-        if dtype != self.dtype(other) or self.shape(name) != self.shape(other):
-            return False
-        return all(
-            torch.equal(*pair) for pair in zip(self.pieces(name, dtype), self.pieces(other, dtype), strict=True)
-        )
+        kind, others = ((self.dtype(each), self.shape(each)) for each in (name, other))
+        pieces = (self.pieces(each, self.dtype(each)) for each in (name, other))
+        return kind == others and all(torch.equal(*pair) for pair in zip(*pieces, strict=True))
 
 
 class DenseTensors:
