@@ -45,6 +45,7 @@ def push(repo_id: str, family: str = "encoder", seed: int = 0, with_tokenizer: b
     torch.manual_seed(seed)
     model = model_class(config_class.from_dense(dense, num_experts=4, num_experts_per_tok=2)).eval()
     model.receipt = kwargs.pop("receipt", None)
+    model.add_model_tags(kwargs.pop("model_tags", []))
     if with_tokenizer:
         backend = Tokenizer(models.WordLevel({"[UNK]": 0, "sparse": 1}, unk_token="[UNK]"))
         kwargs["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
@@ -229,6 +230,43 @@ def test_the_arguments_of_transformers_are_understood(client, hub_server, repo_i
     assert "mine" in hub_server.hub.read(repo_id, "README.md", "experiment/one").decode()
     assert len(weight_files(hub_server, repo_id, "experiment/one")) > 1
     assert hub_server.hub.files(repo_id) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tags": ["mine"], "model_tags": ["ours"]},
+        {"tags": "mine", "model_tags": ["ours"]},
+        {"revision": "draft", "commit_description": "And more", "commit_message": "A message"},
+        {"private": True, "token": "hf_writer"},
+        {"max_shard_size": "10KB"},
+        {"create_pr": True},
+    ],
+    ids=["tags", "tag", "revision", "private", "shards", "pull-request"],
+)
+def test_saving_understands_the_arguments_of_transformers(client, hub_server, repo_id, asked):
+    client(push, repo_id=repo_id, while_saving=True, **asked)
+    revision = asked.get("revision") or ("refs/pr/1" if asked.get("create_pr") else "main")
+    repo = hub_server.hub.repos[repo_id]
+    commit = repo.resolve(revision)
+    assert commit.title == asked.get("commit_message", "Upload SparseMoeEncoderForMaskedLM")
+    assert commit.message == asked.get("commit_description", "")
+    assert repo.private == asked.get("private", False)
+    tags = yaml.safe_load(hub_server.hub.read(repo_id, "README.md", revision).decode().split("---\n")[1])["tags"]
+    assert {"mine", "ours"} <= set(tags) or "tags" not in asked
+    assert (len(weight_files(hub_server, repo_id, revision)) > 1) == ("max_shard_size" in asked)
+
+
+def test_a_variant_comes_beside_the_weights_that_are_there(client, hub_server, repo_id):
+    first = client(push, repo_id=repo_id)
+    data, _ = metadata(hub_server, repo_id)
+    client(push, repo_id=repo_id, seed=1, while_saving=True, variant="fp16", commit_message="Half")
+    assert weight_files(hub_server, repo_id) == ["model.fp16.safetensors", "model.safetensors"]
+    assert commits(hub_server, repo_id)[0] == "Half"
+    assert metadata(hub_server, repo_id)[0] == data
+    other = client(push, repo_id=f"{repo_id}-other", seed=1)
+    assert client(load, repo_id=repo_id)["weights"] == first["model"]["weights"]
+    assert client(load, repo_id=repo_id, variant="fp16")["weights"] == other["model"]["weights"]
 
 
 def test_a_pull_request_holds_the_checkpoint_and_main_does_not(client, hub_server, repo_id):

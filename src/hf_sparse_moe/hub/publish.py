@@ -143,7 +143,8 @@ def push(
             return cast("PushReport", None)
         files, left_out = publishable_files(folder)
         published, title = _stage(folder, files, Path(temporary), base, token, fingerprint)
-        tags = [tags] if isinstance(tags, str) else tags
+        own_tags = getattr(what.model if isinstance(what, Trainer) else what, "model_tags", None) or ()
+        tags = [*own_tags, *([tags] if isinstance(tags, str) else tags or ())]
         told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
         render = None if published is None else partial(render_model_card, published, **told)
         options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, logging
+from transformers.utils.hub import create_and_tag_model_card
 
 
 logger = logging.get_logger(__name__)
@@ -51,6 +53,7 @@ class SavedMixture(PreTrainedModel):
                 file.write("\n")
         hub_arguments = ("commit_message", "commit_description", "create_pr", "private", "revision", "tags")
         hub = {name: kwargs.pop(name) for name in hub_arguments if push_to_hub and name in kwargs}
+        before = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         floating = (tensor.dtype for tensor in (kwargs.get("state_dict") or {}).values() if tensor.is_floating_point())
         dtype = next(floating, self.dtype)  # before the dictionary is emptied
         with _called_as_written(type(self)):
@@ -59,9 +62,17 @@ class SavedMixture(PreTrainedModel):
             config = copy.deepcopy(self.config)  # it says in which dtype the weights are loaded
             config.dtype = config.dense_config.dtype = dtype
             config.save_pretrained(save_directory)
-        if push_to_hub and is_main:
+        if not push_to_hub or not is_main:
+            return
+        repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
+        if kwargs.get("variant") is None:
             hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-            self.push_to_hub(repo_id or os.path.basename(os.path.abspath(save_directory)), **hub)
+            self.push_to_hub(repo_id, **hub)
+        else:  # as transformers does it: beside the weights and the card that are published already
+            token, private, tags = kwargs.get("token"), hub.pop("private", None), hub.pop("tags", self.model_tags)
+            repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+            create_and_tag_model_card(repo_id, tags, token=token).save(os.path.join(save_directory, "README.md"))
+            self._upload_modified_files(save_directory, repo_id, before, token=token, **hub)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
