@@ -26,6 +26,7 @@ from recipe.launch import (
 )
 
 from .data import DataArguments, data_names
+from .tracking import keep_one_run
 
 
 logger = logging.getLogger("recipe")
@@ -92,6 +93,7 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
         if trainer.model.config.router_bias_update_speed > 0:
             trainer.add_callback(SelectionBiasCallback())
         keep_checkpoints_whole(trainer)
+        keep_one_run(trainer, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
