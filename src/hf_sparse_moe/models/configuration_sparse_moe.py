@@ -43,7 +43,6 @@ _DEFAULT_ENCODER_DECODER = {
 # default here.
 _SHARED_FIELDS = (
     "output_hidden_states",
-    "return_dict",
     "chunk_size_feed_forward",
     "id2label",
     "label2id",
@@ -68,7 +67,7 @@ class SparseMoeConfig(PreTrainedConfig):
 
     The config holds the mixture's own fields and a whole dense config. What it lacks (`hidden_size`, `vocab_size`,
     `pad_token_id`, ...) it reads from, and writes to, the dense one. What both have and the dense model reads
-    (`output_hidden_states`, `output_attentions`, `return_dict`, `id2label`, `problem_type`, ...) is written to both.
+    (`output_hidden_states`, `output_attentions`, `id2label`, `problem_type`, ...) is written to both.
 
     Args:
         dense_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -163,6 +162,8 @@ class SparseMoeConfig(PreTrainedConfig):
             given = given or (name in ("id2label", "label2id") and kwargs.get("num_labels") is not None)
             setattr(self, name, getattr(self if given else dense, name))  # in both
         kwargs.setdefault("output_attentions", dense.output_attentions)
+        # Most dense models fail where their config says False; the mixture makes the tuple itself.
+        self.return_dict, dense.return_dict = bool(self.return_dict and dense.return_dict), True
         super().__post_init__(**kwargs)
         self._check_fields()
 

@@ -194,7 +194,9 @@ class BalanceLosses:
         Returns:
             The outputs.
         """
-        tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs)}
+        # Of a model that computes its loss, hidden states stay on the way to it: somebody may `retain_grad` them.
+        offered = [value for name, value in outputs.items() if name.endswith("logits")] if has_labels else outputs
+        tensors = {id(tensor): tensor for tensor in _trained_tensors(offered)}
         step, parts = self._step, self._losses
         if not tensors or not any(part.requires_grad for part in parts):
             return outputs

@@ -8,12 +8,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .experts import make_experts
 from .feed_forward import FeedForward, feed_forward_side, find_feed_forwards
 from .masks import NO_CONTEXT
 from .routers import make_router
 from .routing import RoutingEvent, active_record
+
+
+logger = logging.get_logger(__name__)
 
 
 class SparseMoeBlock(nn.Module):
@@ -142,6 +146,14 @@ def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, fami
     """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
     for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
         _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
+    layers = [module for module in dense.modules() if getattr(module, "chunk_size_feed_forward", 0)]
+    for layer in layers:
+        if any(isinstance(module, SparseMoeBlock) for module in layer.modules()):
+            vars(layer)["chunk_size_feed_forward"] = 0
+            logger.warning_once(
+                f"`chunk_size_feed_forward={config.chunk_size_feed_forward}` has no effect in sparse layers: their "
+                "capacity, expert choice and balance need all tokens of a call at once."
+            )
 
 
 def _replace(dense: PreTrainedModel, feed_forward: FeedForward, block: SparseMoeBlock) -> None:

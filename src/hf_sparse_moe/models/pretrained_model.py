@@ -92,6 +92,15 @@ class SparseMoePreTrainedModel(SavedMixture):
         for names in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(self, names, parts.intersection(getattr(self, names) or ()))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "dense" in vars(self).get("_modules", ()):  # a composite shares its own with its parts
+            value.dense_config = self.dense.config
+            value._experts_implementation = value._experts_implementation or self.config._experts_implementation
+            self.optimizer_step.settings = value
+            for block in self.sparse_blocks:
+                block.config = block.experts.config = value
+        super().__setattr__(name, value)
+
     @property
     def sparse_blocks(self) -> list[SparseMoeBlock]:
         """The sparse layers, in the order of the dense model's modules."""
