@@ -115,6 +115,23 @@ def sequence_balancing_loss(
     return balance(counts_BE, mean_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
 
 
+def packed_balancing_loss(
+    router_probs_TE: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    sequence_T: torch.Tensor,
+    token_mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[`sequence_balancing_loss`] where rows hold several sequences; `sequence_T` is each token's, below T."""
+    tokens, num_experts = router_probs_TE.shape
+    mask_T = torch.ones_like(router_probs_TE[:, 0]) if token_mask_T is None else token_mask_T.to(router_probs_TE)
+    index_TK = top_k_index_TK + sequence_T[:, None] * num_experts
+    counts_SE = expert_counts(index_TK, tokens * num_experts, token_mask_T).reshape(tokens, num_experts)
+    tokens_S = torch.zeros_like(mask_T).index_add(0, sequence_T, mask_T)
+    sums_SE = torch.zeros_like(router_probs_TE).index_add(0, sequence_T, router_probs_TE * mask_T[:, None])
+    losses_S = balance(counts_SE, sums_SE / tokens_S.clamp(min=1)[:, None])
+    return losses_S.sum() / (tokens_S > 0).sum().clamp(min=1)
+
+
 class BalanceSettings(Protocol):
     """A mixture's config, or what `fix_balance` returned."""
 
@@ -194,7 +211,8 @@ class OptimizerStep:
         ]
         if labels is None or num_items_in_batch is None:  # a mean loss, whose gradient is averaged over the ranks
             return torch.stack(losses), 1.0
-        return torch.stack(losses), all_labels / (ranks * num_items_in_batch)
+        items = torch.as_tensor(num_items_in_batch, device=device).clamp(min=1)
+        return torch.stack(losses), all_labels / (ranks * items)
 
     def add(
         self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor

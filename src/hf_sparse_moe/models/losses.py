@@ -32,6 +32,7 @@ from .balancing import (
     balance,
     load_balancing_loss,
     masked_mean,
+    packed_balancing_loss,
     router_z_loss,
     sequence_balancing_loss,
 )
@@ -61,7 +62,14 @@ def batch_weight(counted_labels: torch.Tensor | None, num_items_in_batch: Count)
     """
     if counted_labels is None or num_items_in_batch is None:
         return 1.0
-    return counted_labels.ne(-100).sum() / num_items_in_batch
+    return counted_labels.ne(-100).sum() / at_least_one(num_items_in_batch)
+
+
+def at_least_one(num_items_in_batch: Count) -> Count:
+    """A step may have no label at all: its losses are then 0, not NaN."""
+    if isinstance(num_items_in_batch, torch.Tensor):
+        return num_items_in_batch.clamp(min=1)
+    return None if num_items_in_batch is None else max(num_items_in_batch, 1)
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -171,13 +179,21 @@ class BalanceLosses:
             losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
             self.z_loss = torch.stack([loss.to(device) for loss in losses]).mean()
             self._weights.append(settings.router_z_loss_coef * weight)
+        self._is_empty: torch.Tensor | None = None
+        if labels is not None and num_items_in_batch is None:  # the mean of no labels is NaN
+            self._is_empty = labels.eq(-100).all()
+            self._weights = [weight * ~self._is_empty.to(device) for weight in self._weights]
 
     @property
     def _losses(self) -> list[torch.Tensor]:
         return [self.aux_loss] if self.z_loss is None else [self.aux_loss, self.z_loss]
 
+    def task_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of a model that computes its own; 0 for a micro-batch without labels."""
+        return loss if self._is_empty is None else loss.masked_fill(self._is_empty.to(loss.device), 0.0)
+
     def add_to(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a model that computes its own, balance included."""
+        """The same, balance included."""
         extra = sum(weight * part for weight, part in zip(self._weights, self._losses, strict=True))
         return loss + extra.to(loss.device)  # type: ignore[union-attr]
 
@@ -273,7 +289,10 @@ def _balance_loss(event: RoutingEvent, probs_TE: torch.Tensor, balance_scope: st
     if event.routing.token_index is not None:
         return balance(event.expert_counts(probs_TE.shape[-1]), masked_mean(probs_TE, event.token_mask))
     if balance_scope == "sequence":
-        return sequence_balancing_loss(probs_TE, event.routing.top_k_index, event.num_sequences, event.token_mask)
+        index_TK, sequence_T = event.routing.top_k_index, event.sequence_ids
+        if sequence_T is not None:
+            return packed_balancing_loss(probs_TE, index_TK, sequence_T, event.token_mask)
+        return sequence_balancing_loss(probs_TE, index_TK, event.num_sequences, event.token_mask)
     return load_balancing_loss(probs_TE, event.routing.top_k_index, event.token_mask)
 
 

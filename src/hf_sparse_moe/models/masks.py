@@ -7,13 +7,14 @@ B sequences of S tokens; T = B * S tokens, as a sparse layer sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 
 IGNORED_LABEL = -100
+PACKING = ("position_ids", "cu_seq_lens_q", "attention_mask")
 
 
 class TokenContext(NamedTuple):
@@ -55,6 +56,30 @@ class TokenContext(NamedTuple):
         sequences = self.side.num_sequences
         return sequences if sequences and self.num_tokens % sequences == 0 else 1
 
+    @property
+    def sequence_ids(self) -> torch.Tensor | None:
+        """`(T,)`, the number of each token's sequence, where something tells that rows hold several."""
+        starts = [found for found in map(self._fitting, _packed_starts(self.side.packing)) if found is not None]
+        if not starts:
+            return None
+        starts_BS = torch.stack(starts).any(dim=0).reshape(self.num_sequences, -1)
+        starts_BS = torch.cat([torch.ones_like(starts_BS[:, :1]), starts_BS[:, 1:]], dim=1)
+        return starts_BS.flatten().cumsum(dim=0) - 1
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several sequences with tokens that count."""
+        sequence_T, mask_T = self.sequence_ids, self.mask
+        if sequence_T is None:
+            return False
+        counted_T = sequence_T if mask_T is None else sequence_T[mask_T.to(sequence_T.device)]
+        return len(counted_T.unique()) > self.num_sequences
+
+    def _fitting(self, starts: torch.Tensor) -> torch.Tensor | None:
+        if starts.shape[0] == 1 != self.num_sequences:  # position ids for all rows
+            starts = starts.expand(self.num_sequences, -1)
+        return starts.reshape(-1) if starts.numel() == self.num_tokens else None
+
 
 class SideTokens(NamedTuple):
     """
@@ -64,11 +89,13 @@ class SideTokens(NamedTuple):
         mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False for a pad.
         ids (`torch.LongTensor` of shape `(B, S)`, *optional*): The token ids.
         num_sequences (`int`, *optional*): B.
+        packing (`dict`): The arguments that may tell that a row holds several sequences.
     """
 
     mask: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     num_sequences: int | None = None
+    packing: Mapping[str, Any] = {}
 
     def context(self, num_tokens: int) -> TokenContext:
         """Of the `num_tokens` tokens that a layer sees; what does not fit that number is left out."""
@@ -111,7 +138,8 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
 def source_tokens(inputs: Mapping[str, Any]) -> SideTokens:
     """The tokens of `input_ids` or `inputs_embeds`."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    return SideTokens(_mask(inputs.get("attention_mask")), ids, _num_sequences(ids, embeds))
+    packing = {name: inputs[name] for name in PACKING if isinstance(inputs.get(name), torch.Tensor)}
+    return SideTokens(_mask(inputs.get("attention_mask")), ids, _num_sequences(ids, embeds), packing)
 
 
 def _mask(value: Any) -> torch.Tensor | None:
@@ -123,3 +151,21 @@ def _num_sequences(ids: torch.Tensor | None, embeds: torch.Tensor | None) -> int
     if ids is not None:
         return math.prod(ids.shape[:-1])
     return None if embeds is None else math.prod(embeds.shape[:-2])
+
+
+def _packed_starts(packing: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Of each argument that may tell, where it has a sequence start, besides the row's first token, `(B, S)`."""
+    positions, mask = packing.get("position_ids"), packing.get("attention_mask")
+    if positions is not None and positions.dim() == 2:
+        yield _changes(positions[:, 1:] <= positions[:, :-1])  # they start again
+    if (ends := packing.get("cu_seq_lens_q")) is not None and positions is not None:
+        yield torch.isin(torch.arange(positions.numel(), device=ends.device), ends).reshape(positions.shape)
+    if mask is not None and mask.dim() == 2 and not mask.is_floating_point() and mask.dtype != torch.bool:
+        yield _changes((mask[:, 1:] != mask[:, :-1]) & (mask[:, 1:] > 1))  # the number of the sequence
+    if mask is not None and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2]:
+        sees_the_last = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+        yield _changes(sees_the_last < 0 if mask.is_floating_point() else sees_the_last == 0)
+
+
+def _changes(differs: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(differs[:, :1]), differs], dim=1)

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .balancing import OptimizerStep, listen_to_trainers
 from .configuration_sparse_moe import SparseMoeConfig
-from .losses import BalanceLosses, balance_when_alone, has_balance_loss, language_model_loss
+from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss, language_model_loss
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
@@ -197,12 +197,12 @@ class SparseMoePreTrainedModel(SavedMixture):
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             compute = language_model_loss if shifted else self.compute_task_loss
-            fields["loss"] = compute(outputs, labels, config, num_items_in_batch)
+            fields["loss"] = compute(outputs, labels, config, at_least_one(num_items_in_batch))
         if balance is not None:
             fields["aux_loss"], fields["z_loss"] = balance.aux_loss, balance.z_loss
             if balances and labels is not None:
-                fields["task_loss"] = fields["loss"]
-                fields["loss"] = balance.add_to(fields["loss"])
+                fields["task_loss"] = balance.task_loss(fields["loss"])
+                fields["loss"] = balance.add_to(fields["task_loss"])
         if wants_logits:
             fields["router_logits"] = tuple(event.routing.router_logits for event in record.events)
         result = self.output_class(**fields)

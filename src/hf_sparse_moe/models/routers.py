@@ -249,6 +249,11 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     """
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
+        if not torch.compiler.is_compiling() and context.is_packed:
+            raise ValueError(
+                '`router_type="expert_choice"` takes the best tokens of each row, but a row of this batch holds '
+                "several sequences, as its positions or its mask say. Give each sequence a row of its own."
+            )
         sequences, length = context.num_sequences, len(scores_TE) // context.num_sequences
         scores_BSE = scores_TE.unflatten(0, (sequences, length))
         mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)

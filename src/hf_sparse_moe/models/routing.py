@@ -57,19 +57,27 @@ class RoutingEvent(NamedTuple):
         routing ([`Routing`]): What its router decided.
         token_mask (`torch.BoolTensor` of shape `(T,)`, *optional*): False for a pad; None where every token counts.
         num_sequences (`int`): The sequences, of T / `num_sequences` tokens each.
+        context ([`TokenContext`]): What else is known of the tokens.
     """
 
     layer: Any
     routing: Routing
     token_mask: torch.Tensor | None = None
     num_sequences: int = 1
+    context: TokenContext = NO_CONTEXT
 
     @classmethod
     def of(cls, layer: Any, routing: Routing, context: TokenContext) -> RoutingEvent:
         """The event of a call with the tokens of `context`."""
         mask = context.mask
         mask = None if mask is None else mask.to(routing.router_logits.device)
-        return cls(layer, routing, mask, context.num_sequences)
+        return cls(layer, routing, mask, context.num_sequences, context)
+
+    @property
+    def sequence_ids(self) -> torch.Tensor | None:
+        """`(T,)`, the number of each token's sequence, where something tells that rows hold several."""
+        sequence_T = self.context.sequence_ids
+        return None if sequence_T is None else sequence_T.to(self.routing.router_logits.device)
 
     @property
     def num_tokens(self) -> torch.Tensor | int:

@@ -22,7 +22,7 @@ from transformers.utils import is_accelerate_available
 
 from hf_sparse_moe.models.balancing import OptimizerStep, listen_to_trainers
 from hf_sparse_moe.models.configuration_sparse_moe import BALANCE_SCOPES
-from hf_sparse_moe.models.losses import BalanceLosses, batch_weight, has_balance_loss, shifted_labels
+from hf_sparse_moe.models.losses import BalanceLosses, at_least_one, batch_weight, has_balance_loss, shifted_labels
 from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
@@ -154,6 +154,8 @@ class BalanceFix:
             return None
         self._running = part
         self._trains = has_balance_loss(self) and part.training and torch.is_grad_enabled()
+        if "num_items_in_batch" in kwargs:
+            kwargs = {**kwargs, "num_items_in_batch": at_least_one(kwargs["num_items_in_batch"])}
         given = self._given(part, args, kwargs)
         self._tokens, self._events = tokens_by_side(self.model, given), []
         asked = given.get(STOCK_SWITCH)
@@ -203,7 +205,8 @@ class BalanceFix:
             outputs = balance.attach_to(outputs, has_labels=has_loss)
         loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
         if trains and loss is not None:
-            loss = balance.add_to(loss * batch_weight(labels, num_items) if _ignores_label_count(model) else loss)
+            loss = loss * batch_weight(labels, num_items) if _ignores_label_count(model) else loss
+            loss = balance.add_to(balance.task_loss(loss))
         if as_tuple:
             return (loss, *outputs[1:]) if has_loss else outputs
         fields: dict[str, Any] = {"loss": loss, "aux_loss": balance.aux_loss.detach()}
