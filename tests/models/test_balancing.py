@@ -167,6 +167,7 @@ def test_coefficients_of_zero_cost_nothing(family, capsys):
     def dense_alone():
         labels.ne(-100)  # or that of the mask: the tokens that count, which some routers ask for
         if model.config.is_encoder_decoder:
+            inputs["attention_mask"].ne(0)  # the encoder's
             dense_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         return model.compute_task_loss(dense(**dense_inputs), labels, model.config, None)
 
