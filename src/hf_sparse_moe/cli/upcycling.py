@@ -1,4 +1,4 @@
-"""`plan`, `upcycle`, `verify`: from a dense checkpoint to a mixture."""
+"""`plan`, `upcycle`, `expand`, `verify`: from a dense checkpoint to a mixture."""
 
 from __future__ import annotations
 
@@ -105,17 +105,34 @@ def _gigabytes(count: int) -> str:
     "`hf-sparse-moe upcycle gpt2 gpt2-8x`\n\n"
     "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
     "`hf-sparse-moe upcycle ./llama ./llama-64x --method split --num-experts 64 --num-experts-per-tok 8 "
-    "--set granularity=8 --layers every_2`"
+    "--set granularity=8 --layers every_2`\n\n"
+    "`hf-sparse-moe upcycle ./base ./mixed --method branches --sources ./law --sources ./code --prompts law.txt "
+    "--prompts code.txt`"
 )
 def upcycle(
     source: DenseSourceArgument,
     output: OutputArgument,
-    num_experts: ExpertsOption = 8,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Number of routed experts in a layer.", show_default="8, or one a source")
+    ] = None,
     num_experts_per_tok: TopKOption = 2,
     method: MethodOption = "copy",
     seed: SeedOption = 0,
     layers: LayersOption = "all",
     settings: SettingsOption = [],  # noqa: B006 (typer copies it)
+    sources: Annotated[
+        list[str],
+        typer.Option(help="Folder or Hub id of a branch that becomes an expert. Repeatable."),
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        list[Path], typer.Option(help="A text file of each branch, in their order: its router row starts from it.")
+    ] = [],  # noqa: B006
+    data: Annotated[
+        Path | None, typer.Option(help="A text file on which a method measures, such as `--set partition=activation`.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="A text file on which the receipt tells the loss of both models.")
+    ] = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     max_shard_size: ShardSizeOption = "4GB",
@@ -133,6 +150,9 @@ def upcycle(
     """
     from hf_sparse_moe.upcycling import upcycle as make_mixture
 
+    measured: dict[str, Any] = {"sources": sources, "prompts": [_batches(each, source, revision) for each in prompts]}
+    measured |= {"data": data and _batches(data, source, revision)}
+    measured |= {"evaluation": evaluation and _batches(evaluation, source, revision)}
     report = make_mixture(
         source,
         num_experts,
@@ -147,6 +167,7 @@ def upcycle(
         max_shard_size=max_shard_size,
         resume=resume,
         show_progress=sys.stderr.isatty(),
+        **{name: value for name, value in measured.items() if value},
         **to_settings(settings),
     )
     if as_json:
@@ -160,6 +181,38 @@ def upcycle(
         f"{describe_difference(report.receipt['equality'])}",
         highlight=False,
     )
+
+
+@app.command(epilog="Examples:\n\n`hf-sparse-moe expand ./gpt2-8x ./gpt2-16x --factor 2`")
+def expand(
+    source: SourceArgument,
+    output: OutputArgument,
+    factor: Annotated[int, typer.Option(help="How often each expert is repeated.")] = 2,
+    seed: SeedOption = 0,
+    router_noise: Annotated[
+        float, typer.Option(help="Noise on the copies' router rows, relative to the rows; 0 keeps the function.")
+    ] = 0.01,
+    revision: RevisionOption = None,
+    max_shard_size: ShardSizeOption = "4GB",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a mixture with more experts of a mixture, whose tokens use as many more. Loads the model."""
+    from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
+    from hf_sparse_moe.checkpoints.source import find_source
+    from hf_sparse_moe.upcycling import UpcycleReport
+    from hf_sparse_moe.upcycling import expand as make_larger
+    from hf_sparse_moe.upcycling.verification import load_sparse
+
+    check_target(output)
+    found = find_source(source, revision)
+    larger = make_larger(load_sparse(found), factor, seed, router_noise)
+    write_checkpoint(larger, output, found.folder, max_shard_size=max_shard_size)
+    report = UpcycleReport(output, type(larger).__name__, larger.receipt or {})
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        experts = f"{larger.config.num_experts} experts a layer, {larger.config.num_experts_per_tok} a token"
+        Console().print(f"[bold]{escape(str(output))}[/]: {report.architecture}, {experts}", highlight=False)
 
 
 @app.command(
@@ -191,9 +244,14 @@ def verify(
 
 def _batches(text: Path, source: str, revision: str | None) -> list[dict[str, Any]]:
     """A text file as batches for the checkpoint's own objective."""
+    from hf_sparse_moe import SparseMoeConfig
     from hf_sparse_moe.checkpoints.config import read_config
+    from hf_sparse_moe.checkpoints.families import sparse_config_class
+    from hf_sparse_moe.checkpoints.source import named_architecture
     from hf_sparse_moe.quickstart.examples import load_tokenizer, make_examples
 
-    family, tokenizer = type(read_config(source, revision)), load_tokenizer(source, revision)
-    examples = make_examples([text.read_text(encoding="utf-8")], tokenizer, family, length=128, limit=64)
+    content, config = text.read_text(encoding="utf-8"), read_config(source, revision)
+    is_mixture = isinstance(config, SparseMoeConfig)
+    family = type(config) if is_mixture else sparse_config_class(config, named_architecture(config))
+    examples = make_examples([content], load_tokenizer(source, revision), family, length=128, limit=64)
     return [{name: tensor.unsqueeze(0) for name, tensor in example.items()} for example in examples]

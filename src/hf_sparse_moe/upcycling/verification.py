@@ -98,7 +98,7 @@ def verify(
         assert report.passed, report.findings
         ```
     """
-    sparse = _load_sparse(find_source(source, revision, token=token))
+    sparse = load_sparse(find_source(source, revision, token=token))
     dense_source = find_source(dense, dense_revision, token=token)
     receipt = sparse.receipt
     method = INITIALIZATION_METHODS.get(((receipt or {}).get("arguments") or {}).get("method", ""))
@@ -143,7 +143,8 @@ def verify(
     )
 
 
-def _load_sparse(source: Source) -> SparseMoePreTrainedModel:
+def load_sparse(source: Source) -> SparseMoePreTrainedModel:
+    """The mixture of a checkpoint; raises a `ValueError` where that is none."""
     config = read_mixture_config(source)
     classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
     architecture = named_architecture(config)
