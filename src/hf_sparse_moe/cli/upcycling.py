@@ -244,10 +244,10 @@ def verify(
 
 def _batches(text: Path, source: str, revision: str | None) -> list[dict[str, Any]]:
     """A text file as batches for the checkpoint's own objective."""
-    from hf_sparse_moe import SparseMoeConfig
     from hf_sparse_moe.checkpoints.config import read_config
     from hf_sparse_moe.checkpoints.families import sparse_config_class
     from hf_sparse_moe.checkpoints.source import named_architecture
+    from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
     from hf_sparse_moe.quickstart.examples import load_tokenizer, make_examples
 
     content, config = text.read_text(encoding="utf-8"), read_config(source, revision)
