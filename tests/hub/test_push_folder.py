@@ -98,14 +98,6 @@ def test_a_pull_request_leaves_main_alone(client, hub_server, repo_id, folder):
     assert "config.json" in hub_server.hub.files(repo_id, "refs/pr/1")
 
 
-def test_superseded_shards_leave_in_the_same_commit(client, hub_server, repo_id, folder, tmp_path):
-    client.cli("push", folder, repo_id)
-    client.cli("push", save_mixture(tmp_path / "whole"), repo_id)
-    weights = {name for name in hub_server.hub.files(repo_id) if "safetensors" in name}
-    assert weights == {"model.safetensors"}
-    assert len(titles(hub_server, repo_id)) == 3
-
-
 def test_only_a_checkpoint_s_files_leave_the_machine(client, hub_server, repo_id, folder, tmp_path):
     ran = tmp_path / "ran"
 
@@ -263,21 +255,6 @@ def test_a_busy_hub_is_asked_again_and_then_told(client, hub_server, repo_id, fo
     assert client.cli("push", folder, repo_id).code == 0
 
 
-def test_a_push_of_somebody_else_in_between_is_kept(client, hub_server, repo_id, folder):
-    client.cli("push", folder, repo_id)
-    (folder / "notes.txt").write_text("mine")
-
-    def intervene():
-        note = {"path": "theirs.txt", "content": "aGk="}
-        lines = [{"key": "header", "value": {"summary": "theirs"}}, {"key": "file", "value": note}]
-        hub_server.hub.commit(hub_server.hub.repos[repo_id], "main", lines, author="tester")
-
-    hub_server.faults.append(Fault("POST", "/commit/", action=intervene))
-    assert client.cli("push", folder, repo_id).code == 0
-    assert {"notes.txt", "theirs.txt"} <= hub_server.hub.files(repo_id)
-    assert "theirs" in titles(hub_server, repo_id)
-
-
 def test_somebody_who_never_stops_pushing_is_told_and_kept(client, hub_server, repo_id, folder):
     client.cli("push", folder, repo_id)
     repo = hub_server.hub.repos[repo_id]
@@ -301,13 +278,6 @@ def test_somebody_who_never_stops_pushing_is_told_and_kept(client, hub_server, r
     assert client.cli("push", folder, repo_id).code == 0
     assert hub_server.hub.read(repo_id, "notes.txt") == b"mine"
     assert sum(name.startswith("theirs") for name in hub_server.hub.files(repo_id)) == 4
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_lost_answer_to_a_commit_makes_no_second(client, hub_server, repo_id, folder, after):
-    hub_server.faults.append(Fault("POST", "/commit/", cut=True, after=after))
-    assert client.cli("push", folder, repo_id).code == 0
-    assert len(titles(hub_server, repo_id)) == 2
 
 
 def test_others_repositories_and_bad_names_are_refused(client, hub_server, repo_id, folder):

@@ -6,7 +6,7 @@ import glob
 import re
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,19 +96,7 @@ def pull(
         wanted = _wanted(hashes, repo_id)
         with new_folder(output, journal={"pull": repo_id}, keep_failed=True) as folder:
             check_free_space(folder, sum(sizes[name] for name in wanted if not (folder / name).is_file()), output)
-            for _ in range(2):
-                fetch(wanted, folder)
-                damaged = [name for name in wanted if not _has_hash(folder / name, hashes[name])]
-                for name in damaged:
-                    (folder / name).unlink()
-                if not damaged:
-                    break
-            else:
-                raise HubUnavailableError(
-                    f"`{damaged[0]}` of `{repo_id}` arrived damaged twice: its hash is not the one that the Hub "
-                    "announces. It was removed. Run the same command again; if it is damaged in the cache of this "
-                    f"machine, delete it there ({constants.HF_HUB_CACHE})."
-                )
+            _fetch_whole(partial(fetch, wanted, folder), {folder / name: hashes[name] for name in wanted}, repo_id)
             shutil.rmtree(folder / CLIENT_FOLDER, ignore_errors=True)
             for path in folder.rglob("*"):  # of another commit, which an earlier call fetched
                 if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
@@ -137,6 +125,22 @@ def _wanted(names: Collection[str], repo_id: str) -> list[str]:
             "are read. Ask its owner for safetensors."
         )
     return sorted(name for name in names if not is_pickle(name) and name not in (".gitattributes", ".gitignore"))
+
+
+def _fetch_whole(fetch: Callable[[], None], hashes: Mapping[Path, str], repo_id: str) -> None:
+    """Fetch files until each has the hash that was announced; raises a [`HubUnavailableError`] after two times."""
+    for _ in range(2):
+        fetch()
+        damaged = [path for path, announced in hashes.items() if not _has_hash(path, announced)]
+        for path in damaged:
+            path.unlink()
+        if not damaged:
+            return
+    raise HubUnavailableError(
+        f"`{damaged[0].name}` of `{repo_id}` arrived damaged twice: its hash is not the one that the Hub announces. "
+        "It was removed. Run the same command again; if it is damaged in the cache of this machine, delete it there "
+        f"({constants.HF_HUB_CACHE})."
+    )
 
 
 def _download(repo_id: str, commit: str, token: bool | str | None, wanted: list[str], folder: Path) -> None:

@@ -78,7 +78,7 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
         files = TensorFiles(weight_files(Source(folder.resolve().name, folder, None)))
         model, info = load_checkpoint(folder)
     except _LOADING_FAILS as error:
-        return _does_not_load(error), {}
+        return _findings({"loads": (FAILED, str(error))}), {}
     layers = find_mixture_layers(model) if is_mixture(model) else []
     routings: list[tuple[MixtureLayer, Routing]] = []
     with observe_routing(layers, lambda layer, routing: routings.append((layer, routing))):
@@ -110,7 +110,7 @@ def examine_adapter(folder: Path, base: Path) -> list[Finding]:
         difference = base_difference(recorded, model)
         adapted, attachment = attach(model, folder)
     except _LOADING_FAILS as error:
-        return _does_not_load(error)
+        return _findings({"loads": (FAILED, str(error))})
     taken = take_fingerprint(adapted, folder)
     share = ((probe_output(adapted) - alone).abs().max() / alone.abs().max()).item()
     outcomes = {
@@ -127,7 +127,7 @@ def examine_adapter(folder: Path, base: Path) -> list[Finding]:
         plain, _ = attach(adapted.unload(), folder, plain=True)  # last: the adapter is taken off the model
         outcome = compare_outputs(take_fingerprint(plain, folder), taken, "to this package")
     except ValueError as error:
-        outcome = WARNING, " ".join(str(error).split())
+        outcome = WARNING, str(error)
     return _findings({**outcomes, "plain PEFT computes the same": outcome})
 
 
@@ -139,11 +139,7 @@ def compare_outputs(taken: dict[str, Any], other: dict[str, Any], against: str) 
 
 
 def _findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    return [Finding(check, *outcome) for check, outcome in outcomes.items()]
-
-
-def _does_not_load(error: Exception) -> list[Finding]:
-    return [Finding("loads", FAILED, " ".join(str(error).split()))]
+    return [Finding(check, verdict, " ".join(detail.split())) for check, (verdict, detail) in outcomes.items()]
 
 
 def _verdict(fault: str | None, passed: str) -> Outcome:
@@ -151,9 +147,9 @@ def _verdict(fault: str | None, passed: str) -> Outcome:
 
 
 def _present(info: dict[str, Any]) -> Outcome:
-    if fresh := fresh_tensors(info):
-        return FAILED, f"{len(fresh)} tensors are not in the files and were initialised at random: {_some(fresh)}."
-    return PASSED, "All are in the files."
+    fresh = fresh_tensors(info)
+    told = f"{len(fresh)} tensors are not in the files and were initialised at random: {_some(fresh)}"
+    return _verdict(told if fresh else None, "All are in the files.")
 
 
 def _agree(folder: Path, files: TensorFiles, info: dict[str, Any]) -> Outcome:
@@ -171,7 +167,7 @@ def _agree(folder: Path, files: TensorFiles, info: dict[str, Any]) -> Outcome:
 
 def _finite(tensors: Mapping[str, torch.Tensor]) -> Outcome:
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    return (FAILED, f"NaN or infinity in {_some(broken)}.") if broken else (PASSED, "No NaN, no infinity.")
+    return _verdict(f"NaN or infinity in {_some(broken)}" if broken else None, "No NaN, no infinity.")
 
 
 def _tied(model: PreTrainedModel) -> Outcome:
@@ -179,25 +175,22 @@ def _tied(model: PreTrainedModel) -> Outcome:
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     apart = sorted(name for name, first in tied.items() if parameters.get(name) is not parameters.get(first))
-    if apart:
-        return FAILED, f"The config ties {_some(apart)} to another, but the files hold both."
-    return PASSED, f"Tied: {_some(sorted(tied))}." if tied else "None is to be tied."
+    told = f"the config ties {_some(apart)} to another, but the files hold both" if apart else None
+    return _verdict(told, f"Tied: {_some(sorted(tied)) or 'none'}.")
 
 
 def _experts(folder: Path, layers: list[MixtureLayer]) -> Outcome:
     if not layers:
         return NOT_CHECKED, "No sparse layer."
     equal = [layer.name for layer in layers if layer.num_experts > 1 and _all_equal(layer)]
-    if not equal:
-        return PASSED, f"In all {len(layers)} sparse layers."
-    detail = f"In {len(equal)} of {len(layers)} sparse layers all experts are equal"
     try:
         method = mapping(read_json(folder / RECEIPT_NAME).get("arguments")).get("method")
     except ValueError:
         method = None
-    if method == "copy":
-        return PASSED, f"{detail}, as the receipt says (method `copy`)."
-    return FAILED, f"{detail}, and no receipt says that they were copied: {_some(equal)}."
+    if equal and method == "copy":
+        return PASSED, f"All are equal in {_some(equal)}, as the receipt says (method `copy`)."
+    told = f"all are equal in {_some(equal)}, and no receipt says that they were copied" if equal else None
+    return _verdict(told, f"In all {len(layers)} sparse layers.")
 
 
 def _all_equal(layer: MixtureLayer) -> bool:
@@ -208,13 +201,12 @@ def _all_equal(layer: MixtureLayer) -> bool:
 def _routers(model: PreTrainedModel, routings: list[tuple[MixtureLayer, Routing]]) -> Outcome:
     if not routings or getattr(model.config, "router_type", "top_k") == "hash":
         return NOT_CHECKED, "No router with weights was used."
-    blind, saturated, narrow, entropies = [], [], [], []
+    blind, saturated, narrow, evenness = [], [], [], []
     for layer, routing in routings:
-        probabilities_TE = layer.probabilities(routing.router_logits)
-        largest = max(math.log(layer.num_experts), 1e-30)
-        entropies.append(torch.special.entr(probabilities_TE).sum(-1).mean().item() / largest)
         if layer.num_experts == 1:
             continue
+        probabilities_TE = layer.probabilities(routing.router_logits)
+        evenness.append(torch.special.entr(probabilities_TE).sum(-1).mean().item() / math.log(layer.num_experts))
         if not (routing.router_logits.float().std(dim=-1, unbiased=False) > 0).any():
             blind.append(layer.name)
         elif probabilities_TE.max(dim=-1).values.mean() > SATURATED:
@@ -225,10 +217,8 @@ def _routers(model: PreTrainedModel, routings: list[tuple[MixtureLayer, Routing]
         return FAILED, f"All experts get the same score for every token in {_some(blind)}."
     if saturated:
         return FAILED, f"One expert has more than {SATURATED:.1%} of the mean probability in {_some(saturated)}."
-    detail = f"Mean entropy {sum(entropies) / len(entropies):.2f} of the largest possible, on 32 tokens"
-    if narrow:
-        return WARNING, f"{detail}; the same experts serve all of them in {_some(narrow)}."
-    return PASSED, f"{detail}."
+    detail = f"Mean entropy {sum(evenness) / max(len(evenness), 1):.2f} of the largest possible, on 32 tokens"
+    return (WARNING, f"{detail}; the same experts serve all in {_some(narrow)}.") if narrow else (PASSED, f"{detail}.")
 
 
 def _code(folder: Path) -> Outcome:
@@ -251,10 +241,8 @@ def _fingerprint(folder: Path, taken: dict[str, Any]) -> Outcome:
     if recorded is None:
         return NOT_CHECKED, "There is no fingerprint.json; a push writes it."
     verdict, detail = compare_outputs(taken, recorded, "on 32 tokens")
-    if verdict == PASSED:
-        return verdict, detail
-    changed = recorded.get("files") != taken["files"]
-    return verdict, f"{detail} {'Its files have changed since.' if changed else 'Its files have not changed.'}"
+    changed = " Its files have changed since." if recorded.get("files") != taken["files"] else ""
+    return verdict, detail + changed
 
 
 def _some(names: list[str], most: int = 3) -> str:

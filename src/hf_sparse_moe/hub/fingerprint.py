@@ -38,9 +38,8 @@ def is_wanted(fingerprint: bool | None, weight_bytes: int) -> bool:
 def fixed_inputs(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """The sequence of 32 tokens, as the model takes it: (B, S), or (B, choices, S) for multiple choice."""
     inputs = probe_inputs(model.config, model.device)
-    if isinstance(without_adapter(model), SparseMoeEncoderForMultipleChoice):
-        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
-    return inputs
+    has_choices = isinstance(without_adapter(model), SparseMoeEncoderForMultipleChoice)
+    return {name: value.unsqueeze(1) for name, value in inputs.items()} if has_choices else inputs
 
 
 @torch.no_grad()

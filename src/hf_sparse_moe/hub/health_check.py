@@ -103,27 +103,24 @@ def doctor(
 
 
 def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Path) -> list[Finding]:
-    result = workplace / "examined.json"
-    if death := _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, result, *base))], workplace):
+    given, result = workplace / "examined.json", workplace / "ran.json"
+    if death := _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, given, *base))], workplace):
         return [Finding("loads", FAILED, f"The process that loaded it died: {death}.")]
-    examined = json.loads(result.read_text(encoding="utf-8"))
+    examined = json.loads(given.read_text(encoding="utf-8"))
     findings = [Finding(**finding) for finding in examined["findings"]]
-    if probe := examined["probe"]:
-        findings.append(Finding(REMOTE_CODE, *_by_own_code(folder, workplace, probe, trust_remote_code)))
-    return findings
-
-
-def _by_own_code(folder: Path, workplace: Path, probe: dict[str, Any], trust_remote_code: bool) -> tuple[str, str]:
-    if not read_json(folder / "config.json").get("auto_map"):
-        return NOT_CHECKED, "It has none."
-    if not trust_remote_code:
-        return NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first."
-    given, result = workplace / "probe.json", workplace / "ran.json"
-    given.write_text(json.dumps(probe), encoding="utf-8")
+    if not (probe := examined["probe"]):
+        return findings
     script = Path(__file__).with_name("remote_code_run.py")
-    if death := _run(["-P", *map(str, (script, folder, given, result))], workplace):
-        return FAILED, f"Without the package it does not load: {death}."
-    return compare_outputs(probe["fingerprint"], json.loads(result.read_text(encoding="utf-8")), "to this package")
+    if not read_json(folder / "config.json").get("auto_map"):
+        outcome = NOT_CHECKED, "It has none."
+    elif not trust_remote_code:
+        outcome = NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first."
+    elif death := _run(["-P", *map(str, (script, folder, given, result))], workplace):
+        outcome = FAILED, f"Without the package it does not load: {death}."
+    else:
+        ran = json.loads(result.read_text(encoding="utf-8"))
+        outcome = compare_outputs(probe["fingerprint"], ran, "to this package")
+    return [*findings, Finding(REMOTE_CODE, *outcome)]
 
 
 def _run(arguments: list[str], workplace: Path) -> str | None:
