@@ -61,35 +61,6 @@ def _probe(dense):
     return probe_inputs(dense.config, dense.device)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-def test_the_same_seed_gives_the_same_bits(name):
-    dense = tiny_dense(name)
-    first, second, other = (upcycle(dense, num_experts=4, seed=seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    routers = [key for key in first if key.endswith("gate.weight")]
-    assert routers
-    assert not any(torch.equal(first[key], other[key]) for key in routers)
-
-
-@pytest.mark.parametrize("name", ["llama", "modernbert", "t5_gated"])
-def test_some_layers_may_stay_dense(name):
-    dense = tiny_dense(name)
-    fields = (
-        {"encoder_mlp_layer_types": ["dense", "sparse"], "decoder_mlp_layer_types": ["dense", "dense"]}
-        if name == "t5_gated"
-        else {"mlp_layer_types": ["dense", "sparse"]}
-    )
-    sparse = upcycle(dense, num_experts=4, **fields)
-    assert len(sparse.sparse_blocks) == 1
-    assert sparse.receipt["equality"]["max_abs_difference"] <= TOLERANCE
-
-
-def test_bfloat16_stays_bfloat16():
-    sparse = upcycle(tiny_dense("llama").to(torch.bfloat16), num_experts=4)
-    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
-    assert sparse.receipt["equality"]["dtype"] == "bfloat16"
-
-
 # The opening of what llama2.c's own test expects of this checkpoint with greedy decoding.
 STORIES_OPENING = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"

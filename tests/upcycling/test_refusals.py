@@ -192,10 +192,14 @@ def test_arguments_of_another_kind(arguments, message):
         upcycle(tiny_dense("llama"), **{"num_experts": 4, **arguments})
 
 
-@pytest.mark.parametrize("arguments", [{"factor": "2"}, {"factor": 2.0}, {"seed": "a"}, {"router_noise": -1.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"factor": "2"}, {"factor": 1}, {"factor": 2.0}, {"seed": "a"}, {"router_noise": -1.0}]
+)
 def test_arguments_of_expand(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}=.* is not allowed"):
         expand(tiny_sparse("decoder"), **{"factor": 2, **arguments})
+    with pytest.raises(ValueError, match="is not a mixture"):
+        expand(tiny_dense("llama"), 2)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

@@ -192,15 +192,8 @@ def test_the_dense_model_is_left_as_it_is():
     assert expanded.generation_config is not sparse.generation_config
 
 
-@pytest.mark.parametrize("target", ["q_proj", "up_proj"])
-def test_adapters_that_are_not_merged_are_refused(target):
-    peft = pytest.importorskip("peft")
-    dense = tiny_dense("llama")
-    wrapped = peft.get_peft_model(dense, peft.LoraConfig(target_modules=[target]))
-    for model in (dense, wrapped):
-        with pytest.raises(ValueError, match="merge_and_unload"):
-            hf_sparse_moe.upcycle(model, 4)
-    sparse = hf_sparse_moe.upcycle(wrapped.merge_and_unload(), 4)
+def test_a_mixture_with_more_modules_is_not_expanded():
+    sparse = hf_sparse_moe.upcycle(tiny_dense("llama"), 4)
     sparse.dense.add_module("more", torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"`dense\.more\.bias`, which has no place"):
         hf_sparse_moe.expand(sparse, 2)
