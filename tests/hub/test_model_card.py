@@ -188,8 +188,6 @@ def test_evaluation_of_a_dict_or_of_a_trainer_state():
     facts = rows(render_model_card(model, "tester/card", evaluation=TrainerState(log_history=logs)))
     assert (facts["eval\\_loss"], facts["step"]) == ("1.25", "10")
     assert not any("runtime" in name or "second" in name for name in facts)
-    with pytest.raises(ValueError, match="`evaluation` is a list"):
-        render_model_card(model, "tester/card", evaluation=[1.0])
 
 
 def test_the_model_and_the_names_are_checked():

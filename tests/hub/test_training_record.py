@@ -65,7 +65,8 @@ def test_the_record_is_the_trainer_s_own_history(trained):
     assert training["last_log"] == pytest.approx(last)
     assert {"task_loss", "aux_loss", "router/entropy"} <= set(training["last_log"])
     assert record["hyperparameters"]["learning_rate"] == trainer.args.learning_rate
-    assert record["hyperparameters"]["train_batch_size"] == 2
+    told = {name: record["hyperparameters"][name] for name in ("train_batch_size", "optimizer", "weight_decay")}
+    assert told == {"train_batch_size": 2, "optimizer": trainer.args.optim.value, "weight_decay": 0.0}
     logged = [(line["step"], line["part"], line["loss"]) for line in record["evaluation"]["log"]]
     wanted = [
         (log["step"], part, log[f"eval_{part}_loss"])

@@ -157,16 +157,11 @@ def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -
 
 def _results(evaluation: Mapping[str, Any] | TrainerState | None) -> dict[str, Any]:
     if isinstance(evaluation, TrainerState):
-        logs = [log for log in evaluation.log_history if any(name.startswith("eval_") for name in log)]
-        evaluation = logs[-1] if logs else None
-    elif not isinstance(evaluation, Mapping | None):
-        raise ValueError(
-            f"`evaluation` is a {type(evaluation).__name__}; pass results by name, such as `trainer.evaluate()` "
-            "returns them, or `trainer.state`."
-        )
+        logs = (log for log in reversed(evaluation.log_history) if any(name.startswith("eval_") for name in log))
+        evaluation = next(logs, None)
     return {
         name: value
-        for name, value in (evaluation or {}).items()
+        for name, value in dict(evaluation or {}).items()
         # how fast the machine was says nothing about the model
         if isinstance(value, Number | str) and not name.endswith(("runtime", "per_second"))
     }

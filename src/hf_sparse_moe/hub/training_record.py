@@ -136,13 +136,15 @@ class ModelCardCallback(TrainerCallback):
                 for log, part, results in evaluations
             ],
         }
+        hyperparameters = extract_hyperparameters_from_trainer(SimpleNamespace(args=args))
+        hyperparameters |= {"optimizer": args.optim, "weight_decay": args.weight_decay, "bf16": args.bf16}
         is_cuda = args.device.type == "cuda"
         device = torch.cuda.get_device_name(args.device) if is_cuda else args.device.type
         packages = (hf_sparse_moe, transformers, torch)
         return _plain(
             {
                 "training": training if state.global_step else {},
-                "hyperparameters": extract_hyperparameters_from_trainer(SimpleNamespace(args=args)),
+                "hyperparameters": hyperparameters,
                 "evaluation": evaluation,
                 "card": self._card,
                 "hardware": {"device": device, "processes": args.world_size},
