@@ -69,10 +69,10 @@ def test_tokens_may_be_added():
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (lambda: tiny_sparse("llama", num_experts=8), "has 8 experts, and had 4 there"),
+        (lambda: tiny_sparse("llama", num_experts=8), "`gate_up_proj` of .* has the shape .8, .*, and had .4, .* there"),
         (lambda: tiny_sparse("llama", dense_fields={"intermediate_size": 40}), "`down_proj` of .* has the shape"),
         (lambda: tiny_sparse("llama", mlp_layer_types=["sparse", "dense"]), "1 sparse layers, and that base 2"),
-        (lambda: tiny_dense("llama"), "no sparse layer"),
+        (lambda: tiny_dense("llama"), "0 sparse layers, and that base 2"),
     ],
 )
 def test_another_shape_is_told(other, said):
@@ -105,11 +105,10 @@ def test_a_record_of_version_0_1_is_read(tmp_path):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda told: told.pop("layers"),
         lambda told: told["layers"].update(x=3),
-        lambda told: told["layers"]["model.layers.0.mlp"].update(router={}),
-        lambda told: told["layers"]["model.layers.0.mlp"]["router"].update(shape=[0, 2]),
-        lambda told: told["layers"]["model.layers.0.mlp"]["router"].update(shape=["4", 2]),
+        lambda told: told["layers"]["model.layers.0.mlp"].update(down_proj={}),
+        lambda told: told["layers"]["model.layers.0.mlp"]["down_proj"].update(shape=[0, 2]),
+        lambda told: told["layers"]["model.layers.0.mlp"]["down_proj"].update(shape=["4", 2]),
     ],
 )
 def test_a_record_of_somebody_else_may_hold_anything(tmp_path, spoil):

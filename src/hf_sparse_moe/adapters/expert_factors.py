@@ -116,7 +116,8 @@ def pack_in_peft_files() -> None:
         cls: type, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         tensors = rename(cls, model, config, adapter_name, state_dict)
-        _check_all_match(model, adapter_name, tensors)
+        if hasattr(config, "projections") or any(isinstance(module, ExpertFactor) for module in model.modules()):
+            _check_all_match(model, adapter_name, tensors)
         return _unpacked(model, tensors)
 
     def swap_unpacked(model: nn.Module, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
@@ -138,8 +139,6 @@ def _unpacked(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, t
 
 def _check_all_match(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT warns of what is missing, passes over the rest, and leaves the adapter as it was drawn."""
-    if not any(isinstance(module, ExpertFactor) for module in model.modules()):
-        return
     # A tied head has a name of its own in a file.
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     known = {_WRAPPERS.sub("", name) for name, _ in named}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .expert_factors import ExpertFactor, pack_in_peft_files
+from .expert_factors import ExpertFactor
 from .expert_modules import PROJECTIONS, first_projection, shape_of
 from .low_rank_experts import LowRank, expert_parallel_low_rank, low_rank_experts
 from .quantized_experts import QuantizedWeight
@@ -246,7 +246,6 @@ def layer_class() -> type[Any]:
     """PEFT's wrapper of parameters with the methods above; made on first use, since PEFT is an extra."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    pack_in_peft_files()
     # PEFT knows its wrappers of parameters by this class name.
     return type("ParamWrapper", (ExpertLora, ParamWrapper), {"__module__": __name__})
 

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from hf_sparse_moe.checkpoints.files import read_json
 
+from .expert_factors import pack_in_peft_files
 from .expert_layer import layer_class
 from .expert_modules import PROJECTIONS, below_adapters, expert_modules, first_projection, follows_interface, shape_of
 
@@ -173,6 +174,8 @@ def _attention_projections(model: nn.Module) -> list[str]:
 def config_class() -> type[Any]:
     """`ExpertLoraConfig`; made on first use, since PEFT is an extra."""
     from peft import LoraConfig
+
+    pack_in_peft_files()
 
     @dataclass
     class ExpertLoraConfig(LoraConfig):

@@ -1,53 +1,49 @@
-"""Which mixture an adapter was trained on: the shapes that its config gives, and the hashes of its weight files."""
+"""Which mixture an adapter was trained on: the shapes of its experts, and the hashes of its weight files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.adapters.expert_modules import shape_of
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.hashes import sha256_of
-from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, without_wrapper
+from hf_sparse_moe.routing.mixture_layers import find_mixture_layers, without_wrapper
 
 from .checkpoint import mapping
 
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 BASE_NAME = "adapter_base.json"
-ROUTER = "router"
 
 
 def read_base(folder: Path) -> Mapping[str, Any]:
     """
-    The record beside an adapter; empty where there is none. Records of version 0.1 also hold samples of the base's
-    weights, which are not compared any more.
-
-    Raises:
-        ValueError: a file that [`record_base`] did not write.
+    The record beside an adapter; empty where there is none. Those of version 0.1 also hold routers and samples of
+    weights, which are not compared any more. Raises a `ValueError` for a file that [`record_base`] did not write.
     """
     recorded = read_json(folder / BASE_NAME, optional=True)
     try:
-        for tensors in recorded["layers"].values() if recorded else ():
-            for described in tensors.values():
-                experts, *_ = described["shape"]
-                if not all(isinstance(size, int) for size in described["shape"]) or experts < 1:
-                    raise ValueError(f"`shape` is {described['shape']}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        is_ours = all(isinstance(number, int) and number > 0 for number in base_experts(recorded).values())
+    except (AttributeError, IndexError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
         raise ValueError(
-            f"`{folder / BASE_NAME}` is not what this package writes ({type(error).__name__}). Delete that file, or "
-            "save the adapter again."
-        ) from error
+            f"`{folder / BASE_NAME}` is not what this package writes. Delete that file, or save the adapter again."
+        )
     return recorded
+
+
+def base_experts(recorded: Mapping[str, Any]) -> dict[str, int]:
+    """The number of experts of each sparse layer of the base, by the layer's name."""
+    layers = recorded.get("layers", {})
+    return {name: next(iter(tensors.values()))["shape"][0] for name, tensors in layers.items() if tensors}
 
 
 def record_base(model: Any, folder: str | Path, **fields: Any) -> None:
@@ -60,10 +56,10 @@ def record_base(model: Any, folder: str | Path, **fields: Any) -> None:
         (Path(folder) / BASE_NAME).write_text(recorded + "\n", encoding="utf-8")
 
 
-def identify_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def identify_base(model: Any) -> dict[str, Any]:
     """
-    What tells a mixture from others: of each sparse layer the shapes of its router and experts, and the sha256 of the
-    weight files that it was loaded from, where it was loaded from files that are still there.
+    What tells a mixture from others: the shapes of the experts of each sparse layer, and the sha256 of the weight
+    files that it was loaded from, where it was loaded from files that are still there.
     """
     model = without_adapter(model)
     return {
@@ -71,49 +67,41 @@ def identify_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         "revision": None,
         "architecture": type(model).__name__,
         "sha256": _loaded_files(model.config.name_or_path),
-        "layers": {
-            layer.name: {part: {"shape": list(tensor.shape)} for part, tensor in _tensors(layer)}
-            for layer in _layers(model)
-        },
+        "layers": _layers(model),
     }
 
 
 def base_difference(recorded: Mapping[str, Any], model: PreTrainedModel) -> str | None:
     """
     How `model` differs from the base that [`read_base`] returned, in words; None where nothing tells them apart. A
-    base that was changed in memory, or whose files have other names, is compared by the shapes of its layers alone.
+    base that was changed in memory, or whose files have other names, is compared by the shapes of its experts alone.
     """
-    found, wanted = identify_base(model), mapping(recorded.get("layers"))
-    if wanted and not found["layers"]:
-        return "it has no sparse layer"
-    if wanted and found["layers"].keys() != wanted.keys():
-        return f"it has {len(found['layers'])} sparse layers, and that base {len(wanted)} or others"
-    for name, tensors in found["layers"].items():
-        for tensor in sorted(tensors.keys() & mapping(wanted.get(name)).keys()):
-            shape, own = wanted[name][tensor]["shape"], tensors[tensor]["shape"]
-            if shape[0] != own[0]:
-                return f"`{name}` has {own[0]} experts, and had {shape[0]} there"
-            if shape != own:
-                return f"`{tensor}` of `{name}` has the shape {tuple(own)}, and had {tuple(shape)} there"
+    found = identify_base(model)
+    layers, wanted = found["layers"], mapping(recorded.get("layers"))
+    if wanted and layers.keys() != wanted.keys():
+        return f"it has {len(layers)} sparse layers, and that base {len(wanted)} or others"
+    for name, tensors in layers.items():
+        for tensor, described in tensors.items():
+            shape = mapping(wanted.get(name)).get(tensor, described)["shape"]
+            if shape != described["shape"]:
+                return f"`{tensor}` of `{name}` has the shape {described['shape']}, and had {shape} there"
     return files_difference(recorded, found["sha256"])
 
 
 def files_difference(recorded: Mapping[str, Any], sha256: Mapping[str, str]) -> str | None:
     """The first weight file of the same name with another hash, in words."""
     there = mapping(recorded.get("sha256"))
-    changed = [name for name in sorted(there.keys() & sha256.keys()) if there[name] != sha256[name]]
-    changed = [name for name in changed if name.endswith(".safetensors")]
-    return f"its `{changed[0]}` is another file (its sha256 differs)" if changed else None
+    changed = (name for name in sorted(sha256) if there.get(name, sha256[name]) != sha256[name])
+    return next((f"its `{name}` is another file (its sha256 differs)" for name in changed), None)
 
 
 def file_hashes(folder: str | Path) -> dict[str, str]:
     """The sha256 of each weight file in a folder: of one in the Hub's cache its name says it, others are read once."""
     hashes = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        if path.is_file():
-            real, status = path.resolve(), path.stat()
-            is_blob = real.parent.name == "blobs" and len(real.name) == 64
-            hashes[path.name] = real.name if is_blob else _sha256(real, status.st_size, status.st_mtime_ns)
+        real, status = path.resolve(), path.stat()
+        is_blob = real.parent.name == "blobs" and len(real.name) == 64
+        hashes[path.name] = real.name if is_blob else _sha256(real, status.st_size, status.st_mtime_ns)
     return hashes
 
 
@@ -122,19 +110,17 @@ def _sha256(path: Path, size: int, changed: int) -> str:
     return sha256_of(path)
 
 
-def _loaded_files(name_or_path: str | None) -> dict[str, str]:
+def _loaded_files(name: str | None) -> dict[str, str]:
     """
     The hashes of the weight files that a model was loaded from, as its config names them. It does not name a revision,
     so of a Hub id they are known only where the cache has one version of them.
     """
-    if not name_or_path:
-        return {}
-    if Path(name_or_path).is_dir():
-        return file_hashes(name_or_path)
-    repository = repo_folder_name(repo_id=name_or_path, repo_type="model")
+    if not name or Path(name).is_dir():
+        return file_hashes(name) if name else {}
+    repository = repo_folder_name(repo_id=name, repo_type="model")
     snapshots = Path(constants.HF_HUB_CACHE, repository, "snapshots").glob("*")
-    versions = [hashes for snapshot in snapshots if (hashes := file_hashes(snapshot))]
-    return versions[0] if versions and all(hashes == versions[0] for hashes in versions) else {}
+    known = [hashes for snapshot in snapshots if (hashes := file_hashes(snapshot))]
+    return known[0] if known and all(hashes == known[0] for hashes in known) else {}
 
 
 def without_adapter(model: Any) -> PreTrainedModel:
@@ -142,9 +128,9 @@ def without_adapter(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def is_mixture(model: PreTrainedModel | PeftModel) -> bool:
+def is_mixture(model: Any) -> bool:
     """Whether a model, alone or inside a `PeftModel`, has sparse layers."""
-    return bool(_layers(model))
+    return bool(_layers(without_adapter(model)))
 
 
 def public_name(name_or_path: str | None) -> str | None:
@@ -155,27 +141,15 @@ def public_name(name_or_path: str | None) -> str | None:
     return path.resolve().name if path.is_absolute() or path.exists() else name_or_path
 
 
-def base_experts(base: Mapping[str, Any]) -> dict[str, int]:
-    """The number of experts of each sparse layer that is recorded, by the layer's name."""
-    layers = mapping(base.get("layers"))
-    return {name: next(iter(tensors.values()))["shape"][0] for name, tensors in layers.items() if tensors}
-
-
-def _layers(model: PreTrainedModel | PeftModel) -> list[MixtureLayer]:
+def _layers(model: PreTrainedModel) -> dict[str, dict[str, dict[str, list[int]]]]:
+    """The shapes of the experts' matrices, by layer and parameter."""
     try:
-        return find_mixture_layers(without_adapter(model))
+        layers = find_mixture_layers(model)
     except ValueError:
-        return []
-
-
-def _tensors(layer: MixtureLayer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors with one entry an expert, the router's weight and those of the experts; none that is quantised."""
-    router = without_wrapper(layer.router)
-    weights = getattr(router, "original_module", router).parameters()  # PEFT trains a copy beside the original
-    for weight in weights:
-        if weight.dim() == 2 and len(weight) == layer.num_experts:
-            yield ROUTER, weight
-            break
-    for name, weight in without_wrapper(layer.experts).named_parameters(recurse=False):
-        if weight.dim() == 3 and type(weight.data) is torch.Tensor and weight.is_floating_point():
-            yield name, weight
+        return {}
+    shapes = {}
+    for layer in layers:
+        parameters = without_wrapper(layer.experts).named_parameters(recurse=False)
+        found = {name: list(shape_of(parameter)) for name, parameter in parameters}
+        shapes[layer.name] = {name: {"shape": shape} for name, shape in found.items() if len(shape) == 3}
+    return shapes

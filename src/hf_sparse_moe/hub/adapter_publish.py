@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-
 from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.source import find_source
 
-from .adapter_base import BASE_NAME, base_difference, file_hashes, files_difference, read_base, record_base
+from .adapter_base import (
+    BASE_NAME,
+    base_difference,
+    file_hashes,
+    files_difference,
+    public_name,
+    read_base,
+    record_base,
+)
 from .adapter_folder import ADAPTER_CONFIG, Adapter, read_adapter
-from .adapter_loading import attach, find_base, refuse_other_base
+from .adapter_loading import attach, refuse_other_base
 from .download import read_head
 from .errors import check_repo_id, raise_hub_error
 from .fingerprint import FINGERPRINT_NAME, is_wanted, take_fingerprint, write_fingerprint
@@ -54,8 +61,8 @@ def stage_adapter(
 ) -> None:
     """
     Copy an adapter's files into `staged` as they are published: the base by its public name and revision, with what
-    tells it from others, and the fingerprint of both together.
-    Raises a `ValueError` for no base, another one than the adapter was trained on, or an adapter that does not fit it.
+    tells it from others, and the fingerprint of both together. Raises a `ValueError` for no base, another one than the
+    adapter was trained on, or an adapter that does not fit it.
     """
     if ADAPTER_CONFIG not in files:
         raise ValueError(f"The {ADAPTER_CONFIG} of the adapter is a link that leads out of its folder. Copy the file.")
@@ -63,34 +70,34 @@ def stage_adapter(
         (staged / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, staged / name)
     folder = files[ADAPTER_CONFIG].parent
-    config, recorded = dict(read_json(staged / ADAPTER_CONFIG)), read_base(staged)
     name, revision = named_base(folder, base)
-    if Path(name).is_dir():
-        public, hashes = find_base(name, revision).name, file_hashes(name)
-        weight_bytes = sum((Path(name) / file).stat().st_size for file in hashes)
-        revision = None
-    else:
-        check_repo_id(name)
-        with raise_hub_error(name, revision):
-            head = read_head(name, revision, token)
-        weights = [file for file in head.siblings or () if file.lfs and file.rfilename.endswith(".safetensors")]
-        public, hashes = name, {file.rfilename: file.lfs.sha256 for file in weights if file.lfs}
-        weight_bytes, revision = sum(file.size or 0 for file in weights), head.sha
-    refuse_other_base(recorded, files_difference(recorded, hashes), folder.name, f"`{public}`")
-    found = {"name_or_path": public, "revision": revision, "sha256": hashes}
-    (staged / BASE_NAME).write_text(json.dumps({"layers": {}, **recorded, **found}, indent=1), encoding="utf-8")
-    config |= {"base_model_name_or_path": public, "revision": revision}
+    found, weight_bytes = _found_base(name, revision, token)
+    recorded, public = read_base(staged), found["name_or_path"]
+    refuse_other_base(recorded, files_difference(recorded, found["sha256"]), folder.name, f"`{public}`")
+    config = {**read_json(staged / ADAPTER_CONFIG), "base_model_name_or_path": public, "revision": found["revision"]}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (staged / BASE_NAME).write_text(json.dumps({"layers": {}, **recorded, **found}, indent=1), encoding="utf-8")
     if not is_wanted(fingerprint, weight_bytes):
         (staged / FINGERPRINT_NAME).unlink(missing_ok=True)
         return
-    model = load_base(find_base(name, revision, token).folder)
+    model = load_whole(find_source(name, found["revision"], token=token).folder, torch.float32)
     refuse_other_base(recorded, base_difference(recorded, model), folder.name, f"`{public}`")
     record_base(model, staged, **found)
-    loaded, attachment = attach(model, staged)
-    if fault := attachment.fault():
-        raise ValueError(f"`{folder}` does not fit its base `{public}`: {fault}. Save the adapter again.")
-    write_fingerprint(take_fingerprint(loaded, staged), staged / FINGERPRINT_NAME, folder)
+    write_fingerprint(take_fingerprint(attach(model, staged), staged), staged / FINGERPRINT_NAME, folder)
+
+
+def _found_base(name: str, revision: str | None, token: bool | str | None) -> tuple[dict[str, Any], int]:
+    """The public name, revision and hashes of a base, which is not fetched for them, and the bytes of its weights."""
+    if Path(name).is_dir():
+        hashes = file_hashes(name)
+        found = {"name_or_path": public_name(str(Path(name).resolve())), "revision": None, "sha256": hashes}
+        return found, sum((Path(name) / file).stat().st_size for file in hashes)
+    check_repo_id(name)
+    with raise_hub_error(name, revision):
+        head = read_head(name, revision, token)
+    weights = [file for file in head.siblings or () if file.lfs and file.rfilename.endswith(".safetensors")]
+    hashes = {file.rfilename: file.lfs.sha256 for file in weights if file.lfs}
+    return {"name_or_path": name, "revision": head.sha, "sha256": hashes}, sum(file.size or 0 for file in weights)
 
 
 def named_base(folder: Path, base: str | Path | None, *, from_hub: bool = False) -> tuple[str, str | None]:
@@ -112,8 +119,3 @@ def named_base(folder: Path, base: str | Path | None, *, from_hub: bool = False)
             "(`--base`)."
         )
     return named, revision
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    """The base of an adapter in float32, whole. Raises a `ValueError` where it lacks weights."""
-    return load_whole(folder, torch.float32)

@@ -14,9 +14,9 @@ from typing import Any
 from transformers.utils import HF_MODULES_CACHE
 
 from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.source import find_source
 
 from .adapter_folder import is_adapter
-from .adapter_loading import find_base
 from .adapter_publish import named_base
 from .download import pull
 from .examination import FAILED, NOT_CHECKED, Finding, compare_outputs
@@ -93,7 +93,8 @@ def doctor(
             commit = pull(str(source), folder, revision=revision, token=token).revision
         bases = []
         if is_adapter(folder):
-            bases = [find_base(*named_base(folder, base, from_hub=not is_here), token).folder.resolve()]
+            named = named_base(folder, base, from_hub=not is_here)
+            bases = [find_source(*named, token=token).folder.resolve()]
         elif base is not None:
             raise ValueError(f"`base={str(base)!r}` is given, but `{source}` is not an adapter. Leave it out.")
         elif not (folder / "config.json").is_file():
