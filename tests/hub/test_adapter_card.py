@@ -8,21 +8,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 
-from cli_client import assert_one_sentence, run_cli
+from cli_client import run_cli
 from hf_sparse_moe.hub import render_model_card, write_model_card
 from hf_sparse_moe.hub.adapter_folder import read_adapter
-from hub_adapters import load, save_adapter, save_base
-
-
-CHOICES = [
-    {},
-    {"experts": {0: [1, 2], 1: None}},
-    {"experts": {1: [3]}, "projections": ("gate", "down")},
-    {"projections": ("up",)},
-    {"projections": ("down",), "attention": True, "router": True},
-    {"rank_pattern": {r"layers\.1\..*": 5}},
-]
+from hub_adapters import save_adapter, save_base
 
 
 @pytest.fixture(scope="module")
@@ -34,40 +25,30 @@ def outside_code(card: str) -> str:
     return re.sub(r"^```.*?^```$", "", card, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_it_counts_what_training_moves(base, tmp_path, choice):
-    model = save_adapter(tmp_path, base, **choice)
-    trainable, _ = model.get_nb_trainable_parameters()
-    assert read_adapter(tmp_path).trainable == trainable
-    assert f"| Parameters that were trained | {trainable:,} |" in render_model_card(tmp_path, "me/x")
-
-
-def test_it_names_layers_experts_and_projections(base, tmp_path):
+def test_it_says_what_the_files_say(base, tmp_path):
     save_adapter(
         tmp_path, base, experts={1: [0, 3]}, projections=("gate", "down"), r=3, lora_alpha=6, lora_dropout=0.1
     )
     card = render_model_card(tmp_path, "me/x")
-    assert "| `dense.model.layers.1.mlp.experts` | 0, 3 | gate, down | 3 |" in card
-    assert "layers.0.mlp" not in card
+    layer = "dense.model.layers.1.mlp.experts"
     for row in (
-        "| Sparse layers that it adapts | 1 of 2 |",
+        "| Experts of the base | 4 in each of 2 sparse layers |",
+        f"| Parameters that it adapts | {layer}.down_proj, {layer}.gate_up_proj |",
+        f"| Experts that it adapts | {layer}: [0, 3] |",
+        "| Projections that it adapts | down, gate |",
         "| Rank | 3 |",
         "| Alpha | 6 |",
         "| Dropout in training | 0.1 |",
     ):
-        assert row in card
+        assert row in card.replace("\\", "")
+    numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert f"| Numbers in its file | {numbers:,} |" in card
 
 
 def test_an_adapter_without_a_record_of_its_base_says_so(base, tmp_path):
     save_adapter(tmp_path, base)
     (tmp_path / "adapter_base.json").unlink()
-    card = render_model_card(tmp_path, "me/x")
-    assert "| all 4 | gate, up, down | 2 |" in card
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"x": 5}}))
-    assert_one_sentence(run_cli("card", tmp_path, "--repo", "me/x"), "its experts cannot be counted")
-    assert "another base goes unnoticed" in card
+    assert "another base goes unnoticed" in render_model_card(tmp_path, "me/x")
 
 
 def test_an_adapter_that_changes_nothing_says_so(base, tmp_path):
@@ -76,7 +57,7 @@ def test_an_adapter_that_changes_nothing_says_so(base, tmp_path):
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     model.save_pretrained(tmp_path)
-    assert "It changes no expert" in render_model_card(tmp_path, "me/x")
+    assert "It changes nothing" in render_model_card(tmp_path, "me/x")
 
 
 def test_its_metadata_is_what_the_hub_reads(base, tmp_path):
@@ -161,21 +142,9 @@ def test_what_others_wrote_is_escaped(base, tmp_path):
         assert "alert" not in block
 
 
-@pytest.mark.parametrize(
-    "fields", [{"r": 0}, {"r": "x"}, {"target_parameters": 3}, {"target_parameters": [3]}, {"r": 7}], ids=str
-)
-def test_files_that_do_not_fit_together_are_refused(base, tmp_path, fields):
-    save_adapter(tmp_path, base)
-    (tmp_path / "adapter_base.json").unlink()
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    assert_one_sentence(run_cli("card", tmp_path, "--repo", "me/x"), "does not fit together")
-
-
 def test_a_second_adapter_of_a_model_is_one_of_its_own(base, tmp_path):
     model: PeftModel = save_adapter(tmp_path / "one", base)
     config = model.peft_config["default"]
     model.add_adapter("two", config)
     model.save_pretrained(tmp_path, selected_adapters=["two"])
-    assert read_adapter(tmp_path / "two").experts[0].moved == []
-    assert load(base)
+    assert read_adapter(tmp_path / "two").is_fresh

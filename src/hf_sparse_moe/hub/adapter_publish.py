@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.source import find_source
 

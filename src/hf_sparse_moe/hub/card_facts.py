@@ -65,7 +65,7 @@ def card_facts(published: Checkpoint | Adapter, given: Mapping[str, Any]) -> dic
             "given": given,
             **_evaluation(evaluation),
             "health": _health(record),
-            **dict.fromkeys(("kind", "layers", "upcycling", "routing")),
+            **dict.fromkeys(("kind", "upcycling", "routing")),
             **own,
             "versions": ", ".join(
                 f"{name} {version}"
@@ -200,35 +200,31 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     revision, configured = recorded.get("revision"), config.get("base_model_name_or_path")
     name = base or recorded.get("name_or_path") or public_name(configured if isinstance(configured, str) else None)
     pinned = base is not None and isinstance(revision, str) and revision.isalnum()
-    of_base = len(base_experts(recorded))
+    experts, chosen = base_experts(recorded), mapping(adapter.settings.get("experts"))
+    of_base = ", ".join(map(str, sorted(set(experts.values()))))
     details = {
         "Base model": _code(name),
         "Revision of the base": _code(revision),
         "Class of the base": _code(recorded.get("architecture")),
-        "Sparse layers that it adapts": f"{len(adapter.experts)}" + (f" of {of_base}" if of_base else ""),
-        "Other modules that it adapts": sorted({module.rpartition(".")[2] for module in adapter.others}),
-        "Rank": sorted({layer.rank for layer in adapter.experts}) or config.get("r"),
+        "Experts of the base": f"{of_base} in each of {len(experts)} sparse layers" if experts else None,
+        "Parameters that it adapts": config.get("target_parameters"),
+        "Modules that it adapts": config.get("target_modules"),
+        "Modules that were trained in full": config.get("modules_to_save"),
+        "Experts that it adapts": [f"{name}: {numbers}" for name, numbers in chosen.items()],
+        "Projections that it adapts": adapter.settings.get("projections"),
+        "Rank": config.get("r"),
         "Alpha": config.get("lora_alpha"),
         "Dropout in training": adapter.settings.get("lora_dropout", config.get("lora_dropout")),
-        "Parameters that were trained": f"{adapter.trainable:,}",
+        "Numbers in its file": f"{adapter.numbers:,}",
         "Precision": adapter.dtype,
     }
     return {
-        "kind": "LoRA on experts" if adapter.experts else f"An adapter ({config.get('peft_type')})",
+        "kind": "LoRA on experts" if config.get("target_parameters") else f"An adapter ({config.get('peft_type')})",
         "base_name": _code(name),
         "base_id": Markup(base or "path/to/its/base"),
         "base_revision": Markup(f', revision="{revision}"' if pinned else ""),
         "ours": variant_of(architecture_of(adapter)) is not None,
         "details": _present(details),
-        "layers": [
-            {
-                "experts of": as_code(layer.name),
-                "adapted": layer.experts or f"all {layer.num_experts}",
-                "projections": layer.projections,
-                "rank": layer.rank,
-            }
-            for layer in adapter.experts
-        ],
         "limits": list(_adapter_limits(adapter, base, _code(name))),
         "versions": {"peft": config.get("peft_version")},
     }
@@ -240,8 +236,8 @@ def _adapter_limits(adapter: Adapter, base: str | None, name: Markup | None) -> 
         yield Markup(f"Its base{f' (a folder named {name})' if name else ''} is not known to be on the Hub.")
     if not adapter.base:
         yield Markup("Nothing that identifies its base is recorded, so that another base goes unnoticed.")
-    if adapter.experts and not any(layer.moved for layer in adapter.experts):
-        yield Markup("It changes no expert: all its updates are zero, as before the first step of a training.")
+    if adapter.is_fresh:
+        yield Markup("It changes nothing: all its updates are zero, as before the first step of a training.")
 
 
 def _training(record: Mapping[str, Any]) -> dict[str, Any]:
