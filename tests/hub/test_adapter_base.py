@@ -73,7 +73,7 @@ def test_tokens_may_be_added():
             lambda: tiny_sparse("llama", num_experts=8),
             "the shape .8, .*, and had .4, .* there",
         ),
-        (lambda: tiny_sparse("llama", dense_fields={"intermediate_size": 40}), "`down_proj` of .* has the shape"),
+        (lambda: tiny_sparse("llama", dense_fields={"intermediate_size": 40}), "`gate_up_proj` of .* has the shape"),
         (lambda: tiny_sparse("llama", mlp_layer_types=["sparse", "dense"]), "1 sparse layers, and that base 2"),
         (lambda: tiny_dense("llama"), "0 sparse layers, and that base 2"),
     ],

@@ -173,9 +173,9 @@ def test_the_trainer_s_push_tells_its_training(client, hub_server, repo_id, base
 def test_peft_s_own_push_leaves_the_stock_card_and_ours_repairs_it(client, hub_server, repo_id, base):
     client(stock_push, repo_id=repo_id, base=BASE)
     assert "adapter_base.json" not in hub_server.hub.files(repo_id)
-    assert "What it changes" not in card_of(hub_server, repo_id)[1]
+    assert "Parameters that it adapts" not in card_of(hub_server, repo_id)[1]
     client(in_memory, repo_id=repo_id, base=BASE)
-    assert "What it changes" in card_of(hub_server, repo_id)[1]
+    assert "Parameters that it adapts" in card_of(hub_server, repo_id)[1]
     assert "[More Information Needed]" not in card_of(hub_server, repo_id)[1]
 
 

@@ -30,8 +30,9 @@ def read_base(folder: Path) -> Mapping[str, Any]:
     """
     recorded = read_json(folder / BASE_NAME, optional=True)
     try:
-        is_ours = all(isinstance(number, int) and number > 0 for number in base_experts(recorded).values())
-    except (AttributeError, IndexError, KeyError, TypeError):
+        tensors = [tensor for layer in recorded.get("layers", {}).values() for tensor in layer.values()]
+        is_ours = all(isinstance(size, int) and size > 0 for tensor in tensors for size in tensor["shape"])
+    except (AttributeError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
         raise ValueError(
