@@ -1,7 +1,7 @@
 """
-Registers the package with transformers, without importing transformers.
+Registers the package with transformers and PEFT, without importing either.
 
-Each step runs right after the module of transformers that it needs was imported, or at once if it was imported before.
+Each step runs right after the module that it needs was imported, or at once if it was imported before.
 """
 
 from __future__ import annotations
@@ -43,10 +43,23 @@ def _register_experts() -> None:
     from . import experts  # noqa: F401
 
 
+def _tell_of_experts_without_adapter() -> None:
+    tuners: Any = sys.modules["peft.tuners.tuners_utils"]
+    include = tuners._maybe_include_all_linear_layers
+
+    def include_and_tell(peft_config: Any, model: Any) -> Any:
+        if str(getattr(peft_config, "target_modules", "")).lower() == "all-linear":
+            import_module(".adapters.expert_modules", __package__).tell_of_experts_left_out(peft_config, model)
+        return include(peft_config, model)
+
+    tuners._maybe_include_all_linear_layers = include_and_tell
+
+
 _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.modeling_utils": _register_experts,
+    "peft.tuners.tuners_utils": _tell_of_experts_without_adapter,
 }
 # What the steps import. They import transformers themselves, so a step waits while one of them is half-way.
 _OURS = (f"{__package__}.models.", f"{__package__}.experts")

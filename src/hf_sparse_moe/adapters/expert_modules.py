@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -36,6 +39,18 @@ def follows_interface(module: nn.Module) -> bool:
     """Whether a module has the shape that transformers' experts backends know."""
     names = {name for name, parameter in module.named_parameters(recurse=False) if len(shape_of(parameter)) == 3}
     return hasattr(module, "has_gate") and names == {first_projection(module), "down_proj"}
+
+
+def tell_of_experts_left_out(peft_config: Any, model: nn.Module) -> None:
+    """What PEFT calls "all-linear" are the modules of a linear class, which fused experts are not."""
+    found = [module for module in model.modules() if follows_interface(module)]
+    if found and not getattr(peft_config, "target_parameters", None):
+        number = sum(int(shape_of(module.down_proj)[0]) for module in found)
+        logger.warning_once(
+            f'`target_modules="all-linear"` leaves out the {number} experts in the {len(found)} sparse layers of '
+            f"`{type(model).__name__}`, which are no linear modules. To adapt them with the attention: "
+            "`get_peft_model(model, expert_lora_config(model, attention=True))`."
+        )
 
 
 def below_adapters(module: Any) -> Any:
