@@ -43,7 +43,7 @@ def follows_interface(module: nn.Module) -> bool:
 
 def tell_of_experts_left_out(peft_config: Any, model: nn.Module) -> None:
     """What PEFT calls "all-linear" are the modules of a linear class, which fused experts are not."""
-    found = [module for module in model.modules() if follows_interface(module)]
+    found: list[Any] = [module for module in model.modules() if follows_interface(module)]
     if found and not getattr(peft_config, "target_parameters", None):
         number = sum(int(shape_of(module.down_proj)[0]) for module in found)
         logger.warning_once(
