@@ -1,4 +1,4 @@
-"""transformers' own `ModelTesterMixin` on one tiny model a family, and on stock Mixtral in the same setting.
+"""transformers' own `ModelTesterMixin` on tiny mixtures of several backbones, and on the dense backbones themselves.
 
 Collected only by `run.py`, which puts transformers' test files on the path: the wheel of transformers has none.
 """
@@ -10,11 +10,10 @@ import types
 import unittest
 
 import torch
-import transformers
-from transformers import MixtralConfig, ModernBertConfig, Qwen3Config, T5Config
 from transformers.models.auto import modeling_auto
 
 import hf_sparse_moe as moe
+from hf.backbones import BACKBONES, SIZES, Backbone, identifier
 
 
 def import_tester_mixin(folder: str) -> type:
@@ -52,13 +51,6 @@ for table, suffix in (
             table[f"sparse_moe_{family.lower()}"] = f"SparseMoe{family}{suffix}"
 
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Few: the RoPE tests run a sequence of one and a half times their number.
-POSITIONS = {"max_position_embeddings": 64}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-
 class TinyModel:
     """What the mixin asks of a model tester: sizes, a config and a batch."""
 
@@ -81,94 +73,26 @@ class TinyModel:
         return self.get_config(), inputs
 
 
-def mixtral_config():
-    return MixtralConfig(
-        **SIZES, **TOKENS, **POSITIONS, intermediate_size=64, num_key_value_heads=2, head_dim=8, num_local_experts=4
-    )
-
-
-def encoder_config():
-    dense = ModernBertConfig(**SIZES, **TOKENS, **POSITIONS, cls_token_id=1, sep_token_id=2, intermediate_size=64)
-    return moe.SparseMoeEncoderConfig(dense_config=dense, **MIXTURE)
-
-
-def decoder_config():
-    dense = Qwen3Config(**SIZES, **TOKENS, **POSITIONS, intermediate_size=64, num_key_value_heads=2, head_dim=8)
-    return moe.SparseMoeDecoderConfig(dense_config=dense, **MIXTURE)
-
-
-def encoder_decoder_config():
-    sizes = {"vocab_size": 99, "d_model": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8}
-    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    # The factor is that of transformers' own T5 tests: at 1 the outputs are so large that half precision rounds them
-    # by more than the mixin's tolerance.
-    layout = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "initializer_factor": 0.002}
-    dense = T5Config(**sizes, **tokens, **layout, d_ff=64)
-    return moe.SparseMoeEncoderDecoderConfig(dense_config=dense, **MIXTURE)
-
-
-# They train on a loss that is no output of the model, which a model with a balance loss refuses.
-LOSSES_OF_THEIR_OWN = (
-    "test_retain_grad_hidden_states_attentions",
-    "test_enable_input_require_grads_with_gradient_checkpointing",
-)
-
-
 class Case(ModelTesterMixin):
-    is_encoder_decoder = False
     test_all_params_have_gradient = False  # an expert that no token chose has none
+    backbone: Backbone
+    is_sparse: bool
 
     def setUp(self):
-        self.model_tester = TinyModel(self._config, self.is_encoder_decoder)
-
-    def _config(self):
-        config = self.make_config()
-        if self._testMethodName in LOSSES_OF_THEIR_OWN:
-            config.router_aux_loss_coef = 0.0
-        return config
+        config = self.backbone.mixture_config if self.is_sparse else self.backbone.dense_config
+        self.model_tester = TinyModel(config, self.is_encoder_decoder)
 
 
-class MixtralTest(Case, unittest.TestCase):
-    make_config = staticmethod(mixtral_config)
-    all_model_classes = (transformers.MixtralModel, transformers.MixtralForCausalLM)
+for name, backbone in BACKBONES.items():
+    for sparse in (False, True):
+        attributes = {
+            "backbone": backbone,
+            "is_sparse": sparse,
+            "is_encoder_decoder": backbone.family == "EncoderDecoder",
+            "all_model_classes": backbone.classes(sparse),
+            "__module__": __name__,
+            **({"_is_composite": True} if sparse else {}),
+        }
+        globals()[identifier(name, sparse)] = type(identifier(name, sparse), (Case, unittest.TestCase), attributes)
 
-
-class EncoderTest(Case, unittest.TestCase):
-    _is_composite = True
-    make_config = staticmethod(encoder_config)
-    all_model_classes = (
-        moe.SparseMoeEncoderModel,
-        moe.SparseMoeEncoderForMaskedLM,
-        moe.SparseMoeEncoderForSequenceClassification,
-        moe.SparseMoeEncoderForTokenClassification,
-        moe.SparseMoeEncoderForQuestionAnswering,
-        moe.SparseMoeEncoderForMultipleChoice,
-    )
-
-
-class DecoderTest(Case, unittest.TestCase):
-    _is_composite = True
-    make_config = staticmethod(decoder_config)
-    all_model_classes = (
-        moe.SparseMoeDecoderModel,
-        moe.SparseMoeDecoderForCausalLM,
-        moe.SparseMoeDecoderForSequenceClassification,
-        moe.SparseMoeDecoderForTokenClassification,
-        moe.SparseMoeDecoderForQuestionAnswering,
-    )
-
-
-class EncoderDecoderTest(Case, unittest.TestCase):
-    _is_composite = True
-    is_encoder_decoder = True
-    make_config = staticmethod(encoder_decoder_config)
-    # Without ForSequenceClassification: T5's head wants an end-of-sequence token in every row, and the mixin makes
-    # rows of random tokens.
-    all_model_classes = (
-        moe.SparseMoeEncoderDecoderModel,
-        moe.SparseMoeEncoderDecoderForConditionalGeneration,
-        moe.SparseMoeEncoderDecoderForQuestionAnswering,
-    )
-
-
-del Case  # only the four above are tests
+del Case  # only those made of it are tests
