@@ -123,7 +123,7 @@ PLACES = {
     "body": run_body,
     "body, a tuple": lambda model, inputs: model.base_model(**inputs, return_dict=False)[0],
     "head": lambda model, inputs: model.dense(**inputs).logits,
-    "a hidden state": lambda model, inputs: model(**inputs, output_hidden_states=True).hidden_states[1],
+    "the last hidden state": lambda model, inputs: model(**inputs, output_hidden_states=True).hidden_states[-1],
     "a tuple": lambda model, inputs: model(**inputs, return_dict=False)[0],
     "changed in place": lambda model, inputs: model(**inputs).logits.mul_(0.5),
 }
@@ -141,6 +141,15 @@ def test_whatever_leaves_the_model_carries_it(place):
     expected += task_gradient(model, loss_of)
     loss_of(model).backward()
     torch.testing.assert_close(gate_gradient(model), expected)
+
+
+def test_the_states_between_stay_on_the_way_of_the_loss():
+    model = training_model("decoder")
+    outputs = model(**without_labels(model, tiny_inputs(model)), output_hidden_states=True)
+    for state in outputs.hidden_states[:-1]:
+        state.retain_grad()
+    outputs.logits.square().mean().backward()
+    assert all(state.grad is not None for state in outputs.hidden_states[:-1])
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])

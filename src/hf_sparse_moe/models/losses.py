@@ -10,7 +10,7 @@ head's own without `num_items_in_batch`, and with it sums over the micro-batches
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -301,13 +301,15 @@ def _computes_in_half(device_type: str) -> bool:
 
 
 def _trained_tensors(outputs: Any) -> Iterator[torch.Tensor]:
-    """Those of a model's outputs through which a gradient may come back."""
-    if isinstance(outputs, torch.Tensor):
-        if outputs.requires_grad:
-            yield outputs
-    elif isinstance(outputs, (ModelOutput, tuple, list)):
-        for value in outputs.values() if isinstance(outputs, ModelOutput) else outputs:
-            yield from _trained_tensors(value)
+    """
+    Those of a model's outputs that a loss is computed from: of hidden states and the like, the last layer's. The
+    others lie on its way, and stay as they are for those who ask for their gradients.
+    """
+    values = outputs.values() if isinstance(outputs, ModelOutput) else outputs
+    for value in values if isinstance(values, Iterable) and not isinstance(values, torch.Tensor) else (values,):
+        value = value[-1] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            yield value
 
 
 def _replaced(outputs: Any, tensors: dict[int, torch.Tensor]) -> Any:
