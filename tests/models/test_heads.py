@@ -92,16 +92,3 @@ def test_question_answering_takes_what_its_dense_model_takes_and_two_ends_for_la
     expected = model.dense(**inputs, **ends)
     torch.testing.assert_close(outputs.loss, expected.loss)
     assert model(**inputs).loss is None
-
-
-@pytest.mark.parametrize("name", [names[0] for names in FAMILIES.values()])
-def test_a_checkpoint_of_pickled_tensors_loads_into_the_bare_model(name, tmp_path):
-    """As `zero_to_fp32.py` and `torch.save` write it."""
-    model = tiny_sparse(name)
-    model.config.save_pretrained(tmp_path)
-    torch.save({key: tensor.clone() for key, tensor in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
-    loaded, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] or name == "bert"  # which has a pooler of its own
-    assert all(
-        torch.equal(tensor, body_keys(model)[key]) for key, tensor in body_keys(loaded).items() if "pooler" not in key
-    )

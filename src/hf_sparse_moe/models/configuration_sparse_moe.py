@@ -186,15 +186,15 @@ class SparseMoeConfig(PreTrainedConfig):
             setattr(self.dense_config, name, value)
             return
         super().__setattr__(name, value)
-        if name in (*_SHARED_FIELDS, "_output_attentions") and self._is_of_dense("dense_config"):
-            setattr(self.dense_config, name, value)
+        dense = self.__dict__.get("dense_config")
+        if name in (*_SHARED_FIELDS, "_output_attentions") and isinstance(dense, PreTrainedConfig):
+            setattr(dense, name, value)
 
     def _is_of_dense(self, name: str) -> bool:
         """Whether `name` may be the dense config's; of private names, its fields are."""
         dense = self.__dict__.get("dense_config")
-        if not isinstance(dense, PreTrainedConfig):
-            return False
-        return not name.startswith("_") or name in type(dense).__dataclass_fields__
+        is_field = not name.startswith("_") or name in getattr(dense, "__dataclass_fields__", ())
+        return isinstance(dense, PreTrainedConfig) and is_field
 
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
