@@ -1,7 +1,13 @@
 """What a person gets wrong ends in one sentence that says what, and exit code 2."""
 
-import pytest
+import json
+import shutil
+import sys
 
+import pytest
+from transformers import TrainingArguments
+
+import recipe
 from hf_sparse_moe import upcycle
 
 
@@ -32,6 +38,7 @@ def base(checkpoints, files):
         ("run_clm.py", {"upcycling_method": "magic"}, "`method='magic'` is not allowed"),
         ("run_clm.py", {"max_length": 4096}, "`--max_length=4096` is more than the 128 tokens"),
         ("run_clm.py", {"max_length": 128, "max_train_samples": 1}, "fill no block of 128 tokens"),
+        ("run_clm.py", {"label_smoothing_factor": 0.1}, "`--label_smoothing_factor=0.1` replaces the model's loss"),
         ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
         ("run_mlm.py", {}, "which has no `AutoModelForMaskedLM`"),
         ("run_seq2seq.py", {"source_column": "text.en"}, "`--source_column=text.en` is no column"),
@@ -73,6 +80,10 @@ def test_a_folder_with_other_things_is_left_alone(checkpoints, files, call_recip
     [
         ("model_name_or_path: x\ntrain_file: y\nlerning_rate: 1.0\n", "lerning_rate"),
         ("model_name_or_path: [x\n", "expected ',' or ']'"),
+        ("model_name_or_path: x\ntrain_file: y\nnum_experts: four\n", "invalid int value: 'four'"),
+        ("model_name_or_path: x\ntrain_file: y\nlearning: 1.0\n", "learning"),
+        ("- model_name_or_path\n", "must hold a mapping"),
+        ("", "must hold a mapping"),
     ],
 )
 def test_mistakes_in_a_yaml_file(text, sentence, call_recipe, tmp_path, capsys):
@@ -80,7 +91,51 @@ def test_mistakes_in_a_yaml_file(text, sentence, call_recipe, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         call_recipe("run_clm.py", str(tmp_path / "run.yaml"))
     assert stop.value.code == 2
-    assert sentence in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_line_wins_over_the_file(monkeypatch, tmp_path):
+    """And numbers that YAML 1.1 reads as text, such as 1e-3, are numbers."""
+    (tmp_path / "run.yaml").write_text(
+        "model_name_or_path: x\ntrain_file: y\nlearning_rate: 1e-3\nnum_experts: 4\nwarmup_steps: 2e-1\n"
+        "report_to: []\nuse_cpu: true\nconfig_overrides: {capacity_factor: 1.5}\n"
+        f"output_dir: {tmp_path / 'out'}\n"
+    )
+    for line, rate, experts in (([], 1e-3, 4), (["--learning_rate", "1e-4", "--num_experts=2"], 1e-4, 2)):
+        monkeypatch.setattr(sys, "argv", ["run_clm.py", str(tmp_path / "run.yaml"), *line])
+        classes = (recipe.ModelArguments, recipe.DataArguments, TrainingArguments)
+        model_args, data_args, args = recipe.parse_arguments("A recipe.", *classes)
+        assert (args.learning_rate, model_args.num_experts) == (rate, experts)
+        assert (args.warmup_steps, args.report_to, args.use_cpu) == (0.2, [], True)
+        assert (data_args.train_file, data_args.max_length) == (["y"], None)
+        assert model_args.config_overrides == {"capacity_factor": 1.5}
+        assert args.num_train_epochs == 3  # a default
+
+
+def test_an_empty_file_of_rows(checkpoints, files, call_recipe, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    line = {**base(checkpoints, files), "train_file": tmp_path / "empty.jsonl", "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **line)
+    assert stop.value.code == 2
+    assert f"`--train_file={tmp_path / 'empty.jsonl'}` is empty" in capsys.readouterr().err
+
+
+def test_a_dense_model_in_4_bits(checkpoints, files, call_recipe, tmp_path, capsys):
+    shutil.copytree(checkpoints["decoder"], tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    line = {**base(checkpoints, files), "model_name_or_path": tmp_path / "packed", "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", **line)
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "The weights are quantized" in error[0]
 
 
 def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, tmp_path, capsys):

@@ -129,6 +129,9 @@ def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
         options["delimiter"] = args.delimiter or ("\t" if tab else ",")
         options |= {"column_names": args.column_names} if args.column_names else {}
         options |= {"quoting": 3} if args.no_quotes else {}
+    for path in paths:
+        if Path(path).stat().st_size == 0:
+            raise ValueError(f"`{argument}={path}` is empty. Leave it out, or write rows to it.")
     try:
         return load_dataset(reader, data_files=paths, split="train", **options)
     except DatasetsError as error:

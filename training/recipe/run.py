@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
 from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from yaml import YAMLError
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.stored_weights import check_same_model
@@ -37,25 +39,31 @@ def stop_on_bad_input() -> Iterator[None]:
     """End the program with one sentence and exit code 2 where arguments, files or checkpoints are wrong."""
     try:
         yield
-    except (ValueError, OSError, DatasetsError, YAMLError) as error:
+    except (ValueError, OSError, DatasetsError, yaml.YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 def parse_arguments(description: str, *classes: type) -> tuple:
     """
-    The arguments by class, of the command line or of one YAML or JSON file; the last class is `TrainingArguments`.
+    The arguments by class, of the command line, of which the first may be a YAML or JSON file: what is said on the
+    line wins. The last class is `TrainingArguments`.
 
     Seeds all generators, and looks for an interrupted run: its last checkpoint goes into `resume_from_checkpoint`.
     """
     parser = HfArgumentParser(classes, description=description)
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        arguments = parser.parse_yaml_file(sys.argv[1])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        arguments = parser.parse_json_file(sys.argv[1])
+    line, file = sys.argv[1:], None
+    if line and line[0].endswith((".yaml", ".yml", ".json")):
+        file = line.pop(0)
+        arguments = parser.parse_dict(_file_and_line(parser, file, line))
     else:
         arguments = parser.parse_args_into_dataclasses(look_for_args_file=False)
     args: TrainingArguments = arguments[-1]
+    if args.label_smoothing_factor > 0 and getattr(arguments[0], "router_aux_loss_coef", 0) != 0:
+        raise ValueError(
+            f"`--label_smoothing_factor={args.label_smoothing_factor}` replaces the model's loss, and with it the "
+            "balance loss. Leave it at 0, or pass `--router_aux_loss_coef 0`."
+        )
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(args.get_process_log_level())
     output = Path(args.output_dir)
@@ -72,6 +80,26 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     check_same_everywhere(args, **{type(part).__name__: part for part in arguments[:-1]})
     set_seed(args.seed)
     return arguments
+
+
+def _file_and_line(parser: HfArgumentParser, file: str, line: list[str]) -> dict[str, Any]:
+    """The arguments of a file and of a command line, which wins; numbers that YAML reads as text are numbers."""
+
+    def fail(message: str) -> NoReturn:
+        raise ValueError(f"`{file}`: {message}")
+
+    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        fail("it must hold a mapping of arguments to values")
+    parser.error = fail
+    scalars = [
+        f"--{name}={value}"
+        for name, value in values.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    ]
+    unset = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # no defaults, which would win over the file
+    given = vars(parser.parse_args([*scalars, *line], unset))
+    return values | {name: value for name, value in given.items() if value is not None}
 
 
 def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics: str | None = None) -> None:

@@ -40,6 +40,11 @@ def sparse_config_class(config: PreTrainedConfig, architecture: str | None = Non
     """
     if isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The weights are quantized (`quantization_config`), and experts are made of full ones. Pass the original "
+            "checkpoint; `quantize_experts` packs the mixture afterwards."
+        )
     model_type = config.model_type
     other_sense = _other_sense(config)
     if other_sense is not None:
