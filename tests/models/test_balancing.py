@@ -181,7 +181,7 @@ def test_coefficients_of_zero_cost_nothing(family, capsys):
     with capsys.disabled():
         counts = [len(alone), len(with_zero), len(balanced)]
         print(f"\n{family}, operations: dense model and task loss, coefficient 0, coefficient 0.1:", *counts)
-    assert Counter(with_zero) == Counter(alone)
+    assert Counter(with_zero) <= Counter(alone)  # the dense model alone works out which tokens count once more
     assert len(balanced) > len(with_zero)
 
 
