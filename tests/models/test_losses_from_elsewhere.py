@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+from hf_sparse_moe.models.optimizer_steps import OptimizerStepCallback
 from models.balance_worker import (
     OUTSIDE_LOSSES,
     SPLITS,
@@ -339,6 +341,35 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path):
     step_trainer(model, rows, 1, 3, tmp_path, **arguments).train()  # 3 + 3 + 2 micro-batches, twice
     assert len(Norms.norms) == 6
     torch.testing.assert_close(torch.stack(Norms.norms), Norms.norms[0].expand(6), rtol=1e-5, atol=0)
+
+
+def test_trainer_tells_the_scale_of_the_loss():
+    model = training_model("decoder")
+    optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for told in (
+        SimpleNamespace(scaler=scaler),
+        SimpleNamespace(scaler=None, optimizer=SimpleNamespace(loss_scale=1024)),
+    ):
+        OptimizerStepCallback().on_step_begin(
+            SimpleNamespace(gradient_accumulation_steps=4, n_gpu=1), SimpleNamespace(global_step=0), None,
+            model=model, optimizer=told, train_dataloader=range(8),
+        )  # fmt: skip
+        assert model.optimizer_step.weight == 256
+    told = SimpleNamespace(scaler=None, optimizer=optimizer)
+    OptimizerStepCallback().on_step_begin(
+        SimpleNamespace(gradient_accumulation_steps=4, n_gpu=1), SimpleNamespace(global_step=1), None,
+        model=model, optimizer=told, train_dataloader=range(6),
+    )  # fmt: skip
+    assert model.optimizer_step.weight == 0.5  # two micro-batches are left
+
+
+def test_a_coefficient_among_the_trainer_s_arguments_counts_and_that_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    model = training_model("decoder")
+    for given in (None, 0.5, 0.25):
+        OptimizerStepCallback().on_train_begin(SimpleNamespace(router_aux_loss_coef=given), None, None, model=model)
+    assert model.config.router_aux_loss_coef == 0.25
+    assert [record.getMessage().startswith("`router_aux_loss_coef` is 0.25") for record in caplog.records] == [True]
 
 
 def test_after_training_a_micro_batch_is_a_step_again(tmp_path):
