@@ -232,7 +232,7 @@ def damage(folder, precious, chance):
         elif path.suffix == ".safetensors" and kind < 0.7:
             try:
                 data = damage_header(data, chance)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 data = damage_bytes(data, chance)
         else:
             data = damage_bytes(data, chance)
