@@ -27,7 +27,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeEncoderConfig, expert_lora_config, upcycle
+from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeEncoderConfig, expert_lora_config, fix_balance, upcycle
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -74,6 +74,16 @@ def mixture(coefficient: float, variant: str, auto_class: Any = hf.AutoModelForC
     config_class = SparseMoeEncoderConfig if encoder else SparseMoeDecoderConfig
     config = config_class.from_dense(dense_config, num_experts=4, router_aux_loss_coef=coefficient, **fields)
     return auto_class.from_config(config)
+
+
+def stock_mixture(coefficient: float) -> nn.Module:
+    """A tiny Qwen3-MoE under `fix_balance`, whose config has another coefficient."""
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
+    model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**SIZES, **sizes, **experts))
+    fix_balance(model, router_aux_loss_coef=coefficient)
+    return model
 
 
 def text(length: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank
+from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank, stock_mixture
 from processes import in_processes
 
 
@@ -61,3 +61,16 @@ def test_two_processes_have_the_router_gradient_of_one(tmp_path):
     for name in SPLIT[:2]:
         expected = Run(tmp_path / "one", 1.0, identical=True, scope="global_batch").gradient(TRAINERS[name])
         assert relative(saved["gradients"][name], expected) <= 1e-5
+
+
+def test_under_sft_the_coefficient_of_fix_balance_counts(tmp_path):
+    """The config's, which TRL reads for the loss that it reports, is another."""
+
+    def gradient(coefficient):
+        run = Run(tmp_path, coefficient)
+        run.model = lambda: stock_mixture(coefficient)
+        return run.gradient(TRAINERS["`SFTTrainer`", "decoder"])
+
+    none, half, whole = (gradient(coefficient) for coefficient in (1e-9, 0.5, 1.0))
+    assert (half - none).norm() > 1e-3
+    assert relative(whole - none, 2 * (half - none)) <= 1e-4

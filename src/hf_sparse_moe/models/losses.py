@@ -210,8 +210,10 @@ class BalanceLosses:
         Returns:
             The outputs.
         """
+        has_names = has_labels and isinstance(outputs, ModelOutput)
         # Of a model that computes its loss, hidden states stay on the way to it: somebody may `retain_grad` them.
-        offered = [value for name, value in outputs.items() if name.endswith("logits")] if has_labels else outputs
+        logits = [value for name, value in outputs.items() if name.endswith("logits")] if has_names else None
+        offered = logits or outputs  # a trainer's own head returns none (TRL)
         tensors = {id(tensor): tensor for tensor in _trained_tensors(offered)}
         step, parts = self._step, self._losses
         if not tensors or not any(part.requires_grad for part in parts):
