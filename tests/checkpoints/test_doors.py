@@ -123,5 +123,5 @@ def test_a_model_does_not_take_a_receipt_that_is_a_link(whole, tmp_path):
     assert model_class.from_pretrained(folder).receipt is None
     (folder / "receipt.json").unlink()
     (folder / "receipt.json").write_text('"x"')
-    with pytest.raises(ValueError, match="holds a JSON str, not an object"):
+    with pytest.raises(ValueError, match="does not hold a JSON object"):
         model_class.from_pretrained(folder)

@@ -141,6 +141,6 @@ def test_experts_that_ranks_do_not_divide_are_refused_before_weights_are_read(tm
 def test_what_needs_the_dense_model_is_refused(tmp_path):
     tiny_dense("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"`sources` needs the model itself.*`hf-sparse-moe upcycle` first"):
-        upcycle(tmp_path, distributed_config=DistributedConfig(), method="branches", sources=[str(tmp_path)])
+        upcycle(tmp_path, distributed_config=DistributedConfig(), method="branches", sources=[str(tmp_path)] * 2)
     with pytest.raises(ValueError, match="is for 2 processes"):
         upcycle(tmp_path, distributed_config=DistributedConfig(fsdp_size=2))

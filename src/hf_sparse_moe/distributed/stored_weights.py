@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from unittest.mock import patch
 
@@ -159,7 +160,8 @@ def _safetensors(paths: list[Path]) -> dict[str, StoredTensor]:
 
 
 def _incomplete(checkpoint: str | os.PathLike, reason: object) -> ValueError:
-    told = " ".join(str(reason).split())[:200] or "it is cut short"
+    # Torch's sentences are long, and those of the system end with the name of a file.
+    told = shorten(str(reason), 600, placeholder=" ...") or "it is cut short"
     return ValueError(
         f"`{checkpoint}` is incomplete or corrupt: {told}. Take an earlier checkpoint of the training, or copy it "
         "again."

@@ -297,9 +297,10 @@ def _part(made: Matrix | list[Matrix], index: Index, threads: ThreadPoolExecutor
     if isinstance(made, torch.Tensor):
         return made[index].clone()
     matrices, (rows, *columns) = (made[index[0]], index[1:]) if isinstance(made, list) else ([made], index)
-    begin, end, _ = rows.indices(matrices[0].shape[0])
-    width = [len(range(size)[cut]) for size, cut in zip(matrices[0].shape[1:], columns, strict=True)]
-    part = torch.empty((len(matrices), end - begin, *width), dtype=matrices[0].dtype)
+    like = made[0] if isinstance(made, list) else made  # a process may have no experts of a layer
+    begin, end, _ = rows.indices(like.shape[0])
+    width = [len(range(size)[cut]) for size, cut in zip(like.shape[1:], columns, strict=True)]
+    part = torch.empty((len(matrices), end - begin, *width), dtype=like.dtype)
 
     def fill(number: int, block: slice) -> None:
         made_rows = matrices[number][slice(begin + block.start, begin + block.stop)]
