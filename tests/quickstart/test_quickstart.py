@@ -64,7 +64,9 @@ def check_output(folder, family, domains):
     assert not list(folder.parent.glob(".*.partial"))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "modernbert", "t5_gated"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(name, marks=pytest.mark.conformance) for name in ("modernbert", "t5_gated"))]
+)
 def test_own_model_and_data(name, tokenizer, data, tmp_path):
     tiny_dense(name, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
