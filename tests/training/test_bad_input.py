@@ -135,7 +135,7 @@ def test_a_dense_model_in_4_bits(checkpoints, files, call_recipe, tmp_path, caps
     assert stop.value.code == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
-    assert "The weights are quantized" in error[0]
+    assert "is quantised (" in error[0]
 
 
 def test_a_mixture_keeps_its_number_of_experts(checkpoints, files, call_recipe, tmp_path, capsys):

@@ -33,6 +33,19 @@ _NAMES: dict[str, Any] = {
 _OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "acoustic")
 
 
+def check_not_quantised(config: PreTrainedConfig, name: str) -> None:
+    """Raise a `ValueError` for the config of a model whose weights are packed."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    method = getattr(method, "quant_method", method)
+    raise ValueError(
+        f"`{name}` is quantised ({getattr(method, 'value', method)}). Pass the checkpoint that it was quantised "
+        "from, or, where transformers can undo it, what the loaded model's `dequantize()` returns."
+    )
+
+
 def sparse_config_class(config: PreTrainedConfig, architecture: str | None = None) -> type[SparseMoeConfig]:
     """
     The family of a dense config; the dense class, `architecture`, decides where a model type can be of two. Raises a
@@ -40,11 +53,7 @@ def sparse_config_class(config: PreTrainedConfig, architecture: str | None = Non
     """
     if isinstance(config, SparseMoeConfig):
         raise ValueError(f"`{config.model_type}` is a mixture already. Pass a dense checkpoint.")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The weights are quantized (`quantization_config`), and experts are made of full ones. Pass the original "
-            "checkpoint; `quantize_experts` packs the mixture afterwards."
-        )
+    check_not_quantised(config, config.name_or_path or config.model_type)
     model_type = config.model_type
     other_sense = _other_sense(config)
     if other_sense is not None:

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
@@ -95,6 +96,7 @@ def import_stock(
         found = find_source(source, revision, token=token)  # type: ignore[arg-type]
         stock_config = read_config(found)
         _row_of(stock_config)  # refuses before anything large is read
+        check_not_quantised(stock_config, found.name)
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
         with sensible_config(found):
             stock = auto_class.from_pretrained(

@@ -13,6 +13,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.config import read_config
+from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
@@ -261,17 +262,6 @@ def check_plain(model: Any) -> None:
     packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
     if packed is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"`{name}` is quantised or sharded (`{packed}`). Pass a whole model with its full weights.")
-
-
-def check_not_quantised(config: Any, name: str) -> None:
-    """Raise a `ValueError` for the config of a model whose weights are packed."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        raise ValueError(
-            f"`{name}` is quantised ({getattr(method, 'value', method)}). Pass the checkpoint that it was quantised "
-            "from, or, where transformers can undo it, what the loaded model's `dequantize()` returns."
-        )
 
 
 def stream_upcycle(source: str | Path, target: str | Path, *args, **kwargs) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def verify(
     as_stored = output_difference(dense_model, sparse)
     exactly = output_difference(dense_model.float(), sparse.float())
     recorded = receipt["equality"] if "max_abs_difference" in receipt["equality"] else None
+    if recorded is not None:
+        numbers = [recorded.get(name) for name in ("max_abs_difference", "mean_abs_difference", "max_abs_output")]
+        dtype = getattr(torch, str(recorded.get("dtype")), None)
+        if not all(isinstance(number, int | float) for number in numbers) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"The `equality` in the receipt of `{source}` is no measurement. Fetch it again.")
     promised = method.is_exact(cast(SparseMoeConfig, sparse.config))
     findings = [
         _equality(exactly, promised, method.exact, stored_dtype),
