@@ -60,7 +60,7 @@ def train(
     """
     model = upcycle(dense_model(kind), experts, top_k, seed=seed)
     if collapse == "rewarded":
-        model.config.router_aux_loss_coef = -2.0
+        model.config.router_aux_loss_coef = -20.0
     elif collapse == "from_start":
         model.config.router_aux_loss_coef = 0.0
         _prefer(model, top_k, _rows(model, 8, seed))

@@ -73,7 +73,8 @@ def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: 
 
 def named_architecture(config: PreTrainedConfig) -> str | None:
     """The class that a checkpoint's config names, if it names one."""
-    return config.architectures[0] if config.architectures else None
+    names = config.architectures
+    return names[0] if isinstance(names, list) and names else None
 
 
 def missing_weight(source: Source, model: PreTrainedModel, key: str) -> ValueError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.checkpoints.config import sensible_config
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
@@ -75,7 +76,8 @@ def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
     if fingerprint is None or fingerprint.get("files") != source_files(folder):
         if not take:
             return False
-        fingerprint = take_fingerprint(compute_in_float32(load_whole(folder, "auto")), folder)
+        with sensible_config(folder):
+            fingerprint = take_fingerprint(compute_in_float32(load_whole(folder, "auto")), folder)
     write_fingerprint(fingerprint, target, folder)
     return True
 

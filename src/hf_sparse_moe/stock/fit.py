@@ -253,8 +253,9 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
     fields |= target.layers(_layer_types(config, model)) | {"dtype": config.dtype}
     fields |= {name: getattr(config, name) for name in _LOSS_COEFFICIENTS if name in theirs}
     fields.pop(None, None)  # what the target has no name for
-    result = config_class(**fields)
-    result.architectures = [type(empty_model(result)).__name__]
+    with sensible_config(str(dense.name_or_path or config.name_or_path or type(dense).__name__)):
+        result = config_class(**fields)
+        result.architectures = [type(empty_model(result)).__name__]
     return result
 
 
