@@ -55,16 +55,27 @@ def train(
     Upcycle, and train for `STEPS` with a monitor.
 
     Args:
-        collapse (`str`, *optional*): `"rewarded"`, by a balance loss of the wrong sign, or `"from_start"`, by router
+        collapse (`str`, *optional*): `"rewarded"`, by a loss that it lowers, or `"from_start"`, by router
             rows along the mean hidden state and no balance loss. None is a healthy training.
     """
     model = upcycle(dense_model(kind), experts, top_k, seed=seed)
     if collapse == "rewarded":
-        model.config.router_aux_loss_coef = -20.0
+        model.config.router_aux_loss_coef = 1e-9  # so that there is an `aux_loss`
     elif collapse == "from_start":
         model.config.router_aux_loss_coef = 0.0
         _prefer(model, top_k, _rows(model, 8, seed))
-    return _train(model, STEPS, seed + 1, 5e-4, folder, RoutingMonitor(log_layers=False), logging_steps)
+    trainer_class = Rewarding if collapse == "rewarded" else hf.Trainer
+    monitor = RoutingMonitor(log_layers=False)
+    return _train(model, STEPS, seed + 1, 5e-4, folder, monitor, logging_steps, trainer_class)
+
+
+class Rewarding(hf.Trainer):
+    """Rewards an uneven load."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss - 2 * outputs.aux_loss
+        return (loss, outputs) if return_outputs else loss
 
 
 def _prefer(model: nn.Module, top_k: int, rows: list[dict[str, torch.Tensor]]) -> None:
@@ -100,7 +111,9 @@ def _rows(model: hf.PreTrainedModel, count: int, seed: int) -> list[dict[str, to
     return found
 
 
-def _train(model, steps, seed, learning_rate, folder="unused", monitor=None, logging_steps=5) -> hf.Trainer:
+def _train(
+    model, steps, seed, learning_rate, folder="unused", monitor=None, logging_steps=5, trainer_class=hf.Trainer
+) -> hf.Trainer:
     arguments = hf.TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -114,7 +127,7 @@ def _train(model, steps, seed, learning_rate, folder="unused", monitor=None, log
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    trainer = hf.Trainer(model, arguments, train_dataset=_rows(model, 8 * steps, seed))
+    trainer = trainer_class(model, arguments, train_dataset=_rows(model, 8 * steps, seed))
     trainer.remove_callback(hf.PrinterCallback)
     if monitor is not None:
         add_leading_callback(trainer, monitor)
