@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         find_mixture_layers as find_mixture_layers,
         fix_balance as fix_balance,
         observe_routing as observe_routing,
+        parameter_groups as parameter_groups,
         record_routing as record_routing,
         replay_routing as replay_routing,
         routing_statistics as routing_statistics,
@@ -113,7 +114,7 @@ _HOMES = {
     ".models.pretrained_model": "SparseMoePreTrainedModel",
     ".routing": (
         "RoutingMonitor SelectionBiasCallback add_leading_callback disable_experts find_mixture_layers fix_balance "
-        "observe_routing record_routing replay_routing routing_statistics use_top_k"
+        "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
     ),
     ".stock": "explain_export export import_stock",
     ".upcycling": "expand plan upcycle verify",

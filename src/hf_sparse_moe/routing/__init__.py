@@ -2,6 +2,7 @@
 
 from .balance_fix import BalanceFix, fix_balance
 from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layers, observe_routing
+from .optimizer_groups import parameter_groups
 from .routing_monitor import RoutingMonitor, add_leading_callback
 from .selection_bias import SelectionBiasCallback
 from .statistics import LayerRouting, RoutingStatistics, routing_statistics
@@ -21,6 +22,7 @@ __all__ = [
     "find_mixture_layers",
     "fix_balance",
     "observe_routing",
+    "parameter_groups",
     "record_routing",
     "replay_routing",
     "routing_statistics",
