@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import isfinite
-from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -45,7 +44,7 @@ def parameter_groups(
         "expert_learning_rate": expert_learning_rate,
     }
     for name, value in {**rates, "weight_decay": weight_decay}.items():
-        fine = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value) and value >= 0
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= 0
         if not fine and (value is not None or name not in ("router_learning_rate", "expert_learning_rate")):
             raise ValueError(f"`{name}={value!r}` is not allowed: it must be a finite number of at least 0.")
     layers = find_mixture_layers(model)
@@ -62,8 +61,8 @@ def parameter_groups(
         decays = role != "router_learning_rate" and "bias" not in name and len(shape) > 1
         rate = learning_rate if rates[role] is None else rates[role]
         key = (rate, decays, getattr(parameter, "device_mesh", None))
-        group = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0}
-        groups.setdefault(key, group)["params"].append(parameter)
+        decay = weight_decay if decays else 0.0
+        groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
     if not groups:
         raise ValueError("`model` has no parameter that requires a gradient. Unfreeze what is to be trained.")
     idle = [role for role in ("router_learning_rate", "expert_learning_rate") if rates[role] is not None]
