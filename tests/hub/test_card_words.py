@@ -1,7 +1,5 @@
 """What a person wrote in a card survives every rendering."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from tiny_models import tiny_sparse
 
 
 REPO = "tester/card"
-OLD_CARD = Path(__file__).with_name("card_of_version_0_1.md")
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +136,6 @@ def test_metadata_of_a_person_stays_and_derived_ones_follow_the_files(card):
     assert metadata_of(refreshed(model, told))["base_model"] == "mine/base"
     model.receipt = {}
     assert "base_model" not in metadata_of(refreshed(model, one))
-
-
-def test_a_card_of_version_0_1_is_kept_whole_and_folded_up(model):
-    old = OLD_CARD.read_text()
-    once = refreshed(model, old, repo_id="your-name/minilm-4x")
-    above, rest = once.split(START)
-    assert above.endswith("---\n\n# your-name/minilm-4x\n\n")
-    assert (
-        f"<details>\n<summary>The card of version 0.1</summary>\n\n{old.split('---', 2)[2].strip()}"
-        in rest.split(END)[1]
-    )
-    assert metadata_of(once)["thumbnail"] == "a.png"
-    assert {"moe", "sparse-moe", "encoder", "mine"} <= set(metadata_of(once)["tags"])
-    assert refreshed(model, once, repo_id="your-name/minilm-4x") == once
 
 
 texts = st.text(st.sampled_from("# \n`-=|<>!a\r"), max_size=40)

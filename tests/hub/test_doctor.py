@@ -51,7 +51,7 @@ def change_json(path: Path, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_whole_checkpoint_passes_in_a_fresh_process(folder):
+def test_a_whole_checkpoint_passes(folder):
     told = run_cli("doctor", folder)
     assert told.code == 0, told
     for word in ("every tensor present", "outputs equal the fingerprint", "passed", "--trust-remote-code"):

@@ -27,7 +27,7 @@ FORMS = [
 
 
 def examined(client, folder: Path) -> dict[str, str]:
-    """What `doctor` finds in its fresh process; without `--trust-remote-code`, as a stranger loads it below."""
+    """What `doctor` finds; without `--trust-remote-code`, as a stranger loads it below."""
     told = client.cli("doctor", folder, "--json")
     assert told.code == 0, told
     findings = json.loads(told.out)["findings"]

@@ -114,7 +114,7 @@ def pull(
     Download a checkpoint from the Hub, all of one commit, and check the size and hash of each file.
 
     After an interruption run it again: complete files are not downloaded twice. Pickles are left out, and no code is
-    run. With `HF_HUB_OFFLINE=1` the checkpoint is copied from the cache.
+    run.
     """
     from hf_sparse_moe.hub import pull as download
 
@@ -142,7 +142,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Load a checkpoint in a new process, and check that it is complete and computes what was published.
+    Load a checkpoint, and check that it is complete and computes what was published.
 
     An adapter is loaded with its base model.
     """

@@ -1,4 +1,4 @@
-"""The facts of a card, by the names that its template has for them. What nobody recorded is left out."""
+"""What the template of a card is rendered from. Text that others wrote is passed as it is: the template escapes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from .checkpoint import Checkpoint, mapping
 from .escaping import as_code
 
 
-LOG_LINES = 12  # evaluations during training; the record holds all of them
 BARS = "▁▂▃▄▅▆▇█"
 # By the end of the name of a model's class: the Auto class that loads it, and the Hub's name of its task, which has
 # none for a sequence-to-sequence model or for multiple choice.
@@ -36,53 +35,21 @@ _CLASSES = {
     "ForMultipleChoice": ("AutoModelForMultipleChoice", None),
 }
 _PEFT_TASKS = {"CAUSAL_LM": "ForCausalLM", "SEQ_2_SEQ_LM": "ForConditionalGeneration"}
-_ROUTERS = {
-    "top_k": "each token takes its best experts",
-    "expert_choice": "each expert takes its best tokens",
-    "hash": "the token's id decides",
-}
 
 
-def card_facts(published: Checkpoint | Adapter, given: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Everything that the template prints but the name of the repository. Text that others wrote is passed as it is: the
-    template escapes it.
-
-    Args:
-        published ([`Checkpoint`] or [`Adapter`]): What the card is for.
-        given (`Mapping`): Results that the publisher gave.
-
-    Raises:
-        ValueError: a file beside the weights that is not what this package writes.
-    """
-    record = published.record
-    try:
-        evaluation = record.get("evaluation") or {}
-        own = _adapter_facts(published) if isinstance(published, Adapter) else _model_facts(published)
-        facts = {
-            "auto_class": Markup(auto_class_of(architecture_of(published))[0]),
-            "training": _present(_training(record)),
-            "given": given,
-            **_evaluation(evaluation),
-            "health": _health(record),
-            **dict.fromkeys(("kind", "upcycling", "routing")),
-            **own,
-            "versions": ", ".join(
-                f"{name} {version}"
-                for name, version in {**own["versions"], **(record.get("versions") or {})}.items()
-                if version
-            ),
-        }
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            "A file beside the weights (receipt.json, training_record.json, routing_statistics.json) is not what this "
-            f"package writes ({type(error).__name__}). Delete it, or write it again."
-        ) from error
-    if not facts["training"]:
-        facts["limits"].append("No training is recorded.")
-    if not facts["results"] and not given:
-        facts["limits"].append("No evaluation is recorded.")
-    return facts
+def card_facts(published: Checkpoint | Adapter) -> dict[str, Any]:
+    """The names that the template knows, but for what a call of [`render_model_card`] gives."""
+    record, architecture = published.record, architecture_of(published)
+    facts = {
+        "record": record,
+        "architecture": architecture,
+        "auto_class": Markup(auto_class_of(architecture)[0]),
+        "health": dict(_router_health(record)),
+        "is_adapter": isinstance(published, Adapter),
+    }
+    facts |= _adapter_facts(published) if isinstance(published, Adapter) else _model_facts(published)
+    versions = {**facts["versions"], **mapping(record.get("versions"))}
+    return facts | {"made_with": ", ".join(f"{name} {version}" for name, version in versions.items() if version)}
 
 
 def architecture_of(published: Checkpoint | Adapter) -> str:
@@ -127,47 +94,48 @@ def is_repo_id(name: object) -> bool:
     return True
 
 
+def coded(rows: object) -> dict[Markup, Any]:
+    """Rows whose names are those of arguments; what is switched off says nothing."""
+    return {as_code(name): value for name, value in mapping(rows).items() if value is not False}
+
+
+def by_part(results: object) -> list[dict[str, Any]]:
+    """A row for each part of the evaluation data, of which the empty name is the whole."""
+    return [{"part of the evaluation data": part or "all", **values} for part, values in mapping(results).items()]
+
+
+def load_bars(load: list[float]) -> str:
+    """A bar for each expert."""
+    highest = max(load) or 1
+    return "".join(BARS[round(share / highest * (len(BARS) - 1))] for share in load)
+
+
+def code_of(value: object) -> Markup | None:
+    """Text as inline code; None where there is none."""
+    return as_code(value) if isinstance(value, str) and value else None
+
+
+FILTERS = {"coded": coded, "by_part": by_part, "bars": load_bars, "code": code_of}
+
+
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     model, receipt = checkpoint.model, checkpoint.receipt
-    config, source = model.config, receipt.get("source") or {}
-    total, active = count_parameters(model), count_parameters(model, only_active=True)
-    served = f"{config.mean_experts_per_token:g}" + (" on average" if config.router_type == "expert_choice" else "")
-    shared = f", {config.num_shared_experts} shared" if config.num_shared_experts else ""
-    balance = f"coefficient {config.router_aux_loss_coef:g}, over the {config.balance_scope.replace('_', ' ')}"
-    details = {
-        "Class": as_code(type(model).__name__),
-        "Dense source": _code(source.get("name_or_path")),
-        "Revision of the source": _code(source.get("revision")),
-        **dict(_sparse_layers(model)),
-        "Experts per sparse layer": f"{config.num_experts} routed{shared}",
-        "Routed experts per token (top-k)": served,
-        "Router": f"{config.router_type} ({_ROUTERS[config.router_type]}), {config.scoring_func}",
-        "Load-balancing loss": balance if config.router_aux_loss_coef else None,
-        "Parameters, total": f"{total:,}",
-        "Parameters, active per token": f"{active:,} ({active / total:.1%})",
-        "FLOPs per token": f"{count_flops_per_token(model):,} (one forward pass, without attention scores)",
-        "Precision of the weights": checkpoint.dtype,
-    }
-    layers = checkpoint.routing.get("layers") or []
-    upcycling = {as_code(name): value for name, value in (receipt.get("arguments") or {}).items()}
-    difference = (receipt.get("equality") or {}).get("max_abs_difference")
-    upcycling[Markup("Largest difference to the dense outputs, before any training")] = difference
+    config, source = model.config, mapping(receipt.get("source"))
     return {
-        "model_type": as_code(config.dense_config.model_type),
-        "num_experts": config.num_experts,
-        "variant": variant_of(architecture_of(checkpoint)),
-        "served": served,
-        "details": _present(details),
-        "base_name": _code(source.get("name_or_path")),
-        "upcycling": _present(
-            upcycling | {"Largest difference to the dense outputs, before any training": difference}
-        ),
-        "routing": [_routing_row(layer) for layer in layers],
-        "parts": list(layers[0]["group_load"]) if layers else [],
+        "config": config,
+        "receipt": receipt,
+        "source": source,
+        "base_name": code_of(source.get("name_or_path")),
+        "variant": variant_of(type(model).__name__),
+        "dtype": checkpoint.dtype,
+        "sparse_layers": dict(_sparse_layers(model)),
+        "total": count_parameters(model),
+        "active": count_parameters(model, only_active=True),
+        "flops": count_flops_per_token(model),
+        "routing": checkpoint.routing.get("layers") or [],
         "picture": checkpoint.has_picture,
-        "limits": list(_model_limits(checkpoint, total, active)),
         "exports": Markup(", ".join(map(as_code, explain_export(model).possible))),
-        "versions": receipt.get("versions") or {"transformers": config.transformers_version},
+        "versions": mapping(receipt.get("versions")) or {"transformers": config.transformers_version},
     }
 
 
@@ -182,122 +150,28 @@ def _sparse_layers(model: SparseMoePreTrainedModel) -> Iterator[tuple[str, str]]
             yield f"Sparse layers ({side})", f"{len(indices)} of {len(layer_types)}: {listed}"
 
 
-def _model_limits(checkpoint: Checkpoint, total: int, active: int) -> Iterator[Markup]:
-    config, source = checkpoint.model.config, checkpoint.receipt.get("source") or {}
-    yield Markup(f"All {total:,} parameters must fit in memory, although a token uses {active:,}.")
-    if name := _code(source.get("name_or_path")):
-        yield Markup(f"Inherits the biases of its dense source, {name}.")
-    if dead := sum(len(layer["dead_experts"]) for layer in checkpoint.routing.get("layers") or []):
-        yield Markup(f"{dead} experts received no token of the text below: they take memory and serve nothing.")
-    if config.router_type == "top_k" and config.capacity_factor is not None:
-        yield Markup("In training, tokens beyond an expert's capacity are dropped; at inference none is.")
-    if config.router_type == "expert_choice":
-        yield Markup("Experts choose among all tokens of a sequence, so a token's output depends on all others.")
-
-
 def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     config, recorded, base = adapter.config, adapter.base, base_id(adapter)
     revision, configured = recorded.get("revision"), config.get("base_model_name_or_path")
     name = base or recorded.get("name_or_path") or public_name(configured if isinstance(configured, str) else None)
     pinned = base is not None and isinstance(revision, str) and revision.isalnum()
     experts, chosen = base_experts(recorded), mapping(adapter.settings.get("experts"))
-    of_base = ", ".join(map(str, sorted(set(experts.values()))))
-    details = {
-        "Base model": _code(name),
-        "Revision of the base": _code(revision),
-        "Class of the base": _code(recorded.get("architecture")),
-        "Experts of the base": f"{of_base} in each of {len(experts)} sparse layers" if experts else None,
-        "Parameters that it adapts": config.get("target_parameters"),
-        "Modules that it adapts": config.get("target_modules"),
-        "Modules that were trained in full": config.get("modules_to_save"),
-        "Experts that it adapts": [f"{name}: {numbers}" for name, numbers in chosen.items()],
-        "Projections that it adapts": adapter.settings.get("projections"),
-        "Rank": config.get("r"),
-        "Alpha": config.get("lora_alpha"),
-        "Dropout in training": adapter.settings.get("lora_dropout", config.get("lora_dropout")),
-        "Numbers in its file": f"{adapter.numbers:,}",
-        "Precision": adapter.dtype,
-    }
     return {
-        "kind": "LoRA on experts" if config.get("target_parameters") else f"An adapter ({config.get('peft_type')})",
-        "base_name": _code(name),
-        "base_id": Markup(base or "path/to/its/base"),
+        "adapter": adapter,
+        "config": config,
+        "base_name": code_of(name),
+        "base_id": Markup(base) if base else None,
         "base_revision": Markup(f', revision="{revision}"' if pinned else ""),
         "ours": variant_of(architecture_of(adapter)) is not None,
-        "details": _present(details),
-        "limits": list(_adapter_limits(adapter, base, _code(name))),
+        "base_experts": ", ".join(map(str, sorted(set(experts.values())))),
+        "base_layers": len(experts),
+        "experts": [f"{name}: {numbers}" for name, numbers in chosen.items()],
         "versions": {"peft": config.get("peft_version")},
     }
 
 
-def _adapter_limits(adapter: Adapter, base: str | None, name: Markup | None) -> Iterator[Markup]:
-    yield Markup("Use it only with its base model, whose biases it inherits.")
-    if base is None:
-        yield Markup(f"Its base{f' (a folder named {name})' if name else ''} is not known to be on the Hub.")
-    if not adapter.base:
-        yield Markup("Nothing that identifies its base is recorded, so that another base goes unnoticed.")
-    if adapter.is_fresh:
-        yield Markup("It changes nothing: all its updates are zero, as before the first step of a training.")
-
-
-def _training(record: Mapping[str, Any]) -> dict[str, Any]:
-    training, hardware = record.get("training") or {}, record.get("hardware") or {}
-    hyperparameters = record.get("hyperparameters") or {}
-    if not training:
-        return {}
-    of_step = training.get("weights_of_step")
-    return {
-        "Training data": training.get("data"),
-        "Rows of the training data": training.get("rows"),
-        "Optimizer steps": training.get("steps"),
-        "Weights of step": None if of_step == training.get("steps") else of_step,
-        "Epochs": training.get("epochs"),
-        "Tokens seen": training.get("tokens"),
-        **{as_code(name): value for name, value in hyperparameters.items() if value is not False},
-        "Device": hardware.get("device"),
-        "Processes": hardware.get("processes"),
-    }
-
-
-def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    results = evaluation.get("results") or {}
-    log = evaluation.get("log") or []
-    data = [name for described in (evaluation.get("data") or {}).values() for name in described.get("data") or []]
-    about = {
-        "Evaluation data": list(dict.fromkeys(data)),
-        "Metrics": evaluation.get("metrics"),
-        "Measured on": evaluation.get("date"),
-    }
-    return {
-        "results": [{"part of the evaluation data": part or "all", **values} for part, values in results.items()],
-        "about_results": _present(about),
-        "log": [_present({**line, "part": line.get("part") or "all"}) for line in log[-LOG_LINES:]],
-        "log_length": len(log),
-    }
-
-
-def _health(record: Mapping[str, Any]) -> dict[Any, Any]:
+def _router_health(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The losses and the routers' state in the last log of a training, without those of single layers."""
-    last = (record.get("training") or {}).get("last_log") or {}
-    wanted = re.compile(r"loss|task_loss|aux_loss|z_loss|router/[^/]+")
-    return {as_code(name): value for name, value in last.items() if wanted.fullmatch(name)}
-
-
-def _routing_row(layer: Mapping[str, Any]) -> dict[str, Any]:
-    highest = max(layer["load"]) or 1
-    return {
-        "layer": f"{layer['side']} {layer['position']}",
-        "entropy": f"{layer['entropy']:.3f}",
-        "MaxVio": f"{layer['max_violation']:.3f}",
-        "mutual information of part and expert": f"{layer['mutual_information']:.3f}",
-        "dead": len(layer["dead_experts"]),
-        "load": "".join(BARS[round(share / highest * (len(BARS) - 1))] for share in layer["load"]),
-    }
-
-
-def _present(rows: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {name: value for name, value in rows.items() if value not in (None, "", [])}
-
-
-def _code(value: object) -> Markup | None:
-    return as_code(value) if isinstance(value, str) and value else None
+    for name, value in mapping(mapping(record.get("training")).get("last_log")).items():
+        if re.fullmatch(r"loss|task_loss|aux_loss|z_loss|router/[^/]+", name):
+            yield name, value

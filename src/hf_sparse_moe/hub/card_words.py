@@ -20,10 +20,9 @@ _STOCK_CARDS = (
     "This model card has been generated automatically according to the information the Trainer had access to",
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub",
 )
-_DERIVED = ("library_name", "base_model", "base_model_relation", "pipeline_tag")  # by a library, or version 0.1
+_DERIVED = ("library_name", "base_model", "base_model_relation", "pipeline_tag")  # by a library
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?\n|)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _GENERATED = re.compile(rf"{START} (\{{.*?\}}) -->.*?{END}", re.DOTALL)
-_VERSION_0_1 = "<!-- Rendered by hf-sparse-moe"
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class WrittenWords:
 
 def read_words(card: str) -> WrittenWords:
     """
-    What a person wrote in a card, whoever made it: this package, another library, or that person. A card of version
-    0.1, which had the person's words between the generated ones, is kept whole, folded up.
+    What a person wrote in a card, whoever made it: this package, another library, or that person.
 
     Raises:
         ValueError: metadata that are no YAML mapping, or a marker without its counterpart.
@@ -68,13 +66,8 @@ def read_words(card: str) -> WrittenWords:
             f"README.md needs one `{START} ... -->` and one `{END}` around what is rendered again. Restore them, or "
             "delete both to keep all of its text as your own."
         )
-    own = {name: value for name, value in metadata.items() if name not in _DERIVED}
-    if _VERSION_0_1 in body:
-        folded = f"\n\n<details>\n<summary>The card of version 0.1</summary>\n\n{body.strip()}\n\n</details>\n"
-        title = re.match(r"# (\S+)\n", body)
-        return WrittenWords(own, title[0] + "\n" if title else "", folded, title[1] if title else None)
     if any(text in body for text in _STOCK_CARDS) or _is_of_peft(body):
-        return WrittenWords(own)
+        return WrittenWords({name: value for name, value in metadata.items() if name not in _DERIVED})
     if metadata.get("library_name") in ("transformers", "peft"):
         del metadata["library_name"]
     return WrittenWords(metadata, body.rstrip("\n") + "\n\n")

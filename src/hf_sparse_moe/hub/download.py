@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from hf_sparse_moe.checkpoints.files import is_own
 from hf_sparse_moe.checkpoints.folder import check_free_space, check_target, new_folder
-from hf_sparse_moe.checkpoints.source import Source, weight_files
 
-from .adapter_folder import ADAPTER_WEIGHTS
 from .errors import HubUnavailableError, raise_hub_error, retried
 from .publishable import is_pickle
 
@@ -61,7 +57,7 @@ def pull(
 
     The branch or tag is resolved once, and all files are of that commit. A call that failed or was interrupted leaves
     what it fetched in a hidden folder beside the output, and the next one resumes from there. Pickles are left out.
-    Where the machine is offline (`HF_HUB_OFFLINE`), the cache of `huggingface_hub` is copied. No code is run.
+    No code is run.
 
     Args:
         repo_id (`str`): `"user/name"`.
@@ -80,23 +76,15 @@ def pull(
     """
     with raise_hub_error(repo_id, revision):
         check_target(output)
-        if constants.is_offline_mode():
-            snapshot = _cached(repo_id, revision)
-            commit, paths = snapshot.name, [path for path in snapshot.rglob("*") if is_own(path, snapshot)]
-            found = {path.relative_to(snapshot).as_posix(): path for path in paths}
-            sizes = {name: path.stat().st_size for name, path in found.items()}
-            hashes = {name: path.resolve().name for name, path in found.items()}  # the cache names a file by its hash
-            fetch = partial(_copy, snapshot)
-        else:
-            head = read_head(repo_id, revision, token)
-            commit, files = str(head.sha), head.siblings or ()
-            sizes = {file.rfilename: file.size or 0 for file in files}
-            hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in files}
-            fetch = partial(_download, repo_id, commit, token)
+        head = read_head(repo_id, revision, token)
+        commit, files = str(head.sha), head.siblings or ()
+        sizes = {file.rfilename: file.size or 0 for file in files}
+        hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in files}
         wanted = _wanted(hashes, repo_id)
         with new_folder(output, journal={"pull": repo_id}, keep_failed=True) as folder:
             check_free_space(folder, sum(sizes[name] for name in wanted if not (folder / name).is_file()), output)
-            _fetch_whole(partial(fetch, wanted, folder), {folder / name: hashes[name] for name in wanted}, repo_id)
+            fetch = partial(_download, repo_id, commit, token, wanted, folder)
+            _fetch_whole(fetch, {folder / name: hashes[name] for name in wanted}, repo_id)
             shutil.rmtree(folder / CLIENT_FOLDER, ignore_errors=True)
             for path in folder.rglob("*"):  # of another commit, which an earlier call fetched
                 if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
@@ -149,29 +137,7 @@ def _download(repo_id: str, commit: str, token: bool | str | None, wanted: list[
         snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
 
 
-def _copy(snapshot: Path, wanted: list[str], folder: Path) -> None:
-    for name in wanted:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(snapshot / name, folder / name)
-
-
-def _cached(repo_id: str, revision: str | None) -> Path:
-    """The snapshot in the cache. Raises a [`HubUnavailableError`] for none, or one without all of its weights."""
-    try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        if (snapshot / ADAPTER_WEIGHTS).is_file() or weight_files(Source(repo_id, snapshot, None)):
-            return snapshot
-    except (LocalEntryNotFoundError, ValueError):
-        pass
-    raise HubUnavailableError(
-        f"`{repo_id}` is not complete in the cache of this machine, which is set to stay offline (`HF_HUB_OFFLINE`). "
-        "Unset that, or fetch it once while the machine is online."
-    )
-
-
 def _has_hash(path: Path, announced: str) -> bool:
     """Whether a file is as announced: by the sha256 of a large one, by git's hash of another."""
-    if not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", announced):
-        return True  # a cache on a disk without links
     with path.open("rb") as file:
         return announced == (sha_fileobj(file).hex() if len(announced) == 64 else git_hash(file.read()))

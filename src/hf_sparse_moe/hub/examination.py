@@ -1,15 +1,10 @@
-"""
-The checks of [`doctor`], run in the process that loads the checkpoint:
-`python -m hf_sparse_moe.hub.examination FOLDER RESULT [BASE OF AN ADAPTER]`. Runs no code that came with it.
-"""
+"""The checks of [`doctor`]. They run no code that came with a checkpoint."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +67,7 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
     Load a checkpoint as it is stored and check everything that can be seen of it on this machine.
 
     Returns:
-        the findings, and what the process that runs the checkpoint's own code needs to repeat the forward pass.
+        the findings, and what a process that runs the checkpoint's own code needs to repeat the forward pass.
     """
     try:
         files = TensorFiles(weight_files(Source(folder.resolve().name, folder, None)))
@@ -247,14 +242,3 @@ def _fingerprint(folder: Path, taken: dict[str, Any]) -> Outcome:
 def _some(names: list[str], most: int = 3) -> str:
     more = "" if len(names) <= most else f" and {len(names) - most} more"
     return ", ".join(f"`{name}`" for name in names[:most]) + more
-
-
-def main() -> None:
-    folder, result, *base = map(Path, sys.argv[1:])
-    findings, probe = (examine_adapter(folder, base[0]), {}) if base else examine(folder)
-    told = {"findings": [asdict(finding) for finding in findings], "probe": probe}
-    result.write_text(json.dumps(told), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

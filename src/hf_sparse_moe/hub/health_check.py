@@ -19,7 +19,7 @@ from hf_sparse_moe.checkpoints.source import find_source
 from .adapter_folder import is_adapter
 from .adapter_publish import named_base
 from .download import pull
-from .examination import FAILED, NOT_CHECKED, Finding, compare_outputs
+from .examination import FAILED, NOT_CHECKED, Finding, Outcome, compare_outputs, examine, examine_adapter
 
 
 REMOTE_CODE = "runs by its own code"
@@ -60,9 +60,9 @@ def doctor(
     token: bool | str | None = None,
 ) -> DoctorReport:
     """
-    Load a checkpoint in a fresh process, compute in float32, and check it: every tensor present, finite and tied as
-    the config says, nothing drawn at random, experts that differ, routers that choose, the code that travels, and
-    outputs that equal its fingerprint.
+    Load a checkpoint, compute in float32, and check it: every tensor present, finite and tied as the config says,
+    nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs that equal
+    its fingerprint.
 
     An adapter is loaded with its base: that this is the base it was trained on, every tensor attached and finite,
     outputs that differ from the base's own, equal the fingerprint, and are those of plain PEFT.
@@ -91,49 +91,38 @@ def doctor(
         if not is_here:
             folder = workplace / "checkpoint"
             commit = pull(str(source), folder, revision=revision, token=token).revision
-        bases = []
+        folder = folder.resolve()
         if is_adapter(folder):
             named = named_base(folder, base, from_hub=not is_here)
-            bases = [find_source(*named, token=token).folder.resolve()]
-        elif base is not None:
+            findings = examine_adapter(folder, find_source(*named, token=token).folder.resolve())
+            return DoctorReport(str(source), commit, findings)
+        if base is not None:
             raise ValueError(f"`base={str(base)!r}` is given, but `{source}` is not an adapter. Leave it out.")
-        elif not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise ValueError(f"`{source}` has no config.json. Pass the folder or Hub id of a saved model.")
-        findings = _examined(folder.resolve(), workplace, trust_remote_code, *bases)
+        findings, probe = examine(folder)
+        if probe:
+            unread = NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first."
+            outcome = _by_its_own_code(folder, probe, workplace) if trust_remote_code else unread
+            findings.append(Finding(REMOTE_CODE, *outcome))
     return DoctorReport(str(source), commit, findings)
 
 
-def _examined(folder: Path, workplace: Path, trust_remote_code: bool, *base: Path) -> list[Finding]:
-    given, result = workplace / "examined.json", workplace / "ran.json"
-    if death := _run(["-m", "hf_sparse_moe.hub.examination", *map(str, (folder, given, *base))], workplace):
-        return [Finding("loads", FAILED, f"The process that loaded it died: {death}.")]
-    examined = json.loads(given.read_text(encoding="utf-8"))
-    findings = [Finding(**finding) for finding in examined["findings"]]
-    if not (probe := examined["probe"]):
-        return findings
-    script = Path(__file__).with_name("remote_code_run.py")
+def _by_its_own_code(folder: Path, probe: dict[str, Any], workplace: Path) -> Outcome:
+    """Whether the code that came with a checkpoint computes what this package does, without it, a token or the Hub."""
     if not read_json(folder / "config.json").get("auto_map"):
-        outcome = NOT_CHECKED, "It has none."
-    elif not trust_remote_code:
-        outcome = NOT_CHECKED, "Its code is run only with `--trust-remote-code`; read it first."
-    elif death := _run(["-P", *map(str, (script, folder, given, result))], workplace):
-        outcome = FAILED, f"Without the package it does not load: {death}."
-    else:
-        ran = json.loads(result.read_text(encoding="utf-8"))
-        outcome = compare_outputs(probe["fingerprint"], ran, "to this package")
-    return [*findings, Finding(REMOTE_CODE, *outcome)]
-
-
-def _run(arguments: list[str], workplace: Path) -> str | None:
-    """Run Python without tokens, the Hub or a shared cache; returns the last line of its errors if it failed."""
+        return NOT_CHECKED, "It has none."
+    given, result, home = (workplace / name for name in ("probe.json", "ran.json", "home"))
+    given.write_text(json.dumps(probe), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    home = workplace / "home"
     environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     environment["TRANSFORMERS_VERBOSITY"] = "error"
     # The packages of this process, and not the code of checkpoints that it has loaded: it would hide this one's.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and path != HF_MODULES_CACHE)
-    ended = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode < 0:
-        return f"signal {-ended.returncode}, perhaps for lack of memory"
-    lines = ended.stderr.strip().splitlines() or ["no message"]
-    return " ".join(lines[-1].split())[:300] if ended.returncode else None
+    command = [sys.executable, "-P", Path(__file__).with_name("remote_code_run.py"), folder, given, result]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]
+        return FAILED, f"Without the package it does not load: {' '.join(lines[-1].split())[:300]}."
+    ran = json.loads(result.read_text(encoding="utf-8"))
+    return compare_outputs(probe["fingerprint"], ran, "to this package")

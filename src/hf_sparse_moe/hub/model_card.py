@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined
+from jinja2 import ChainableUndefined, Environment, TemplateError
 from markupsafe import Markup
 from transformers import TrainerState
 
@@ -18,7 +18,7 @@ from hf_sparse_moe.checkpoints.files import read_text, write_whole
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .adapter_folder import Adapter, is_adapter, read_adapter
-from .card_facts import card_facts
+from .card_facts import FILTERS, card_facts
 from .card_metadata import derived_metadata, merged_metadata
 from .card_words import join, read_words
 from .checkpoint import Checkpoint, checkpoint_in_memory, mapping, read_checkpoint
@@ -79,15 +79,7 @@ def render_model_card(
         {name: recorded.get(name) for name in ("license", "language", "tags")},
         {"license": license, "language": language, "tags": tags, "base_model": base_model},
     )
-    environment = Environment(
-        autoescape=True,  # so that a macro of the template returns text of ours
-        finalize=escape_markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    generated = template.render(repo_id=Markup(repo_id), **card_facts(published, _results(evaluation)))
+    generated = _rendered(published, repo_id, _results(evaluation))
     data = ModelCardData()
     for name, value in metadata.items():
         data[name] = value
@@ -140,6 +132,25 @@ def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
     path = Path(folder) / "README.md"
     write_whole(path, render(previous=_present(path.parent)))
     return path
+
+
+def _rendered(published: Checkpoint | Adapter, repo_id: str, given: Mapping[str, Any]) -> str:
+    environment = Environment(
+        autoescape=True,  # so that a macro of the template returns text of ours
+        finalize=escape_markdown,
+        undefined=ChainableUndefined,  # what nobody recorded is left out
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= FILTERS
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        return template.render(repo_id=Markup(repo_id), given=given, **card_facts(published))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        raise ValueError(
+            "A file beside the weights (receipt.json, training_record.json, routing_statistics.json) is not what this "
+            f"package writes ({type(error).__name__}). Delete it, or write it again."
+        ) from error
 
 
 def _present(folder: Path) -> list[str]:

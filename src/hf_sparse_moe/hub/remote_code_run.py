@@ -1,6 +1,6 @@
 """
 The forward pass of [`doctor`] by the code in a checkpoint, as on a machine without this package:
-`python -P remote_code_run.py FOLDER EXAMINED RESULT`. It imports nothing of the package, and makes that impossible.
+`python -P remote_code_run.py FOLDER PROBE RESULT`. It imports nothing of the package, and makes that impossible.
 """
 
 import json
@@ -16,8 +16,8 @@ def main() -> None:
     import torch
     import transformers
 
-    folder, examined, result = sys.argv[1:]
-    given = json.loads(Path(examined).read_text(encoding="utf-8"))["probe"]
+    folder, probe, result = sys.argv[1:]
+    given = json.loads(Path(probe).read_text(encoding="utf-8"))
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     auto_class = next(key for key, value in config.auto_map.items() if value.endswith(f".{config.architectures[0]}"))
     load: Any = getattr(transformers, auto_class).from_pretrained

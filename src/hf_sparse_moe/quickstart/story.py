@@ -248,7 +248,7 @@ class _Story:
             mixture = self.options.push_to
             self.say(f"Published at {published.commit.commit_url}")
         self.say(f"On disk: {target} (mixture/ with card, code and receipt, adapter/, experts.png, report.json)")
-        self.title("Load mixture and adapter in a new process, and check them")
+        self.title("Load mixture and adapter, and check them")
         for name, report in (("mixture", doctor(mixture)), ("adapter", doctor(target / "adapter", base=mixture))):
             verdicts = Counter(finding.verdict for finding in report.findings)
             self.say(f"{name}: {', '.join(f'{count} checks {verdict}' for verdict, count in verdicts.items())}")
