@@ -40,7 +40,7 @@ _PEFT_TASKS = {"CAUSAL_LM": "ForCausalLM", "SEQ_2_SEQ_LM": "ForConditionalGenera
 def card_facts(published: Checkpoint | Adapter) -> dict[str, Any]:
     """The names that the template knows, but for what a call of [`render_model_card`] gives."""
     record, architecture = published.record, architecture_of(published)
-    facts = {
+    facts: dict[str, Any] = {
         "record": record,
         "architecture": architecture,
         "auto_class": Markup(auto_class_of(architecture)[0]),

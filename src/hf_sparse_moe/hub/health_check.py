@@ -119,7 +119,8 @@ def _by_its_own_code(folder: Path, probe: dict[str, Any], workplace: Path) -> Ou
     environment["TRANSFORMERS_VERBOSITY"] = "error"
     # The packages of this process, and not the code of checkpoints that it has loaded: it would hide this one's.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and path != HF_MODULES_CACHE)
-    command = [sys.executable, "-P", Path(__file__).with_name("remote_code_run.py"), folder, given, result]
+    script = Path(__file__).with_name("remote_code_run.py")
+    command = [sys.executable, "-P", *map(str, (script, folder, given, result))]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]
