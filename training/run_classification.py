@@ -18,7 +18,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedConfig,
     Trainer,
-    TrainingArguments,
 )
 
 import recipe
@@ -99,7 +98,7 @@ class Labels:
 def main() -> None:
     with recipe.stop_on_bad_input():
         model_args, data_args, args = recipe.parse_arguments(
-            __doc__, recipe.ModelArguments, LabelledArguments, TrainingArguments
+            __doc__, recipe.ModelArguments, LabelledArguments, recipe.TrainingArguments
         )
         data = recipe.load_data(data_args)
         text, second, label = data_args.text_column, data_args.second_text_column, data_args.label_column

@@ -8,7 +8,7 @@ Train a sparse decoder on text: a dense checkpoint upcycled, a mixture taken fur
 from dataclasses import dataclass, field
 from functools import partial
 
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableTrainer
@@ -22,7 +22,7 @@ class TextArguments(recipe.DataArguments):
 def main() -> None:
     with recipe.stop_on_bad_input():
         model_args, data_args, args = recipe.parse_arguments(
-            __doc__, recipe.ModelArguments, TextArguments, TrainingArguments
+            __doc__, recipe.ModelArguments, TextArguments, recipe.TrainingArguments
         )
         data = recipe.load_data(data_args)
         tokenizer = recipe.load_tokenizer(model_args)

@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
@@ -42,7 +41,7 @@ def masked_once(blocks: Dataset, tokenizer, mlm_probability: float) -> Dataset:
 def main() -> None:
     with recipe.stop_on_bad_input():
         model_args, data_args, args = recipe.parse_arguments(
-            __doc__, recipe.ModelArguments, MaskedTextArguments, TrainingArguments
+            __doc__, recipe.ModelArguments, MaskedTextArguments, recipe.TrainingArguments
         )
         data = recipe.load_data(data_args)
         tokenizer = recipe.load_tokenizer(model_args)

@@ -46,7 +46,7 @@ class PairArguments(recipe.DataArguments):
 
 
 @dataclass
-class GeneratingArguments(Seq2SeqTrainingArguments):
+class GeneratingArguments(recipe.TrainingArguments, Seq2SeqTrainingArguments):
     predict_with_generate: bool = field(default=True, metadata={"help": "Generate in evaluation, for the metric."})
 
 

@@ -62,9 +62,19 @@ class ModelArguments:
     num_experts_per_tok: int | None = field(
         default=None, metadata={"help": "Experts that serve one token; 2 if not given, or as the mixture has it."}
     )
+    dense: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the dense model itself, to compare with: what is said of experts is then left aside."
+        },
+    )
     upcycling_method: str = field(default="copy", metadata={"help": "How the experts of a dense checkpoint start."})
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of the balance loss; 0.01 if not given, or as the mixture has it."}
+    )
+    expert_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout inside the experts (0.4 against overfitting); the dense model's if not given."},
     )
     experts_implementation: str | None = field(
         default=None, metadata={"help": "Backend of the experts, such as grouped_mm, batched_mm or eager."}
@@ -87,13 +97,15 @@ class ModelArguments:
             raise ValueError("`--config_name` begins from scratch: pass `--tokenizer_name` with it.")
         self.config_overrides = _as_mapping("config_overrides", self.config_overrides)
         self.distributed_config = _as_mapping("distributed_config", self.distributed_config)
+        if self.dense and self.distributed_config is not None:
+            raise ValueError("`--dense` and `--distributed_config` do not go together: use Accelerate's FSDP2 or DDP.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"`--dtype={self.dtype}` must be auto, float32, bfloat16 or float16.")
 
     @property
     def fields(self) -> dict[str, Any]:
         """What was asked of the config, by name."""
-        names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "expert_dropout")
         named = {name: value for name in names if (value := getattr(self, name)) is not None}
         return (self.config_overrides or {}) | named
 
@@ -134,7 +146,7 @@ def load_model(
     **head_fields,
 ) -> PreTrainedModel:
     """
-    The mixture to train.
+    The mixture to train; with `--dense` the dense model.
 
     Args:
         auto_class (`type`): The task, such as `AutoModelForCausalLM`.
@@ -151,7 +163,9 @@ def load_model(
         )
     path = args.model_name_or_path
     sharing = _sharing(args, config, len(tokenizer))
-    if path is None:
+    if args.dense:
+        model = _dense_model(args, auto_class, config, head_fields)
+    elif path is None:
         for name, value in head_fields.items():
             setattr(config, name, value)
         model = auto_class.from_config(config, dtype=None if args.dtype == "auto" else args.dtype)
@@ -188,10 +202,30 @@ def load_model(
             model = upcycle(dense, **options)
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer))
-    if args.experts_implementation is not None:
+    if args.experts_implementation is not None and not args.dense:
         model.set_experts_implementation(args.experts_implementation)
-    total, active = count_parameters(model), count_parameters(model, only_active=True)
+    total = model.num_parameters()
+    active = total if args.dense else count_parameters(model, only_active=True)
     logger.info("%s: %s parameters, %s active a token", type(model).__name__, f"{total:,}", f"{active:,}")
+    return model
+
+
+def _dense_model(
+    args: ModelArguments, auto_class: type, config: PreTrainedConfig, head_fields: dict[str, Any]
+) -> PreTrainedModel:
+    """The dense model that the other arguments would make a mixture of."""
+    dtype = None if args.dtype == "auto" else args.dtype
+    if args.model_name_or_path is None:
+        for name, value in head_fields.items():
+            setattr(config.dense_config, name, value)
+        model = auto_class.from_config(config.dense_config, dtype=dtype)
+    elif isinstance(config, SparseMoeConfig):
+        raise ValueError(f"`--dense` trains a dense checkpoint, and `{args.model_name_or_path}` is a mixture.")
+    else:
+        folder = find_source(args.model_name_or_path, args.model_revision).folder
+        model = auto_class.from_pretrained(folder, dtype=args.dtype, use_safetensors=True, **head_fields)
+    # Heads such as BERT's take `num_items_in_batch` and leave it aside: Trainer itself then has to divide.
+    model.accepts_loss_kwargs = False
     return model
 
 

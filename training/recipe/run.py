@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 
 import yaml
 from datasets.exceptions import DatasetsError
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.stored_weights import check_same_model
 from hf_sparse_moe.hub import ModelCardCallback, add_model_card
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 from recipe.launch import (
     apply_timeout,
@@ -28,6 +29,7 @@ from recipe.launch import (
 )
 
 from .data import DataArguments, data_names
+from .optimization import TrainingArguments, prepare_training
 from .tracking import keep_one_run
 
 
@@ -59,7 +61,8 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     else:
         arguments = parser.parse_args_into_dataclasses(look_for_args_file=False)
     args: TrainingArguments = arguments[-1]
-    if args.label_smoothing_factor > 0 and getattr(arguments[0], "router_aux_loss_coef", 0) != 0:
+    mixture = arguments[0]
+    if args.label_smoothing_factor > 0 and not mixture.dense and mixture.router_aux_loss_coef != 0:
         raise ValueError(
             f"`--label_smoothing_factor={args.label_smoothing_factor}` replaces the model's loss, and with it the "
             "balance loss. Leave it at 0, or pass `--router_aux_loss_coef 0`."
@@ -108,17 +111,21 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
     model card, with `eval_metrics` on how they were computed, and with `--push_to_hub` publish them.
     """
     checkpoint = trainer.args.resume_from_checkpoint
+    is_mixture = isinstance(trainer.accelerator.unwrap_model(trainer.model), SparseMoePreTrainedModel)
     with stop_on_bad_input():
         check_engine(trainer)
         check_same_everywhere(trainer.args, model=trainer.model.config)  # each node may have a disk of its own
         if checkpoint is not None:
             check_same_model(trainer.model, checkpoint)
+        prepare_training(trainer)
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
-    add_model_card(trainer, ModelCardCallback(train_data, eval_data, eval_metrics=eval_metrics))
+    if is_mixture:  # a dense model gets the card of transformers
+        add_model_card(trainer, ModelCardCallback(train_data, eval_data, eval_metrics=eval_metrics))
     if trainer.train_dataset is not None:
-        add_leading_callback(trainer, RoutingMonitor())
-        if trainer.model.config.router_bias_update_speed > 0:
+        if is_mixture:
+            add_leading_callback(trainer, RoutingMonitor())
+        if is_mixture and trainer.model.config.router_bias_update_speed > 0:
             trainer.add_callback(SelectionBiasCallback())
         keep_checkpoints_whole(trainer)
         keep_one_run(trainer, checkpoint)

@@ -1,0 +1,96 @@
+"""How a recipe trains: which weights, and when it stops."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import transformers
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Those of transformers, and what the fine-tuning of a mixture asks for."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model (the loss)."},
+    )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={"help": "What is not trained: embeddings, layers:0-2, experts, routers or all-but-experts."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping_patience is None:
+            return
+        if self.early_stopping_patience < 1:
+            raise ValueError(f"`--early_stopping_patience={self.early_stopping_patience}` must be at least 1.")
+        if not self.load_best_model_at_end:
+            raise ValueError(
+                "`--early_stopping_patience` ends with the best model: pass `--load_best_model_at_end true "
+                "--eval_strategy epoch --save_strategy epoch` with it."
+            )
+
+
+def prepare_training(trainer: Trainer) -> None:
+    """Freeze and stop as `trainer.args`, a [`TrainingArguments`], says. Call it before `train`."""
+    args = trainer.args
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.freeze:
+        freeze(trainer.model, args.freeze)
+
+
+def freeze(model: PreTrainedModel, parts: list[str]) -> None:
+    """
+    Take parts of a model out of its training.
+
+    Args:
+        model (`PreTrainedModel`): A mixture, or for `embeddings` and `layers` any model.
+        parts (`list[str]`):
+            `embeddings` (all outside of the layers, and an output layer that is tied to them), `layers:2` or
+            `layers:0-2` (of an encoder-decoder on both sides), `experts` (shared ones too), `routers`, and
+            `all-but-experts`, which leaves the head that the task needs in training.
+
+    Raises:
+        ValueError: another name, a part that the model lacks, or nothing is left to train.
+    """
+    for part in parts:
+        frozen = _parameters(model, part)
+        if not frozen:
+            raise ValueError(f"`--freeze {part}` names nothing in a `{type(model).__name__}`.")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"`--freeze {' '.join(parts)}` leaves nothing to train.")
+
+
+def _parameters(model: PreTrainedModel, part: str) -> list[nn.Parameter]:
+    blocks = getattr(model, "sparse_blocks", [])
+    experts = [module for block in blocks for module in (block.experts, block.shared_experts) if module is not None]
+    if part == "embeddings":
+        modules = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and not re.search(r"\.\d+\.", name)
+        ]
+        return [parameter for module in modules for parameter in module.parameters()]
+    if part == "experts":
+        return [parameter for module in experts for parameter in module.parameters()]
+    if part == "routers":
+        return [parameter for block in blocks for parameter in block.gate.parameters()]
+    if part == "all-but-experts":
+        kept = {id(parameter) for module in experts for parameter in module.parameters()}
+        return [parameter for parameter in model.base_model.parameters() if kept and id(parameter) not in kept]
+    found = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", part)
+    if found is None:
+        raise ValueError(
+            f"`--freeze {part}` is none of embeddings, layers:0-2 (from, to), experts, routers, all-but-experts."
+        )
+    wanted = range(int(found[1]), int(found[2] or found[1]) + 1)
+    layers = [(re.search(r"\.(\d+)\.", name), parameter) for name, parameter in model.base_model.named_parameters()]
+    return [parameter for place, parameter in layers if place is not None and int(place[1]) in wanted]
