@@ -7,9 +7,13 @@ decimal numbers make it a regression.
         --output_dir outputs/intents
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
-from datasets import DatasetDict
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -19,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     Trainer,
 )
+from transformers.utils import ModelOutput
 
 import recipe
 from hf_sparse_moe.distributed.resume import ResumableTrainer
@@ -35,10 +40,17 @@ class LabelledArguments(recipe.DataArguments):
     second_text_column: str | None = field(default=None, metadata={"help": "The second text of a pair."})
     label_column: str = field(default="label", metadata={"help": "The label; with --task tokens a list of labels."})
 
+    class_weights: str | None = field(
+        default=None,
+        metadata={"help": "balanced: every class counts as much in the loss, however few rows it has."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task not in TASKS:
             raise ValueError(f"`--task={self.task}` must be one of {TASKS}.")
+        if self.class_weights not in (None, "balanced"):
+            raise ValueError(f"`--class_weights={self.class_weights}` must be balanced, or left out.")
 
 
 class Labels:
@@ -52,18 +64,25 @@ class Labels:
         self.regression = getattr(feature, "dtype", "").startswith("float")
         if self.regression or self.numbered:
             return
-        found: set = set()
-        for split in data.values():
-            for value in split.unique(args.label_column) if args.task == "texts" else split[args.label_column]:
-                found.update(value if args.task == "tokens" else [value])
+        of_split = {split: set(chain(*self._lists(rows, args))) for split, rows in data.items()}
+        found = set().union(*of_split.values())
         if None in found:
             raise ValueError(f"`--label_column={args.label_column}` has rows without a label. Remove them.")
         self.names = [str(name) for name in sorted(found)]
         known = getattr(config, "label2id", None) or {}
         if set(self.names) <= set(known):  # a checkpoint that was trained on these labels keeps their ids
             self.names = sorted(known, key=known.get)
+        elif new := sorted(found - of_split.get("train", found)):
+            raise ValueError(
+                f"`--label_column={args.label_column}` has {new} in the validation data and never in the training "
+                "data, so that no model can learn it. Remove those rows, or pass training data with that label."
+            )
         if len(self.names) < 2:
             raise ValueError(f"`--label_column={args.label_column}` has the one label {self.names}: two are needed.")
+
+    @staticmethod
+    def _lists(rows: Dataset, args: LabelledArguments) -> list[list]:
+        return rows[args.label_column] if args.task == "tokens" else [rows.unique(args.label_column)]
 
     @property
     def head_fields(self) -> dict:
@@ -78,6 +97,22 @@ class Labels:
         if self.regression:
             return float(value)
         return int(value) if self.numbered else self.names.index(str(value))
+
+    def balanced_loss(self, rows: Dataset) -> Callable[..., torch.Tensor]:
+        """
+        Cross-entropy in which every class of the encoded `rows` has the same weight in all, and a row 1 in the mean.
+        """
+        ids = np.asarray(list(chain(*rows["labels"])) if isinstance(rows[0]["labels"], list) else rows["labels"])
+        counts = np.bincount(ids[ids >= 0], minlength=len(self.names))
+        weights = torch.tensor(counts.sum() / np.count_nonzero(counts) / np.maximum(counts, 1), dtype=torch.float32)
+
+        def loss(outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
+            logits = outputs.logits.float().flatten(0, -2)
+            of_classes = weights.to(logits.device)
+            total = torch.nn.functional.cross_entropy(logits, labels.flatten(), of_classes, reduction="sum")
+            return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+        return loss
 
     def scores(self, prediction: EvalPrediction) -> dict[str, float]:
         """The scores that suit the labels."""
@@ -107,7 +142,9 @@ def main() -> None:
         config = recipe.load_config(model_args, tokenizer)
         length = recipe.sequence_length(data_args, tokenizer, config)
         labels = Labels(data, data_args, config)
-        by_token = data_args.task == "tokens"
+        by_token, weighted = data_args.task == "tokens", data_args.class_weights is not None
+        if weighted and (labels.regression or "train" not in data):
+            raise ValueError("`--class_weights` counts the classes of training data. Leave it out.")
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
             texts, pairs = rows[text], None if second is None else rows[second]
@@ -145,6 +182,7 @@ def main() -> None:
         data_collator=collator_class(tokenizer),
         processing_class=tokenizer,
         compute_metrics=labels.scores,
+        compute_loss_func=labels.balanced_loss(data["train"]) if weighted else None,
     )
     recipe.train_and_evaluate(
         trainer, data_args, "F1 of classes is the macro average; of tagged spans, seqeval's over whole spans"

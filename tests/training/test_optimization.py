@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+)
 
+from hf_sparse_moe import upcycle
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from recipe.optimization import freeze
+from recipe.optimization import TrainingArguments, freeze, prepare_training
 from tiny_models import FAMILIES, tiny_dense, tiny_sparse
 from training_runs import history, results
 
@@ -161,3 +168,55 @@ def test_freeze_says_what_is_wrong():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="leaves nothing to train"):
         freeze(model, ["embeddings", "layers:0-1"])
+
+
+def test_rates_of_routers_and_experts(tmp_path):
+    """A rate of 0 leaves them as they are, and no router decays."""
+    model = tiny_sparse("llama")
+    start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, 60, (4, 6))]
+    rates = {"learning_rate": 1e-2, "router_learning_rate": 1e-3, "expert_learning_rate": 0.0, "weight_decay": 0.1}
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", **rates)
+    trainer = Trainer(model, args, train_dataset=rows)
+    prepare_training(trainer, is_mixture=True)
+    trainer.train()
+    groups = {id(each): group for group in trainer.optimizer.param_groups for each in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = groups[id(parameter)]
+        moved = not torch.equal(parameter, start[name])
+        if ".gate." in name:
+            assert (group["initial_lr"], group["weight_decay"], moved) == (1e-3, 0.0, True), name
+        elif ".experts." in name:
+            assert (group["initial_lr"], moved) == (0.0, False), name
+        else:
+            assert (group["initial_lr"], moved) == (1e-2, True), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"early_stopping_patience": 2}, "pass `--load_best_model_at_end true"),
+        ({"early_stopping_patience": 0}, "`--early_stopping_patience=0` must be at least 1"),
+        ({"freeze": "experts", "expert_learning_rate": 1e-3}, "`expert_learning_rate=0.001` has nothing to act on"),
+        ({"freeze": "head"}, "`--freeze head` is none of embeddings"),
+        ({"expert_dropout": 1.5}, "`expert_dropout=1.5` is not allowed"),
+        ({"dense": True, "distributed_config": '{"fsdp_size": 2}'}, "`--dense` and `--distributed_config`"),
+    ],
+)
+def test_one_sentence(arguments, sentence, checkpoints, files, call_recipe, tmp_path, capsys):
+    base = {"model_name_or_path": checkpoints["encoder"], "train_file": files["docs.jsonl"]}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_classification.py", **base, **arguments, output_dir=tmp_path / "out")
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert sentence in error[0]
+
+
+def test_the_dense_twin_of_a_mixture_is_not_in_it(checkpoints, files, call_recipe, tmp_path, capsys):
+    upcycle(str(checkpoints["decoder"]), num_experts=2).save_pretrained(tmp_path / "mixture")
+    arguments = {"tokenizer_name": checkpoints["tokenizer"], "train_file": files["docs.jsonl"], "dense": True}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_clm.py", model_name_or_path=tmp_path / "mixture", **arguments, output_dir=tmp_path / "out")
+    assert stop.value.code == 2
+    assert "`--dense` trains a dense checkpoint" in capsys.readouterr().err

@@ -1,19 +1,31 @@
-"""How a recipe trains: which weights, and when it stops."""
+"""How a recipe trains: which weights, at which rates, and when it stops."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import transformers
 from torch import nn
+from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+
+from hf_sparse_moe import parameter_groups
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Those of transformers, and what the fine-tuning of a mixture asks for."""
 
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the routers, which never decay; --learning_rate if not given."}
+    )
+    expert_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the routed experts; --learning_rate if not given."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model (the loss)."},
@@ -36,13 +48,31 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
 
-def prepare_training(trainer: Trainer) -> None:
-    """Freeze and stop as `trainer.args`, a [`TrainingArguments`], says. Call it before `train`."""
+def prepare_training(trainer: Trainer, is_mixture: bool) -> None:
+    """Freeze, stop and set rates as `trainer.args`, a [`TrainingArguments`], says. Call it before `train`."""
     args = trainer.args
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.freeze:
         freeze(trainer.model, args.freeze)
+    rates = (args.router_learning_rate, args.expert_learning_rate)
+    if is_mixture and (args.weight_decay > 0 or rates != (None, None)):
+        _groups(trainer, trainer.model)  # so that it ends here, in a sentence, where it cannot be done
+        trainer.__dict__["create_optimizer"] = partial(_create_optimizer, trainer, trainer.create_optimizer)
+
+
+def _create_optimizer(trainer: Trainer, create: Callable[..., Optimizer], model: nn.Module | None = None) -> Optimizer:
+    """Trainer's own, of the groups of a mixture: it takes them where an optimizer's arguments hold `params`."""
+    model = trainer.model if model is None else model
+    optimizer_class, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    trainer.optimizer_cls_and_kwargs = (optimizer_class, arguments | {"params": _groups(trainer, model)})
+    return create(model)
+
+
+def _groups(trainer: Trainer, model: nn.Module) -> list[dict[str, Any]]:
+    args = trainer.args
+    rates = (args.router_learning_rate, args.expert_learning_rate)
+    return parameter_groups(model, args.learning_rate, *rates, weight_decay=args.weight_decay)
 
 
 def freeze(model: PreTrainedModel, parts: list[str]) -> None:

@@ -117,7 +117,7 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
         check_same_everywhere(trainer.args, model=trainer.model.config)  # each node may have a disk of its own
         if checkpoint is not None:
             check_same_model(trainer.model, checkpoint)
-        prepare_training(trainer)
+        prepare_training(trainer, is_mixture)
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
     if is_mixture:  # a dense model gets the card of transformers
