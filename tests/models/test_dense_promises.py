@@ -100,6 +100,59 @@ def test_a_replica_of_data_parallel_runs_itself():
     assert model.forward.__self__ is model
 
 
+# ---- the loss ---------------------------------------------------------------------------------------------------
+
+
+def zeros_as_labels(model: nn.Module) -> dict[str, torch.Tensor]:
+    inputs = tiny_inputs(model)
+    inputs["labels"] = inputs["labels"].clamp(min=0)
+    inputs["labels"][:, 2] = 0
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "modernbert"])
+def test_further_arguments_reach_the_loss(name):
+    """Those families whose dense model hands them on; the others of transformers drop them."""
+    dense = tiny_dense(name)
+    inputs = zeros_as_labels(dense)
+    wanted = dense(**inputs, ignore_index=0).loss
+    assert upcycle(dense, 4)(**inputs, ignore_index=0).loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert dense(**inputs).loss.item() != pytest.approx(wanted.item(), rel=1e-3)
+
+
+HEADS_OF_LLAMA = [
+    hf.AutoModelForCausalLM,
+    hf.AutoModelForSequenceClassification,
+    hf.AutoModelForTokenClassification,
+    hf.AutoModelForQuestionAnswering,
+]
+
+
+@pytest.mark.parametrize("auto_class", HEADS_OF_LLAMA)
+def test_a_loss_of_the_user_s_own_is_called_as_the_dense_model_calls_it(auto_class):
+    def squares(*logits, **given):
+        logits = logits or (given.get("pooled_logits", given.get("logits")),)
+        return sum(each.square().mean() for each in logits[:2] if each.is_floating_point())
+
+    dense = tiny_dense("llama", auto_class)
+    mixture = upcycle(dense, 4, router_aux_loss_coef=0.5)
+    for model in (dense, mixture):
+        model.loss_function = squares
+    inputs = tiny_inputs(dense)
+    wanted = dense(**inputs).loss.item()
+    assert mixture(**inputs).loss.item() == pytest.approx(wanted, rel=1e-4)
+    outputs = without_dropout(mixture).train()(**inputs)
+    assert outputs.task_loss.item() == pytest.approx(wanted, rel=1e-4)
+    assert (outputs.loss - outputs.task_loss).item() == pytest.approx(0.5 * outputs.aux_loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_a_loss_of_the_user_s_own_counts_in_every_family(name):
+    model = tiny_sparse(name)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + vocab_size
+    assert model(**tiny_inputs(model)).loss == VOCAB_SIZE
+
+
 # ---- other tools ------------------------------------------------------------------------------------------------
 
 

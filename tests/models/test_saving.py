@@ -1,7 +1,9 @@
 """What is saved comes back: whole, sharded, in half precision, spread over devices, and under its own names."""
 
+import copy
 import json
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -122,12 +124,30 @@ def test_layers_on_disk(name, tmp_path):
     torch.testing.assert_close(logits(offloaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bart"])
+def test_accelerate_loads_tied_weights(name, on_disk, tmp_path):
+    """As its guide has it: built without storage, then tied, then filled; a mixture as well as the dense model."""
+    for model in (tiny_dense(name), tiny_sparse(name)):
+        assert model.all_tied_weights_keys
+        folder = tmp_path / type(model).__name__
+        accelerate.Accelerator(cpu=True).save_model(model, folder)
+        with accelerate.init_empty_weights():
+            empty = type(model)(copy.deepcopy(model.config))
+        empty.tie_weights()
+        device_map = disk_map(model) if on_disk else {"": "cpu"}
+        loaded = accelerate.load_checkpoint_and_dispatch(
+            empty, folder, device_map, offload_folder=tmp_path / "offload"
+        )
+        torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def disk_map(model: hf.PreTrainedModel) -> dict[str, str]:
     """All modules with weights on the CPU, one entry each, but those of every second layer on disk."""
     device_map = {}
     for path, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         owner = path.rpartition(".")[0]
-        key = path if isinstance(model.get_submodule(owner), type(model.dense)) else owner
+        key = path if model.get_submodule(owner) is getattr(model, "dense", model) else owner
         device_map[key] = "disk" if ".1." in path else "cpu"
     return device_map
 

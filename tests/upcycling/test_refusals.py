@@ -284,6 +284,43 @@ def test_question_answering_has_its_own_labels():
 # ---- what the mixture calls itself ----------------------------------------------------------------------------------
 
 
+def with_other_sizes(kind):
+    if kind == "one layer narrower":
+        model = tiny_dense("llama")
+        mlp = model.model.layers[0].mlp
+        mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(32, 24, bias=False) for _ in range(2))
+        mlp.down_proj = torch.nn.Linear(24, 32, bias=False)
+    elif kind == "head":
+        model = tiny_dense("bert", hf.AutoModelForSequenceClassification)
+        model.classifier = torch.nn.Linear(32, 5)
+    else:
+        model = tiny_dense("gpt2", tie_word_embeddings=False)
+        model.transformer.wte = torch.nn.Embedding(120, 32)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["one layer narrower", "head", "embeddings"])
+def test_sizes_that_the_config_does_not_tell(kind):
+    with pytest.raises(ValueError, match=r"would have the shape .*whose config tells its sizes"):
+        upcycle(with_other_sizes(kind), 4)
+
+
+@pytest.mark.parametrize("kind", ["meta", "offloaded"])
+def test_weights_that_are_elsewhere(kind):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_dense("llama")
+    model = model.to("meta") if kind == "meta" else accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"not in memory.*without offloading"):
+        upcycle(model, 4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_the_attention_of_the_dense_model_is_kept(name):
+    for implementation in ("eager", "sdpa"):
+        mixture = upcycle(tiny_dense(name, attn_implementation=implementation), 4)
+        assert mixture.config._attn_implementation == mixture.dense.config._attn_implementation == implementation
+
+
 def test_a_mixture_has_no_name_before_it_is_saved(tmp_path):
     tiny_dense("llama").save_pretrained(tmp_path / "dense")
     mixture = upcycle(tmp_path / "dense", 4)

@@ -1,5 +1,6 @@
 """What `upcycle` keeps of the dense model beside its function: head, dtype, labels, mode, generation settings."""
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -178,18 +179,20 @@ def test_a_model_is_written_too(tmp_path):
 
 def test_the_dense_model_is_left_as_it_is():
     dense = tiny_dense("llama")
-    before = dense.config.to_dict(), {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    dense.train()
+    before = copy.deepcopy(dense)
     sparse = hf_sparse_moe.upcycle(dense, 4, dtype=torch.bfloat16)
     sparse.config.id2label[0] = "changed"
+    sparse.config.dense_config.rope_parameters["rope_theta"] = 5.0
     sparse.generation_config.max_new_tokens = 3
     with torch.no_grad():
         for parameter in sparse.parameters():
             parameter.zero_()
-    assert dense.config.to_dict() == before[0]
-    assert all(torch.equal(tensor, before[1][key]) for key, tensor in dense.state_dict().items())
-    assert dense.generation_config.max_new_tokens is None
-    expanded = hf_sparse_moe.expand(sparse, 2)
-    assert expanded.generation_config is not sparse.generation_config
+    assert dense.training
+    assert dense.config.to_dict() == before.config.to_dict()
+    assert dense.generation_config.to_dict() == before.generation_config.to_dict()
+    for (key, tensor), wanted in zip(dense.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(tensor, wanted), key
 
 
 def test_a_mixture_with_more_modules_is_not_expanded():

@@ -16,14 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.loss.loss_utils import (
-    ForCausalLMLoss,
-    ForMaskedLMLoss,
-    ForQuestionAnsweringLoss,
-    ForSequenceClassificationLoss,
-    fixed_cross_entropy,
-)
+from transformers.loss.loss_utils import ForSequenceClassificationLoss, fixed_cross_entropy
 from transformers.utils import ModelOutput, logging
 
 from .balancing import (
@@ -82,40 +75,39 @@ def one_label_a_span(labels: torch.Tensor) -> torch.Tensor:
     return labels[..., 0]
 
 
-# Every loss below takes the dense head's outputs, the labels, the config and the step's label count.
+# Every loss below takes the model, its outputs, the labels, the step's label count, and what else the loss takes, such
+# as `ignore_index`. It calls `model.loss_function` with what transformers' models give it, since users may set that.
 
 
-def causal_lm_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
-    """Cross entropy of each token given those before it. Logits (B, S, V), labels (B, S), not yet shifted."""
-    return ForCausalLMLoss(outputs.logits.contiguous(), labels.contiguous(), outputs.logits.shape[-1], count)
-
-
-def language_model_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
-    """Cross entropy of each labelled token: masked LM, seq2seq, token classes. Logits (B, S, V), labels (B, S)."""
-    return ForMaskedLMLoss(outputs.logits.contiguous(), labels.contiguous(), outputs.logits.shape[-1], count)
+def language_model_loss(model: Any, outputs: Any, labels: torch.Tensor, count: Count, **kwargs) -> torch.Tensor:
+    """Cross entropy of each labelled token; the function of a causal LM shifts. Logits (B, S, V), labels (B, S)."""
+    logits, labels = outputs.logits.contiguous(), labels.contiguous()
+    sizes = {"vocab_size": logits.shape[-1], "config": model.config}
+    return model.loss_function(logits=logits, labels=labels, num_items_in_batch=count, **sizes, **kwargs)
 
 
 def sequence_classification_loss(
-    outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count
+    model: Any, outputs: Any, labels: torch.Tensor, count: Count, **kwargs
 ) -> torch.Tensor:
     """Cross entropy, mean squared error or binary cross entropy, by `config.problem_type`. Logits (B, labels)."""
-    loss = ForSequenceClassificationLoss(labels, outputs.logits, config, num_items_in_batch=count)
-    if config.problem_type != "single_label_classification":  # the only kind that transformers normalises
+    logits, config = outputs.logits, model.config
+    given = {"labels": labels, "pooled_logits": logits, "config": config, "num_items_in_batch": count}
+    loss = model.loss_function(logits=logits, **given, **kwargs)
+    normalised = config.problem_type == "single_label_classification"  # the only kind that transformers normalises
+    if model.loss_function is ForSequenceClassificationLoss and not normalised:
         loss = loss * batch_weight(labels, count)
     return loss
 
 
-def multiple_choice_loss(outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count) -> torch.Tensor:
+def multiple_choice_loss(model: Any, outputs: Any, labels: torch.Tensor, count: Count, **kwargs) -> torch.Tensor:
     """Cross entropy over the choices. Logits (B, choices), labels (B,)."""
-    return fixed_cross_entropy(outputs.logits, labels.to(outputs.logits.device), count)
+    return fixed_cross_entropy(outputs.logits, labels.to(outputs.logits.device), count, **kwargs)
 
 
-def question_answering_loss(
-    outputs: Any, labels: torch.Tensor, config: PreTrainedConfig, count: Count
-) -> torch.Tensor:
+def question_answering_loss(model: Any, outputs: Any, labels: torch.Tensor, count: Count, **kwargs) -> torch.Tensor:
     """Mean of the cross entropies of the span's start and end. Logits (B, S), labels (B, 2), see [`span_labels`]."""
-    start, end = labels.unbind(dim=-1)
-    return ForQuestionAnsweringLoss(outputs.start_logits, outputs.end_logits, start, end, num_items_in_batch=count)
+    ends = labels.unbind(dim=-1)
+    return model.loss_function(outputs.start_logits, outputs.end_logits, *ends, num_items_in_batch=count, **kwargs)
 
 
 def span_labels(start_positions: torch.Tensor | None, end_positions: torch.Tensor | None) -> torch.Tensor | None:

@@ -25,7 +25,6 @@ from .configuration_sparse_moe import (
     SparseMoeEncoderDecoderConfig,
 )
 from .losses import (
-    causal_lm_loss,
     language_model_loss,
     multiple_choice_loss,
     one_label_a_span,
@@ -55,7 +54,7 @@ class AnswerSpan:
     """`forward` with the ends of an answer span in the place of `labels`."""
 
     dense_auto_class = AutoModelForQuestionAnswering
-    compute_task_loss = staticmethod(question_answering_loss)
+    compute_task_loss = question_answering_loss
     counted_labels = staticmethod(one_label_a_span)
 
     def forward(
@@ -99,7 +98,7 @@ class SparseMoeEncoderForMaskedLM(SparseMoeEncoderPreTrainedModel):
 
     dense_auto_class = AutoModelForMaskedLM
     output_class = SparseMoeMaskedLMOutput
-    compute_task_loss = staticmethod(language_model_loss)
+    compute_task_loss = language_model_loss
 
 
 class SparseMoeEncoderForSequenceClassification(SparseMoeEncoderPreTrainedModel):
@@ -107,7 +106,7 @@ class SparseMoeEncoderForSequenceClassification(SparseMoeEncoderPreTrainedModel)
 
     dense_auto_class = AutoModelForSequenceClassification
     output_class = SparseMoeSequenceClassifierOutput
-    compute_task_loss = staticmethod(sequence_classification_loss)
+    compute_task_loss = sequence_classification_loss
 
 
 class SparseMoeEncoderForTokenClassification(SparseMoeEncoderPreTrainedModel):
@@ -115,7 +114,7 @@ class SparseMoeEncoderForTokenClassification(SparseMoeEncoderPreTrainedModel):
 
     dense_auto_class = AutoModelForTokenClassification
     output_class = SparseMoeTokenClassifierOutput
-    compute_task_loss = staticmethod(language_model_loss)
+    compute_task_loss = language_model_loss
 
 
 class SparseMoeEncoderForMultipleChoice(SparseMoeEncoderPreTrainedModel):
@@ -123,7 +122,7 @@ class SparseMoeEncoderForMultipleChoice(SparseMoeEncoderPreTrainedModel):
 
     dense_auto_class = AutoModelForMultipleChoice
     output_class = SparseMoeMultipleChoiceOutput
-    compute_task_loss = staticmethod(multiple_choice_loss)
+    compute_task_loss = multiple_choice_loss
 
 
 class SparseMoeEncoderForQuestionAnswering(AnswerSpan, SparseMoeEncoderPreTrainedModel):
@@ -148,7 +147,7 @@ class SparseMoeDecoderForCausalLM(SparseMoeDecoderPreTrainedModel, GenerationMix
 
     dense_auto_class = AutoModelForCausalLM
     output_class = SparseMoeCausalLMOutput
-    compute_task_loss = staticmethod(causal_lm_loss)
+    compute_task_loss = language_model_loss
     counted_labels = staticmethod(shifted_labels)
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
@@ -160,7 +159,7 @@ class SparseMoeDecoderForSequenceClassification(SparseMoeDecoderPreTrainedModel)
 
     dense_auto_class = AutoModelForSequenceClassification
     output_class = SparseMoeSequenceClassifierOutput
-    compute_task_loss = staticmethod(sequence_classification_loss)
+    compute_task_loss = sequence_classification_loss
 
 
 class SparseMoeDecoderForTokenClassification(SparseMoeDecoderPreTrainedModel):
@@ -168,7 +167,7 @@ class SparseMoeDecoderForTokenClassification(SparseMoeDecoderPreTrainedModel):
 
     dense_auto_class = AutoModelForTokenClassification
     output_class = SparseMoeTokenClassifierOutput
-    compute_task_loss = staticmethod(language_model_loss)
+    compute_task_loss = language_model_loss
 
 
 class SparseMoeDecoderForQuestionAnswering(AnswerSpan, SparseMoeDecoderPreTrainedModel):
@@ -203,7 +202,7 @@ class SparseMoeEncoderDecoderForConditionalGeneration(SparseMoeEncoderDecoderPre
     dense_auto_class = AutoModelForSeq2SeqLM
     output_class = SparseMoeSeq2SeqLMOutput
     labels_are_targets = True
-    compute_task_loss = staticmethod(language_model_loss)
+    compute_task_loss = language_model_loss
 
     def __init__(self, config: SparseMoeEncoderDecoderConfig):
         super().__init__(config)
@@ -219,7 +218,7 @@ class SparseMoeEncoderDecoderForSequenceClassification(SparseMoeEncoderDecoderPr
 
     dense_auto_class = AutoModelForSequenceClassification
     output_class = SparseMoeSeq2SeqSequenceClassifierOutput
-    compute_task_loss = staticmethod(sequence_classification_loss)
+    compute_task_loss = sequence_classification_loss
 
 
 class SparseMoeEncoderDecoderForQuestionAnswering(AnswerSpan, SparseMoeEncoderDecoderPreTrainedModel):

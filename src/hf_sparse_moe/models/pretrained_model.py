@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .balancing import OptimizerStep, listen_to_trainers
 from .configuration_sparse_moe import SparseMoeConfig
-from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss, language_model_loss
+from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
@@ -56,7 +56,7 @@ class SparseMoePreTrainedModel(SavedMixture):
 
     dense_auto_class: ClassVar[Any] = AutoModel
     output_class: ClassVar[Any]
-    compute_task_loss: ClassVar[Callable[..., torch.Tensor] | None] = None  # see losses.py
+    compute_task_loss: Callable[..., torch.Tensor] | None = None  # see losses.py
     counted_labels: ClassVar[Callable[..., torch.Tensor]] = staticmethod(lambda labels: labels)
     labels_are_targets: ClassVar[bool] = False  # whether the labels are what a decoder writes that reads an encoder
     family_side: ClassVar[str]
@@ -148,16 +148,16 @@ class SparseMoePreTrainedModel(SavedMixture):
             output_router_logits (`bool`, *optional*): Return `router_logits` and `aux_loss`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels of the whole optimizer step, all
                 micro-batches and ranks; the losses of its micro-batches then sum to the loss of the whole.
-            **kwargs: Further inputs of the dense model, and `shift_labels`, which replaces `labels` where a collator
-                has put each at the token that predicts it (packed and distributed sequences).
+            **kwargs: Further inputs of the dense model, arguments of `model.loss_function` such as `ignore_index`, and
+                `shift_labels`, which replaces `labels` where a collator has put each at the token that predicts it
+                (packed and distributed sequences).
         """
         config = self.config
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= dict(zip(self._further_inputs, args, strict=False)) | kwargs
         # Not an argument of its own: Trainer would take every argument with "label" in its name for required.
-        shift_labels = inputs.pop("shift_labels", None)
-        if shifted := shift_labels is not None:
-            labels = shift_labels
+        if (shift_labels := inputs.pop("shift_labels", None)) is not None:
+            labels = kwargs["shift_labels"] = shift_labels.contiguous()
         if labels is not None and self.compute_task_loss is None:
             raise ValueError(f"`labels` need a head, and `{type(self).__name__}` has none. Use a `For...` class.")
         if labels is not None and len(labels) == 0:  # attention of transformers cannot do without rows
@@ -188,7 +188,7 @@ class SparseMoePreTrainedModel(SavedMixture):
                 [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
                 self.optimizer_step,
                 trains=self.training and torch.is_grad_enabled(),
-                labels=labels if labels is None or shifted else self.counted_labels(labels),
+                labels=labels if labels is None or shift_labels is not None else self.counted_labels(labels),
                 num_items_in_batch=num_items_in_batch,
             )
             # The graph of a model that computes its own loss is not broken by what only other losses need.
@@ -196,8 +196,8 @@ class SparseMoePreTrainedModel(SavedMixture):
                 outputs = balance.attach_to(outputs, has_labels=labels is not None)
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
-            compute = language_model_loss if shifted else self.compute_task_loss
-            fields["loss"] = compute(outputs, labels, config, at_least_one(num_items_in_batch))
+            further = {name: value for name, value in kwargs.items() if name not in self._further_inputs}
+            fields["loss"] = self.compute_task_loss(outputs, labels, at_least_one(num_items_in_batch), **further)
         if balance is not None:
             fields["aux_loss"], fields["z_loss"] = balance.aux_loss, balance.z_loss
             if balances and labels is not None:

@@ -222,6 +222,7 @@ def plan_conversion(
     target, fields = sparse_class(dense.config, type(dense).__name__), dict(fields)
     config = mixture_config(dense, target, recipe, fields, layers)
     set_dtype(config, dtype)
+    config._attn_implementation = dense.config._attn_implementation
     with torch.device("meta"):
         sparse = target._from_config(config, dtype=dtype)
     chosen = sparse_feed_forwards(dense, config, target.family_side)
@@ -263,12 +264,16 @@ def load_mixture(
 ) -> SparseMoePreTrainedModel:
     """
     A mixture made of a whole state dict, whose values may be [`TensorSlices`], and of copies of both configs. Raises a
-    `ValueError` for a tensor that is missing or has no place.
+    `ValueError` for a tensor that is missing, has no place or another shape.
     """
-    model, info = target.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **load_arguments
-    )
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, **load_arguments}
+    model, info = target.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **options)
     check_same_tensors(target.__name__, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    for key, found, needed in info["mismatched_keys"]:
+        raise ValueError(
+            f"`{key}` would have the shape {list(found)}, but the dense model's config asks for {list(needed)}. Pass "
+            "a model whose config tells its sizes, the same in all layers."
+        )
     model.name_or_path = model.config.name_or_path = ""  # transformers writes "None", which tools ask the Hub for
     if model.can_generate() and generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)

@@ -258,6 +258,8 @@ def check_plain(model: Any) -> None:
         raise ValueError(
             f"`{name}` has an adapter that is not merged. Pass what the PEFT model's `merge_and_unload()` returns."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"`{name}` has weights that are not in memory. Pass one that is loaded without offloading.")
     check_not_quantised(model.config, name)
     packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
     if packed is not None or getattr(model, "is_quantized", False):
