@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance test-deepspeed test-hf minilm architectures quality format types bench docs api cards build floor newest test-newest clean
+.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench docs api cards build floor newest test-newest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,10 +33,10 @@ demo: $(READY)  ## the whole story in one run: dense -> mixture -> train -> comp
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/hf-sparse-moe quickstart $(ARGS)
 
 test: $(READY)  ## the tests, in about ten minutes (ARGS="-k router" for some of them)
-	$(PYTEST) $(PARALLEL) -m "not conformance" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not conformance and not browser" $(ARGS)
 
 test-fast: $(READY)  ## those that are not marked slow
-	$(PYTEST) $(PARALLEL) -m "not slow and not conformance" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not conformance and not browser" $(ARGS)
 
 conformance: $(READY)  ## every architecture of transformers, every router in each family; `make test` takes one of each kind
 	$(PYTEST) $(PARALLEL) -m conformance $(ARGS)
@@ -48,6 +48,12 @@ test-deepspeed: $(READY)  ## the tests that need DeepSpeed, which it installs fi
 	rm -rf .cache/torch_extensions
 	TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions \
 	  $(PYTEST) tests/distributed tests/training/test_launches.py -k "deepspeed or zero" $(ARGS)
+
+# Debian's Chromium and its driver: in CI they are installed, elsewhere the tests are skipped with a sentence.
+test-browser: $(READY)  ## the routing page in headless Chromium, with the network off
+	@if [ -n "$(CI)" ] && ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; fi
+	SPARSE_MOE_REQUIRE_BROWSER=$(CI) $(PYTEST) -m browser tests/insight $(ARGS)
 
 test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites docs/model_tester.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py --jobs $(JOBS) $(ARGS)

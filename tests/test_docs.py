@@ -21,8 +21,8 @@ STAND_INS = {
     "google-bert/bert-base-uncased": ("bert", {}),
     "google/flan-t5-small": ("t5_gated", {"num_layers": 8}),
 }
-# Commands that take minutes or a server have tests of their own.
-LONG_COMMANDS = ("quickstart", "push", "pull")
+# Commands that take minutes, a server or a file of text have tests of their own.
+LONG_COMMANDS = ("quickstart", "push", "pull", "look")
 
 
 def blocks(page: Path, language: str) -> list[str]:

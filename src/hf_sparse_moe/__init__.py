@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         render_model_card as render_model_card,
         write_model_card as write_model_card,
     )
+    from .insight import (
+        explain_routing as explain_routing,
+    )
     from .models.configuration_sparse_moe import (
         SparseMoeConfig as SparseMoeConfig,
         SparseMoeDecoderConfig as SparseMoeDecoderConfig,
@@ -99,6 +102,7 @@ _HOMES = {
     ".adapters": "dequantize_experts expert_lora_config quantize_experts select_experts",
     ".distributed.consolidation": "consolidate",
     ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push render_model_card write_model_card",
+    ".insight": "explain_routing",
     ".models.configuration_sparse_moe": (
         "SparseMoeConfig SparseMoeDecoderConfig SparseMoeEncoderConfig SparseMoeEncoderDecoderConfig"
     ),

@@ -22,7 +22,7 @@ SHUFFLES = 40
 FEWEST_TEXTS = 5  # a group in fewer has no interval
 CLEAR_LIFT = 1.25  # the lower end of the interval, for a group that an expert is said to serve
 NAMED_TOKENS = 8  # of an expert
-SHRINKAGE = 5  # choices of the average kind that are added before tokens are ranked
+SHRINKAGE = 20  # choices of the average kind that are added before tokens are ranked
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,12 @@ def count_by_text(layer: LayerMeasurement, tokens: Tokens, texts: int, groups: i
 def count_experts(index_NK: Array, num_experts: int) -> Array:
     """`(E,)`: the choices of each expert."""
     return np.bincount(index_NK[index_NK >= 0].ravel(), minlength=num_experts)
+
+
+def mean_of_known(values: Array) -> float:
+    """The mean of what is not NaN; NaN where all is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def lift(counts_TGE: Array) -> tuple[Array, Array, Array]:
@@ -158,11 +164,12 @@ def tokens_by_lift(layer: LayerMeasurement, ids: Array, wanted: int) -> list[lis
     seen = np.bincount(which, minlength=len(vocabulary))
     value = joint / seen[:, None] / np.maximum(load, 1e-12)
     ranked = (joint + SHRINKAGE * load) / (seen[:, None] + SHRINKAGE) / np.maximum(load, 1e-12)
-    best = np.argsort(-np.where((joint >= 2) & (value > 1), ranked, 0), axis=0, kind="stable")[:wanted]
+    ranked = np.where((joint >= 2) & (value > 1), ranked, 0)
+    best = np.argsort(-ranked, axis=0, kind="stable")[:wanted]
     return [
-        [(int(vocabulary[v]), float(value[v, e]), int(joint[v, e])) for v in best[:, e] if joint[v, e] >= 2 and value[v, e] > 1]
+        [(int(vocabulary[v]), float(value[v, e]), int(joint[v, e])) for v in best[:, e] if ranked[v, e] > 0]
         for e in range(layer.num_experts)
-    ]  # fmt: skip
+    ]
 
 
 def coactivation(layer: LayerMeasurement) -> Array | None:
@@ -185,7 +192,7 @@ def saturation(index_NK: Array, final_NK: Array) -> float:
 
 
 def added_loss(ablation: Ablation, layer: int) -> tuple[Array, Array, Array]:
-    """`(E, G + 1)` each: the nats a token that a group, and last all of them, lose without an expert; 95 % interval."""
+    """`(E, G + 1)` each: nats a token that a group, and last all, lose without an expert, and the 95 % interval."""
     added = np.concatenate([ablation.added[layer], ablation.added[layer].sum(axis=2, keepdims=True)], axis=2)
     tokens = np.concatenate([ablation.tokens, ablation.tokens.sum(axis=1, keepdims=True)], axis=1)
     weights = _weights(len(tokens))

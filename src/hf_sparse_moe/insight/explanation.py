@@ -21,8 +21,8 @@ from hf_sparse_moe.checkpoints.files import read_json, write_whole
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.routing.statistics import LayerRouting, RoutingStatistics
 
-from .definitions import LayerFacts, count_experts, layer_facts, saturation
-from .measurement import Groups, Measurement, measure, measure_ablation, measure_moment, read_texts
+from .definitions import LayerFacts, count_experts, layer_facts, mean_of_known, saturation
+from .measurement import Groups, Measurement, Moment, measure, measure_ablation, measure_moment, read_texts
 from .page import render_page
 from .pictures import plot_expert_load
 from .token_labels import token_labels
@@ -76,17 +76,9 @@ class RoutingExplanation:
             "groups": list(measured.groups),
             "tokens": {side: len(tokens.ids) for side, tokens in measured.tokens.items()},
             "layers": [self._layer(fact) for fact in self.facts],
-            "history": [
-                {
-                    "checkpoint": moment.name,
-                    "saturation": [saturation(i, layer.index) for i, layer in zip(moment.index, measured.layers, strict=True)],
-                    "load": [_plain(_share(i, layer.num_experts)) for i, layer in zip(moment.index, measured.layers, strict=True)],
-                    "entropy": [float(np.nanmean(entropy)) for entropy in moment.entropy],
-                }
-                for moment in measured.history
-            ],
+            "history": [self._moment(moment) for moment in measured.history],
             "left_out": measured.left_out,
-        }  # fmt: skip
+        }
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The page, in one file that needs nothing else; also written to `path`, if given."""
@@ -99,22 +91,36 @@ class RoutingExplanation:
         """Draw [`plot_expert_load`] to `path`, a `.png`, `.svg` or `.pdf`. Needs matplotlib (extra `report`)."""
         return plot_expert_load(self.statistics, path)
 
+    def _moment(self, moment: Moment) -> dict[str, Any]:
+        pairs = list(zip(moment.index, self.measurement.layers, strict=True))
+        return {
+            "checkpoint": moment.name,
+            "saturation": [saturation(index, layer.index) for index, layer in pairs],
+            "load": [_plain(_share(index, layer.num_experts)) for index, layer in pairs],
+            "entropy": [mean_of_known(entropy) for entropy in moment.entropy],
+        }
+
     def _layer(self, fact: LayerFacts) -> dict[str, Any]:
         layer, groups = fact.layer, self.measurement.groups
-        by_group = {
-            name: {"share": _plain(fact.share[g]), "lift": _plain(fact.lift[g]), "low": _plain(fact.lift_low[g]),
-                   "high": _plain(fact.lift_high[g])}
-            for g, name in enumerate(groups)
-        }  # fmt: skip
+        shown = {"share": fact.share, "lift": fact.lift, "low": fact.lift_low, "high": fact.lift_high}
+        by_group = {name: {key: _plain(of[g]) for key, of in shown.items()} for g, name in enumerate(groups)}
         found: dict[str, Any] = {
-            "label": layer.label, "name": layer.name, "side": layer.side, "num_experts": layer.num_experts,
-            "top_k": layer.top_k, "load": _plain(fact.load), "entropy": float(np.nanmean(layer.entropy)),
-            "margin": _plain(np.nanmean(layer.margin) if np.isfinite(layer.margin).any() else np.nan), "groups": by_group,
-            "mutual_information": fact.information, "mutual_information_of_shuffled_groups": fact.chance,
+            "label": layer.label,
+            "name": layer.name,
+            "side": layer.side,
+            "num_experts": layer.num_experts,
+            "top_k": layer.top_k,
+            "load": _plain(fact.load),
+            "entropy": _plain(mean_of_known(layer.entropy)),
+            "margin": _plain(mean_of_known(layer.margin)),
+            "groups": by_group,
+            "mutual_information": fact.information,
+            "mutual_information_of_shuffled_groups": fact.chance,
             "token_information": fact.token_information,
-            "output_similarity": _plain(layer.outputs), "weight_similarity": _plain(layer.units),
+            "output_similarity": _plain(layer.outputs),
+            "weight_similarity": _plain(layer.units),
             "coactivation": _plain(fact.coactivation),
-        }  # fmt: skip
+        }
         for kind, tokens in (("input_tokens", fact.input_tokens), ("predicted_tokens", fact.predicted_tokens)):
             found[kind] = [
                 [{"token": self.labels[v], "id": v, "lift": value, "count": count} for v, value, count in of_expert]
@@ -184,7 +190,8 @@ def explain_routing(
         measured = measure(model, reading)
         names = [layer.name for layer in measured.layers]
         for path in tqdm(list(checkpoints), desc="checkpoints"):
-            earlier = type(model).from_pretrained(path, dtype=model.dtype).to(model.device).eval()
+            earlier: Any = type(model).from_pretrained(path, dtype=model.dtype)
+            earlier = earlier.to(model.device).eval()
             measured.history.append(measure_moment(earlier, reading, Path(path).name, names))
             state = read_json(Path(path) / "trainer_state.json", optional=True)
             measured.log = [line for line in state.get("log_history", []) if "router/entropy" in line]
@@ -224,8 +231,9 @@ def _share(index: np.ndarray, experts: int) -> np.ndarray:
 
 
 def _plain(array: Any) -> Any:
-    """Lists of numbers; None for NaN."""
+    """Numbers or lists of them; None for NaN."""
     if array is None:
         return None
-    values = np.asarray(array, dtype=float)
-    return np.where(np.isfinite(values), values, None).tolist()
+    values = np.asarray(array, dtype=object)
+    values[~np.isfinite(np.asarray(array, dtype=float))] = None
+    return values.tolist()

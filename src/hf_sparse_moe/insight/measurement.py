@@ -102,7 +102,7 @@ class Measurement:
 
 @dataclass
 class Batch:
-    """Some texts as the model takes them. `targets` and their groups are (B, S), -100 and -1 where none is predicted."""
+    """Some texts as the model takes them; `targets` and their groups are (B, S), -100 and -1 for none."""
 
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
@@ -281,13 +281,11 @@ def compare_weights(experts: nn.Module, num_experts: int) -> Array | None:
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    dense = getattr(model.config, "dense_config", model.config)
-    bounds = [getattr(dense, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
-    bounds = [bound for bound in (*bounds, tokenizer.model_max_length, max_length) if isinstance(bound, int)]
-    offset = (
-        2 if "roberta" in str(dense.model_type) or "xlm" in str(dense.model_type) else 0
-    )  # positions start at the pad
-    return max(1, min(bounds) - offset)
+    dense: Any = getattr(model.config, "dense_config", model.config)
+    known = [getattr(dense, name, None) for name in ("max_position_embeddings", "n_positions")]
+    bounds = [bound for bound in known if isinstance(bound, int) and bound > 0]
+    start = 2 if "roberta" in str(dense.model_type) else 0  # its positions begin behind the pad's
+    return max(1, min([bound - start for bound in bounds] + [int(tokenizer.model_max_length), max_length]))
 
 
 def _predicts_the_next(model: PreTrainedModel) -> bool:
@@ -400,9 +398,10 @@ def _mask_of(event: RoutingEvent, batch: Batch) -> torch.Tensor | None:
 def _choices(event: RoutingEvent, mask_T: torch.Tensor) -> tuple[Array, ...]:
     """Index, weights, entropy and margin of the tokens in the mask."""
     layer, routing = event.layer, event.routing
-    index_TK, weights_TK = _by_token(routing) if routing.token_index is not None else routing[2:0:-1]
+    token = routing.token_index
+    index_TK, weights_TK = routing[2:0:-1] if token is None else _by_token(routing, token)
     weights_TK = weights_TK.float()
-    if routing.kept is not None and routing.token_index is None:
+    if routing.kept is not None and token is None:
         weights_TK = weights_TK.masked_fill(~routing.kept, 0.0)
     order_TK = weights_TK.argsort(dim=-1, descending=True, stable=True)
     index_TK, weights_TK = index_TK.gather(-1, order_TK), weights_TK.gather(-1, order_TK)
@@ -417,9 +416,9 @@ def _choices(event: RoutingEvent, mask_T: torch.Tensor) -> tuple[Array, ...]:
     return tuple(tensor.cpu()[mask_T].numpy() for tensor in (index_TK, weights_TK, entropy_T, margin_T))
 
 
-def _by_token(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_token(routing: Routing, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where experts choose: the experts that took each token, -1 where fewer did than took the most wanted one."""
-    experts, weights, token = routing.top_k_index.flatten(), routing.top_k_weights.flatten(), routing.token_index
+    experts, weights = routing.top_k_index.flatten(), routing.top_k_weights.flatten()
     kept = torch.ones_like(token, dtype=torch.bool) if routing.kept is None else routing.kept.flatten()
     experts, weights, token = experts[kept], weights[kept], token[kept]
     order = token.argsort(stable=True)

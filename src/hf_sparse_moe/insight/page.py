@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
-from .definitions import LayerFacts, order_by_similarity, saturation
+from .definitions import LayerFacts, mean_of_known, order_by_similarity, saturation
 from .measurement import LayerMeasurement, Measurement, Tokens
 from .packing import pack_integers, pack_shares
 from .token_labels import shown_text
@@ -24,7 +26,7 @@ SHOWN_GROUPS = 16
 SHOWN_CARDS = 512  # experts
 SHOWN_ROWS = 960  # experts in tables of groups
 MATRIX_EXPERTS = 32
-MATRIX_LAYERS = 12
+MATRIX_LAYERS = 6
 CONTEXTS, CONTEXT_CHARACTERS = 2, 36
 PAIRS = (
     ("Alike by output", "cosine of what both make of the same tokens"),
@@ -43,7 +45,14 @@ def render_page(
 ) -> str:
     """The whole page as one string of HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "number": _number, "signed": _signed, "warm": _warm, "blue": _blue}
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "signed": _signed,
+        "warm": _warm,
+        "blue": _blue,
+        "breaks": _breaks,
+    }
     shown = _chosen_experts(facts, SHOWN_CARDS)
     rows = _chosen_experts(facts, SHOWN_ROWS)
     left_out = [*measured.left_out, *_left_out(measured, facts, shown, rows)]
@@ -102,7 +111,7 @@ def _left_out(measured: Measurement, facts: list[LayerFacts], cards: dict, rows:
     for side, tokens in measured.tokens.items():
         if len(tokens.ids) > SHOWN_TOKENS:
             said.append(f"The {side}'s text shows up to {SHOWN_TOKENS} of {len(tokens.ids)} tokens; all were counted.")
-    return [*said, "`to_dict()` has all of it."] if said else []
+    return [*said, "to_dict() has all of it."] if said else []
 
 
 def _text(measured: Measurement, side: str, facts: list[LayerFacts], labels: dict[int, str], best: LayerFacts) -> dict:
@@ -236,7 +245,7 @@ def _charts(measured: Measurement) -> list[dict[str, Any]]:
                 lambda time, place: saturation(choices[time][place], layers[place].index))),
             _chart("Load of the busiest expert, in even shares", names, lines(busiest)),
             _chart("Entropy of the router's probabilities (1 is undecided)", names, lines(
-                lambda time, place: float(np.nanmean(entropies[time][place])))),
+                lambda time, place: mean_of_known(entropies[time][place]))),
         ]  # fmt: skip
     if len(measured.log) > 1:
         some = _spread(len(measured.log), 60)
@@ -275,12 +284,18 @@ def _percent(value: float) -> str:
     )
 
 
+def _breaks(name: str) -> Markup:
+    """A name that may be broken behind its punctuation."""
+    return Markup("").join(escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[_/.-])", name))
+
+
 def _number(value: float, digits: int = 1) -> str:
     return "–" if not np.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _signed(value: float, digits: int = 3) -> str:
-    return "–" if not np.isfinite(value) else f"{value:+.{digits}f}"
+    shown = f"{value:+.{digits}f}"
+    return "–" if not np.isfinite(value) else shown if float(shown) else shown[1:]
 
 
 def _warm(ratio: float) -> str:

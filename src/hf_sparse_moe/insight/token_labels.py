@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def _label(tokenizer: Any, token: int) -> str:
         return str(piece)
     if not text.startswith(" ") and str(piece).startswith("▁"):
         text = f" {text}"
-    shown = text.translate(VISIBLE)
+    shown = re.sub(" {2,}", lambda spaces: f"␣{len(spaces[0])}", text.translate(VISIBLE))
     return "␣" + shown[1:] if shown.startswith(" ") else shown
 
 

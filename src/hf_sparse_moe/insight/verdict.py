@@ -99,7 +99,8 @@ def _specialised(measurement: Measurement, facts: list[LayerFacts]) -> Claim:
             f" The clearest: {name(best, expert)} gets {best.share[group, expert]:.0%} of the choices of "
             f"“{measurement.groups[group]}”, {best.lift[group, expert]:.1f} times the average group's share."
         )
-    text = f"in {len(found)} of {len(facts)} layers, most in {best.layer.label}: group and expert share {numbers}.{example}"
+    where = f"in {len(found)} of {len(facts)} layers, most in {best.layer.label}"
+    text = f"{where}: group and expert share {numbers}.{example}"
     return Claim(GOOD, "Specialised by group", text, "groups")
 
 
@@ -138,7 +139,11 @@ def _ablated(measurement: Measurement, facts: list[LayerFacts]) -> Claim:
 def _alike(facts: list[LayerFacts]) -> Claim:
     outputs = _mean_off_diagonal([fact.layer.outputs for fact in facts])
     units = _mean_off_diagonal([fact.layer.units for fact in facts])
-    weights = "" if np.isnan(units) else f" Their weights have {units:.2f}, which says less: trust the outputs."
+    weights = (
+        ""
+        if np.isnan(units)
+        else f" (By weights it is {units:.2f}, which says less: experts part in routing and outputs first.)"
+    )
     text = f"on the same tokens, two experts' outputs have a cosine of {outputs:.2f} on average.{weights}"
     return Claim(NEUTRAL, "How alike:" if outputs < 0.9 else "Nearly alike:", text, "pairs")
 

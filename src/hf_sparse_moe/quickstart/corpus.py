@@ -101,7 +101,7 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
         parts = {part.lower() for part in (*path.relative_to(folder).parts[:-1], stem)}
         is_split = stem.lower() in (*HELD_OUT_NAMES, *TRAIN_NAMES)
         domain = folder.resolve().name if is_split else stem
-        for number, row in enumerate(_read_rows(path)):
+        for number, row in enumerate(read_rows(path)):
             if "text" not in row:
                 raise ValueError(
                     f"Line {number + 1} of `{path}` has no `text`, only {sorted(row)}. Rename the column."
@@ -110,7 +110,7 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
             yield str(row.get("domain", domain)), not parts.isdisjoint(HELD_OUT_NAMES), document, str(row["text"])
 
 
-def _read_rows(path: Path) -> Iterator[dict]:
+def read_rows(path: Path) -> Iterator[dict]:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
