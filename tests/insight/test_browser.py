@@ -1,6 +1,7 @@
 """The page in a real browser: from a file, with the network off. `make test-browser` runs it."""
 
 import base64
+import json
 import os
 import re
 import shutil
@@ -55,7 +56,8 @@ def page(browser, explained, tmp_path):
     browser.get(path.as_uri())
     yield browser
     assert [entry["message"] for entry in browser.get_log("browser")] == []
-    asked = re.findall(r'"documentURL":"[^"]*".*?"url":"([^"]*)"', str([e["message"] for e in browser.get_log("performance")]))
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert asked
     assert all(url.startswith(("file:", "data:")) for url in asked), asked
 
@@ -73,7 +75,9 @@ def find(browser, selector):
 
 
 def shown_rows(explained, side="decoder"):
-    return np.concatenate([list(block) for block in _blocks(explained.measurement, explained.measurement.tokens[side])])
+    return np.concatenate(
+        [list(block) for block in _blocks(explained.measurement, explained.measurement.tokens[side])]
+    )
 
 
 def test_the_slider_and_the_tokens(page, explained):
@@ -86,7 +90,9 @@ def test_the_slider_and_the_tokens(page, explained):
         slider.send_keys(key)
         layer = explained.measurement.layers[place]
         assert output.text == layer.label
-        shown = page.execute_script("return [...document.querySelectorAll('.text span')].map((word) => word.dataset.e)")
+        shown = page.execute_script(
+            "return [...document.querySelectorAll('.text span')].map((word) => word.dataset.e)"
+        )
         assert list(map(int, shown)) == layer.index[rows, 0].tolist()
 
     layer, panel = explained.measurement.layers[0], find(page, ".panel")[0]
@@ -150,7 +156,9 @@ def test_without_scripts(page, explained):
         page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-@pytest.mark.parametrize(("name", "size", "scheme"), [("light", DESK, "light"), ("dark", DESK, "dark"), ("phone", PHONE, "light")])
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"), [("light", DESK, "light"), ("dark", DESK, "dark"), ("phone", PHONE, "light")]
+)
 def test_how_it_looks(page, tmp_path, name, size, scheme):
     look(page, size, scheme)
     page.refresh()
