@@ -1,6 +1,7 @@
 """What a config accepts, refuses, defaults to, and keeps."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -10,7 +11,15 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import hf_sparse_moe
 from hf_sparse_moe.models.size import meta_model
-from tiny_models import ARCHITECTURES, CONFIG_CLASSES, LANGUAGE_MODELS, tiny_config, tiny_dense, tiny_sparse
+from tiny_models import (
+    ARCHITECTURES,
+    CONFIG_CLASSES,
+    LANGUAGE_MODELS,
+    tiny_config,
+    tiny_dense,
+    tiny_inputs,
+    tiny_sparse,
+)
 
 
 FAMILIES = list(CONFIG_CLASSES)
@@ -50,6 +59,32 @@ def test_wrong_type_is_refused_as_transformers_does(family, fields):
     ((field, value),) = fields.items()
     with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){field}.*expected.*{value}"):
         CONFIG_CLASSES[family](**fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_expert_a_token_keeps_its_probability_as_its_weight(family, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    hf.utils.logging.warning_once.cache_clear()
+    make = CONFIG_CLASSES[family]
+    assert make().norm_topk_prob is True
+    assert make(num_experts_per_tok=1).norm_topk_prob is False
+    assert make(num_experts_per_tok=1, num_experts=1).norm_topk_prob is True  # there is nothing to choose
+    assert make(num_experts_per_tok=1, router_type="hash").norm_topk_prob is True
+    assert not caplog.records
+    # What older versions wrote has `true`, and computes what it computed, with a warning.
+    old = tiny_sparse(family, num_experts_per_tok=1, norm_topk_prob=True, router_aux_loss_coef=0.0)
+    old.save_pretrained(tmp_path)
+    caplog.clear()
+    hf.utils.logging.warning_once.cache_clear()
+    loaded = LANGUAGE_MODELS[family].from_pretrained(tmp_path)
+    (message,) = {record.getMessage() for record in caplog.records if "num_experts_per_tok" in record.getMessage()}
+    assert "never trains the router" in message
+    inputs = tiny_inputs(old)
+    torch.testing.assert_close(loaded(**inputs).logits, old(**inputs).logits, rtol=0, atol=1e-5)
+    for norm_topk_prob, learns in ((True, False), (False, True)):
+        model = tiny_sparse(family, num_experts_per_tok=1, norm_topk_prob=norm_topk_prob, router_aux_loss_coef=0.0)
+        model(**inputs).loss.backward()
+        assert all((block.gate.weight.grad.norm() > 1e-4) == learns for block in model.sparse_blocks)
 
 
 @pytest.mark.parametrize(

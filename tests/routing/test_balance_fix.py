@@ -427,3 +427,26 @@ def test_a_mask_that_does_not_tell_the_pads_is_refused():
     inputs = batch() | {"attention_mask": torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()}
     with fix_balance(model), pytest.raises(ValueError, match="does not tell the pads"):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "top_k", "fields", "warns"),
+    [
+        ("Mixtral", 1, {}, True),
+        ("Mixtral", 2, {}, False),
+        ("GPT-OSS", 1, {}, True),
+        ("Qwen3-MoE", 1, {"norm_topk_prob": True}, True),
+        ("Qwen3-MoE", 1, {"norm_topk_prob": False}, False),
+        ("Switch", 1, {}, False),
+    ],
+)
+def test_a_router_that_the_task_never_trains_is_reported_once(name, top_k, fields, warns, warnings_of_ours):
+    model = stock(name, top_k=top_k, **fields).train()
+    with fix_balance(model, router_aux_loss_coef=0.0, router_z_loss_coef=1e-12):
+        model(**batch()).loss.backward()
+        model(**batch()).loss.backward()
+    told = [message for message in warnings_of_ours() if "never trains the router" in message]
+    assert len(told) == warns
+    if name != "Switch":  # whose weights scale little
+        gradients = [next(layer.router.parameters()).grad.norm() for layer in find_mixture_layers(model)]
+        assert all((gradient < 1e-6) == warns for gradient in gradients)

@@ -1,5 +1,7 @@
 """Each upcycling method has the property that defines it, for the three families."""
 
+import logging
+
 import pytest
 import torch
 
@@ -120,6 +122,73 @@ def test_split_keeps_the_function_with_finer_experts(family, granularity):
             columns = torch.cat([block.experts.down_proj[expert] for expert in group], dim=1)
             torch.testing.assert_close(columns, down * granularity)
             assert all(torch.equal(block.gate.weight[expert], block.gate.weight[group[0]]) for expert in group)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "degree"),
+    [
+        ("llama", {}, 1), ("bert", {"hidden_act": "relu"}, 1), ("bert", {"hidden_act": "relu2"}, 2),
+        ("bert", {"hidden_act": "gelu"}, 0), ("t5_gated", {}, 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "experts", "top_k", "granularity"),
+    [("split", 8, 4, 2), ("split", 16, 4, 4), ("copy", 4, 1, 1), ("copy", 4, 2, 1)],
+)
+def test_without_normalised_weights_the_start_is_off_by_the_sum_of_the_probabilities(
+    name, fields, degree, method, experts, top_k, granularity
+):
+    """
+    A block gives the dense output times E / k times the sum of the token's probabilities, which is between 1 and
+    exp(range of its logits); the factor E G^2 / k on the weights (E groups) is shared out over the projections.
+    """
+    dense = tiny_dense(name, **fields)
+    options = {"granularity": granularity} if method == "split" else {}
+    sparse = upcycle(dense, experts, top_k, method=method, norm_topk_prob=False, **options)
+    assert not sparse.receipt["arguments"]["norm_topk_prob"]
+    factor = (experts * granularity / top_k) ** (1 / (1 + degree))
+    hidden = torch.randn(20, 32)
+    for exact, (up, down, block) in zip(upcycle(dense, 4).sparse_blocks, layers_of(dense, sparse), strict=True):
+        routing = block.gate(hidden)
+        ratio = routing.top_k_weights.sum(-1, keepdim=True) * experts / top_k
+        torch.testing.assert_close(block(hidden), exact(hidden) * ratio, rtol=1e-4, atol=1e-5)
+        spread = routing.router_logits.max(-1).values - routing.router_logits.min(-1).values
+        assert (ratio[:, 0] >= 1 - 1e-6).all()
+        assert (ratio[:, 0] <= spread.exp() + 1e-6).all()
+        size = UNITS // granularity
+        torch.testing.assert_close(block.experts.down_proj[0], down[:, :size] * factor)
+        own, dense_rows = unit_rows(up_of(block)[0], size), unit_rows(up, UNITS)[:, :size]
+        torch.testing.assert_close(own[-1], dense_rows[-1] * (factor if degree else 1.0))
+        assert torch.equal(own[:-1], dense_rows[:-1])  # the gate, where there is one
+
+
+@pytest.mark.parametrize("method", ["copy", "split"])
+def test_probabilities_of_all_experts_sum_to_1(method):
+    sparse = upcycle(tiny_dense("decoder"), 4, 4, method=method, norm_topk_prob=False)
+    assert difference(sparse) <= EXACT
+    with pytest.raises(AssertionError):
+        assert difference(upcycle(tiny_dense("decoder"), 4, 2, method=method, norm_topk_prob=False)) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["copy", "graft", "noise", "branches"])
+def test_one_expert_a_token_has_a_weight_that_trains_its_router(family, method, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    dense = tiny_dense(family)
+    sources = {"sources": [dense] * 4} if method == "branches" else {}
+    model = upcycle(
+        None if sources else dense, 4, num_experts_per_tok=1, method=method, router_aux_loss_coef=0.0, **sources
+    )
+    assert model.config.norm_topk_prob is False
+    assert ("starts near the dense model" in caplog.text) == (method == "copy")
+    if method == "graft":
+        assert difference(model) <= EXACT
+        for block in model.sparse_blocks:
+            torch.nn.init.normal_(block.experts.down_proj, std=0.1)
+    from tiny_models import tiny_inputs
+
+    model(**tiny_inputs(model)).loss.backward()
+    assert all(block.gate.weight.grad.norm() > 1e-4 for block in model.sparse_blocks)
 
 
 def owners(up, block):
@@ -271,7 +340,7 @@ def test_balanced_k_means_finds_the_groups():
     [
         ({"method": "clone"}, "`method='clone'` is not allowed"),
         ({"method": "split", "granularity": 3}, "`num_experts=4` is not a multiple"),
-        ({"method": "split", "granularity": 2, "norm_topk_prob": False}, "norm_topk_prob"),
+        ({"method": "split", "granularity": 2, "router_type": "hash"}, "`router_type='hash'` is not allowed"),
         ({"method": "partition", "num_experts": 5}, "48 intermediate units cannot be divided by `num_experts=5`"),
         ({"method": "partition", "partition": "alphabetical"}, "`partition='alphabetical'`"),
         ({"method": "partition", "partition": "activation"}, "needs `data`"),

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 ROUTER_TYPES = ("top_k", "expert_choice", "hash")
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "cosine")
@@ -86,7 +89,9 @@ class SparseMoeConfig(PreTrainedConfig):
         scoring_func (`str`, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` of the router's logits, or `"cosine"`: the softmax of the cosines of the token
             and learned expert keys, over a learned temperature. A sigmoid router has a selection bias.
-        norm_topk_prob (`bool`, defaults to `True`): Divide the weights of the chosen experts by their sum.
+        norm_topk_prob (`bool`, *optional*):
+            Divide the weights of the chosen experts by their sum. Defaults to `True`, with one expert a token to
+            `False`: its weight would always be 1, and the task's loss would never reach the router.
         routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights of the routed experts.
         n_group (`int`, defaults to 1): Groups that the experts are in, one after the other.
         topk_group (`int`, defaults to 1): How many groups a token may take experts from.
@@ -125,7 +130,7 @@ class SparseMoeConfig(PreTrainedConfig):
     num_shared_experts: int = 0
     router_type: str = "top_k"
     scoring_func: str = "softmax"
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool | None = None  # a `bool` once the config is made
     routed_scaling_factor: float | int = 1.0
     n_group: int = 1
     topk_group: int = 1
@@ -164,6 +169,14 @@ class SparseMoeConfig(PreTrainedConfig):
         kwargs.setdefault("output_attentions", dense.output_attentions)
         # Most dense models fail where their config says False; the mixture makes the tuple itself.
         self.return_dict, dense.return_dict = bool(self.return_dict and dense.return_dict), True
+        one_of_many = self.num_experts_per_tok == 1 < self.num_experts and self.router_type != "hash"
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = not one_of_many
+        elif self.norm_topk_prob and one_of_many and self.router_type == "top_k":
+            logger.warning_once(
+                "`num_experts_per_tok=1` with `norm_topk_prob=True` gives every token's expert the weight 1, so that "
+                "the task's loss never trains the router. To train it, make a mixture with `norm_topk_prob=False`."
+            )
         super().__post_init__(**kwargs)
         self._check_fields()
 

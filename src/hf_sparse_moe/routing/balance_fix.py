@@ -27,7 +27,14 @@ from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
 
-from .mixture_layers import MixtureLayer, RoutingObservation, event_of, find_mixture_layers, observe_routing
+from .mixture_layers import (
+    MixtureLayer,
+    RoutingObservation,
+    event_of,
+    find_mixture_layers,
+    observe_routing,
+    warn_of_untrained_routers,
+)
 
 
 COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
@@ -114,7 +121,7 @@ class BalanceFix:
         self._running: nn.Module | None = None
         self._tokens: dict[str, SideTokens] = {}
         self._events: list[RoutingEvent] = []
-        self._trains = self._wants_logits = False
+        self._trains = self._wants_logits = self._looked_at_weights = False
         self._handles: list[RemovableHandle | RoutingObservation] = [
             observe_routing(layers, self._collect),
             *(part.register_forward_pre_hook(self._before, with_kwargs=True) for part in parts),
@@ -186,6 +193,9 @@ class BalanceFix:
         if outputs is None:  # an error ended the forward pass
             return None
         model = self.model
+        if trains and not self._looked_at_weights:
+            self._looked_at_weights = True
+            warn_of_untrained_routers(events)
         if trains and not events:
             raise ValueError(
                 f"No layer of this `{type(model).__name__}` reported its routing to `fix_balance`, as in a copy of a "

@@ -18,10 +18,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.routing import Routing, RoutingEvent, finite_rows
 
+
+logger = logging.get_logger(__name__)
 
 ROUTER_NAMES = ("gate", "router")
 # Where modules and configs keep a number, the most telling name first: routers may score more classes than there are
@@ -174,6 +177,22 @@ def routing_events(model: nn.Module, layers: Iterable[MixtureLayer], inputs: Map
 def event_of(layer: MixtureLayer, routing: Routing, tokens: Mapping[str, SideTokens]) -> RoutingEvent:
     """The event of one call of `layer` in a forward pass on `tokens`."""
     return RoutingEvent.of(layer, routing, tokens[layer.side].context(len(routing.router_logits)))
+
+
+@torch.no_grad()
+def warn_of_untrained_routers(events: Iterable[RoutingEvent]) -> None:
+    """Say which layers give the one expert of every token the same weight, as normalised ones do: 1."""
+    names = []
+    for event in events:
+        weights = event.routing.top_k_weights
+        if event.layer.top_k == 1 < event.layer.num_experts and (weights - weights[:1]).abs().max() < 1e-6:
+            names.append(event.layer.name)
+    if names:
+        logger.warning(
+            f"`{names[0]}`, like {len(names) - 1} other layers, has one expert a token, whose normalised weight is "
+            "always 1, so that the task's loss never trains the router; only the balance loss does. Let two experts "
+            "serve a token, or take an architecture that leaves the weights as they are, such as Qwen3-MoE."
+        )
 
 
 def without_wrapper(module: nn.Module) -> nn.Module:

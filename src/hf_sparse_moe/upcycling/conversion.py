@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ReLUSquaredActivation
 
 from hf_sparse_moe.checkpoints.families import sparse_class
 from hf_sparse_moe.checkpoints.reader import DenseTensors, loaded_dtypes
@@ -27,6 +28,7 @@ from .recipe import Layers, Recipe, mixture_config
 from .rows import Matrix, blocks, single_threaded_workers
 
 
+DEGREES = {nn.ReLU: 1, ReLUSquaredActivation: 2}  # plain activations f with f(s x) = s ** degree f(x) for s > 0
 Read = Callable[..., torch.Tensor]
 Index = tuple[slice, ...]
 Made = dict[str, Matrix | list[Matrix]]  # a list, where the tensor has an entry for each expert
@@ -61,7 +63,9 @@ class SparseLayer:
         up_bias, down_bias = None, None
         if self.feed_forward.biased:
             up_bias, down_bias = (read(*names) for names in self._projections("bias"))
-        found = FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated)
+        gated = self.feed_forward.layout.gated
+        degree = 1 if gated else DEGREES.get(type(self.feed_forward.activation), 0)
+        found = FeedForwardWeights(up, down, up_bias, down_bias, gated, degree)
         for matrix in found.matrices.values():
             check_numbers(self.feed_forward.path, matrix)
         return found

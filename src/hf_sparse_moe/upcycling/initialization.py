@@ -23,6 +23,7 @@ class FeedForwardWeights:
     up_bias: Any  # (2I,) or (I,), or None
     down_bias: Any  # (H,), or None
     gated: bool
+    degree: int = 0  # the output grows with this power of a factor on the units' own rows of `up`; 0 where it does not
 
     @property
     def parts(self) -> int:
@@ -46,13 +47,24 @@ class FeedForwardWeights:
             up_bias=None if self.up_bias is None else self.up_bias[index],
         )
 
-    def scale(self, weight: float, bias: float | None = None) -> FeedForwardWeights:
-        """The output times `weight`; its bias times `bias`, where that is another."""
-        bias = weight if bias is None else bias
+    def scale(self, weight: float, bias: float, evenly: bool = False) -> FeedForwardWeights:
+        """
+        The output times `weight`, its bias times `bias`; `evenly` where `up` takes as much of the weight as `down`, as
+        far as its `degree` lets it, so that neither outgrows its learning rate (arXiv 2410.07524).
+        """
         if weight == bias == 1.0:
             return self
-        down = by_rows(lambda rows: rows * weight, self.down)
-        return replace(self, down=down, down_bias=None if self.down_bias is None else self.down_bias * bias)
+        share = weight ** (1 / (1 + self.degree)) if evenly else weight
+        made: dict[str, Any] = {"down": by_rows(lambda rows: rows * share, self.down)}
+        if self.down_bias is not None:
+            made["down_bias"] = self.down_bias * bias
+        if evenly and self.degree:
+            factors = torch.ones(self.up.shape[0])
+            factors[-self.down.shape[1] :] = share  # the gate's rows, which come first, stay
+            made["up"] = by_rows(lambda rows, by: rows * by[:, None], self.up, factors)
+            if self.up_bias is not None:
+                made["up_bias"] = (self.up_bias * factors).to(self.up_bias.dtype)
+        return replace(self, **made)
 
 
 def _columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -93,7 +105,8 @@ class LayerContext:
 
 def has_constant_weights(config: SparseMoeConfig) -> bool:
     """Whether the weights of every token's experts sum to `routed_scaling_factor`."""
-    return config.router_type == "hash" or (config.router_type == "top_k" and config.norm_topk_prob)
+    takes_all = config.num_experts_per_tok == config.num_experts and config.scoring_func != "sigmoid"
+    return config.router_type == "hash" or (config.router_type == "top_k" and bool(config.norm_topk_prob or takes_all))
 
 
 def output_scale(config: SparseMoeConfig) -> float:
@@ -108,15 +121,21 @@ def output_scale(config: SparseMoeConfig) -> float:
     return 1.0 / (even * config.mean_experts_per_token * config.routed_scaling_factor)
 
 
+def as_expert(part: FeedForwardWeights, config: SparseMoeConfig, parts: int = 1) -> FeedForwardWeights:
+    """One of `parts` of a dense feed-forward, scaled so that a token's experts together give what it gives."""
+    scale = output_scale(config)  # of the bias, which every part holds whole
+    return part.scale(parts * scale, bias=scale, evenly=not has_constant_weights(config))
+
+
 def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
-    experts = [dense.scale(output_scale(context.config))] * context.config.num_experts
+    experts = [as_expert(dense, context.config)] * context.config.num_experts
     return LayerStart(experts, context.random_router(dense))
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """`copy`, and on each weight noise of `noise_std` times the root mean square of its dense matrix."""
-    copied = dense.scale(output_scale(context.config))
+    copied = as_expert(dense, context.config)
     stds = {
         name: context.options["noise_std"] * (mean**2 + std**2) ** 0.5
         for name, matrix in copied.matrices.items()
@@ -139,7 +158,8 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     `copy`, then in each expert `drop_ratio` of the units are redrawn from a normal with the mean and deviation of the
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
-    copied, units = dense.scale(output_scale(context.config)), dense.down.shape[1]
+    scale, units = output_scale(context.config), dense.down.shape[1]
+    copied = dense.scale(scale, bias=scale)
     count = round(context.options["drop_ratio"] * units)
     of_down = mean_and_std(copied.down)
     of_ups = {  # of the gate and of the up projection, where there are both
@@ -169,9 +189,8 @@ def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     holds every shard once, and its G router rows are equal (a virtual group), so that the top k picks whole groups.
     """
     granularity = context.options["granularity"]
-    scale = output_scale(context.config)  # of the bias, which every shard holds whole
     units = torch.arange(dense.down.shape[1])
-    shards = [dense.take(part).scale(granularity * scale, bias=scale) for part in units.chunk(granularity)]
+    shards = [as_expert(dense.take(part), context.config, granularity) for part in units.chunk(granularity)]
     groups = context.config.num_experts // granularity
     return LayerStart(shards * groups, context.random_router(dense, groups).repeat_interleave(granularity, dim=0))
 
@@ -205,8 +224,7 @@ def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> Layer
         features = torch.nn.functional.normalize(features, dim=-1)
         labels = balanced_k_means(features, experts, context.generator)
         groups = [units[labels == expert] for expert in range(experts)]
-    scale = output_scale(context.config)
-    parts = [dense.take(group.sort().values).scale(experts * scale, bias=scale) for group in groups]
+    parts = [as_expert(dense.take(group.sort().values), context.config, experts) for group in groups]
     if context.config.num_experts_per_tok == experts:
         return LayerStart(parts, torch.zeros(experts, dense.down.shape[0]), shared)
     return LayerStart(parts, context.random_router(dense), shared)
@@ -255,7 +273,7 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
 
 def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """Expert e is the feed-forward of dense checkpoint e (Branch-Train-MiX, arXiv 2403.07816)."""
-    experts = [branch.scale(output_scale(context.config)) for branch in context.branches]
+    experts = [as_expert(branch, context.config) for branch in context.branches]
     return LayerStart(experts, context.random_router(dense) if context.centroids is None else context.centroids)
 
 
@@ -322,7 +340,12 @@ INITIALIZATION_METHODS = {
     "noise": InitializationMethod(noise_experts, "no, near", lambda config: False, options={"noise_std": (0.01, 0)}),
     "drop": InitializationMethod(drop_experts, "no", lambda config: False, options={"drop_ratio": (0.5, 0, 1)}),
     "split": InitializationMethod(
-        split_experts, "yes", lambda config: True, _split_sizes, {"granularity": (2, 1)}, makes_parts=True
+        split_experts,
+        "with normalised weights",
+        has_constant_weights,
+        _split_sizes,
+        {"granularity": (2, 1)},
+        makes_parts=True,
     ),
     "partition": InitializationMethod(
         partition_experts,

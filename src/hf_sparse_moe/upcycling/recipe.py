@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .initialization import INITIALIZATION_METHODS, InitializationMethod
+from .initialization import INITIALIZATION_METHODS, InitializationMethod, has_constant_weights
 
 
+logger = logging.get_logger(__name__)
 Layers = str | Sequence[int] | dict[str, str | Sequence[int]]
 
 
@@ -106,13 +108,11 @@ def mixture_config(
         if chosen != "all":
             fields[name] = layer_types(chosen, sum(where == side for _, where in found))
     units = {feed_forward.intermediate_size for feed_forward, _ in found}
-    parts = {"router_type": "top_k", "norm_topk_prob": True} if row.makes_parts else {}
-    for name, needed in parts.items():
-        if fields.get(name, needed) != needed:
-            raise ValueError(
-                f"`{name}={fields[name]!r}` is not allowed with `method={method!r}`, whose experts are parts of the "
-                f"dense feed-forward that a token's experts make whole together: it must be {needed!r}."
-            )
+    if row.makes_parts and everything.router_type != "top_k":
+        raise ValueError(
+            f"`router_type={everything.router_type!r}` is not allowed with `method={method!r}`, whose experts are "
+            "parts of the dense feed-forward that a token's experts make whole together: it must be 'top_k'."
+        )
     if fields.get("num_shared_experts") and not row.makes_shared_experts:
         raise ValueError(
             f"`num_shared_experts={fields['num_shared_experts']}` is not allowed with `method={method!r}`, which "
@@ -124,7 +124,14 @@ def mixture_config(
             f"`method={method!r}` needs feed-forwards of one size, but `{type(dense).__name__}` has {sorted(units)}."
         )
     fields |= decided
-    return config_class.from_dense(dense.config, **fields)
+    config = config_class.from_dense(dense.config, **fields)
+    by_default = config.num_experts_per_tok == 1 and "norm_topk_prob" not in fields
+    if by_default and row.is_exact is has_constant_weights and not row.is_exact(config):
+        logger.warning(
+            "`num_experts_per_tok=1` leaves the weights unnormalised, so that the router learns. They differ from "
+            f"token to token: `method={method!r}` starts near the dense model, `method='graft'` at it."
+        )
+    return config
 
 
 def layer_types(layers: str | Sequence[int], num_layers: int) -> list[str]:
