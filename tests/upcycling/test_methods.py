@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
-from hf_sparse_moe import upcycle
+from hf_sparse_moe import expert_lora_config, export, upcycle
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
 from hf_sparse_moe.upcycling import expand
 from hf_sparse_moe.upcycling.initialization import balanced_k_means
@@ -250,10 +252,50 @@ def test_graft_keeps_the_function_in_a_shared_expert(family, size):
         assert not torch.equal(up_of(block)[0], up_of(block)[1])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graft_of_a_rank_is_a_low_rank_expert_and_streams_trains_adapts_and_exports(family, tmp_path):
+    dense = tiny_dense(family)
+    dense.save_pretrained(tmp_path / "dense")
+    sparse = upcycle(dense, 4, method="graft", rank=4)
+    assert difference(sparse) <= EXACT
+    assert sparse.receipt["arguments"]["rank"] == 4
+    for block in sparse.sparse_blocks:
+        assert block.experts.down_proj.shape == (4, 32, 4)
+        torch.nn.init.normal_(block.experts.down_proj)
+        if not block.experts.biased:
+            gate_up = up_of(block)[0]
+            hidden = torch.randn(64, 32)
+            inner = torch.nn.functional.linear(hidden, gate_up)
+            inner = block.experts._apply_gate(inner) if block.experts.gated else block.experts.act_fn(inner)
+            assert torch.linalg.matrix_rank(inner @ block.experts.down_proj[0].T) <= 4
+    upcycle(tmp_path / "dense", 4, method="graft", rank=4, output=tmp_path / "streamed")
+    streamed = type(sparse).from_pretrained(tmp_path / "streamed").state_dict()
+    fresh = upcycle(dense, 4, method="graft", rank=4).state_dict()
+    assert all(torch.equal(streamed[key], tensor) for key, tensor in fresh.items())
+    adapted = get_peft_model(sparse, expert_lora_config(sparse, r=2))
+    from tiny_models import tiny_inputs
+
+    adapted(**tiny_inputs(sparse)).loss.backward()
+    assert any(parameter.grad.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_a_mixture_of_a_rank_exports(tmp_path):
+    sparse = upcycle(tiny_dense("qwen2"), 4, method="graft", rank=4)
+    for block in sparse.sparse_blocks:
+        torch.nn.init.normal_(block.experts.down_proj)
+    report = export(sparse, tmp_path / "stock")
+    ids = torch.randint(5, 90, (2, 8))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(stock).__name__ == "Qwen2MoeForCausalLM", report
+    torch.testing.assert_close(stock(ids).logits, sparse(ids).logits, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="shared"):
+        export(sparse, tmp_path / "other", architecture="mixtral")
+
+
 @pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
 @pytest.mark.parametrize(
     ("method", "experts", "top_k", "options"),
-    [("split", 4, 2, {}), ("graft", 4, 2, {}), ("partition", 4, 4, {})],
+    [("split", 4, 2, {}), ("graft", 4, 2, {}), ("graft", 4, 2, {"rank": 4}), ("partition", 4, 4, {})],
 )
 def test_biases_are_added_once(name, method, experts, top_k, options):
     assert difference(upcycle(tiny_dense(name), experts, top_k, method=method, **options)) <= EXACT
@@ -347,6 +389,10 @@ def test_balanced_k_means_finds_the_groups():
         ({"method": "partition", "shared_units": 48}, "`shared_units=48`"),
         ({"method": "graft", "moe_intermediate_size": 13}, "cannot be divided"),
         ({"method": "copy", "moe_intermediate_size": 13}, "`moe_intermediate_size=13`"),
+        ({"method": "graft", "rank": 13}, "cannot be divided by `rank=13`"),
+        ({"method": "graft", "rank": 12, "moe_intermediate_size": 24}, "exclude each other"),
+        ({"method": "graft", "rank": -1}, "`rank=-1` is not allowed"),
+        ({"method": "split", "moe_intermediate_size": 48}, "`moe_intermediate_size=48` is not allowed"),
         ({"method": "copy", "drop_ratio": 0.5}, "`drop_ratio` is neither a field"),
         ({"num_experts_per_tok": 5}, "`num_experts_per_tok=5`"),
         ({"data": [], "method": "partition", "partition": "activation"}, "`data` has no batches"),
@@ -372,7 +418,7 @@ def branches_of(family, count=3):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_branches_become_the_experts(family):
     branches = branches_of(family)
-    sparse = upcycle(method="branches", sources=branches, num_experts_per_tok=1)
+    sparse = upcycle(method="branches", sources=branches)
     assert sparse.config.num_experts == 3
     for branch_number, branch in enumerate(branches):
         for up, down, block in layers_of(branch, sparse):
@@ -387,6 +433,23 @@ def test_branches_become_the_experts(family):
 def test_equal_branches_keep_the_function(family):
     dense = tiny_dense(family)
     assert difference(upcycle(method="branches", sources=[dense, dense])) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_of_finer_experts(family):
+    """A group of experts is one branch, and its equal router rows choose it whole."""
+    branches = branches_of(family)
+    whole = upcycle(method="branches", sources=branches, seed=1)
+    fine = upcycle(method="branches", sources=branches, num_experts_per_tok=4, granularity=2, seed=1)
+    assert (fine.config.num_experts, fine.config.moe_intermediate_size) == (6, UNITS // 2)
+    inputs = {"input_ids": torch.randint(5, 90, (2, 8))}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family == "encoder_decoder" else {}
+    torch.testing.assert_close(fine(**inputs).logits, whole(**inputs).logits, rtol=0, atol=1e-4)
+    dense = tiny_dense(family)
+    for prompts in (None, [[torch.randint(5, 90, (2, 8))], [torch.randint(5, 90, (2, 8))]]):
+        equal = upcycle(method="branches", sources=[dense] * 2, granularity=2, num_experts_per_tok=2, prompts=prompts)
+        assert difference(equal) <= EXACT
+        assert all(torch.equal(block.gate.weight[0], block.gate.weight[1]) for block in equal.sparse_blocks)
 
 
 def test_the_trunk_may_be_the_base():
@@ -418,6 +481,12 @@ def test_routers_start_from_each_branch_s_own_text(family):
         ({"sources": ["llama", "qwen3"]}, "is a Qwen3ForCausalLM"),
         ({"sources": ["llama", "wide"]}, "the shape"),
         ({"sources": ["llama", "llama"], "num_experts": 3}, "`num_experts=3`"),
+        ({"sources": ["llama"] * 2, "granularity": 2, "num_experts": 2, "num_experts_per_tok": 2}, "`granularity=2`"),
+        ({"sources": ["llama"] * 2, "granularity": 2}, "`num_experts_per_tok=1` is not a multiple"),
+        (
+            {"sources": ["llama"] * 2, "granularity": 5, "num_experts_per_tok": 5},
+            "divided by `granularity=5`",
+        ),
         ({"sources": ["llama", "llama"], "trunk": "base"}, "needs the base model"),
         ({"sources": ["llama", "llama"], "trunk": "root"}, "`trunk='root'`"),
         ({"sources": ["llama", "llama"], "prompts": [[]]}, "`prompts` has 1 entries"),
@@ -427,7 +496,7 @@ def test_branches_that_do_not_fit_are_refused(arguments, message):
     models = {"llama": tiny_dense("llama"), "qwen3": tiny_dense("qwen3"), "wide": tiny_dense("llama", vocab_size=99)}
     arguments["sources"] = [models[name] for name in arguments["sources"]]
     with pytest.raises(ValueError, match=message):
-        upcycle(method="branches", num_experts_per_tok=1, **arguments)
+        upcycle(method="branches", **{"num_experts_per_tok": 1} | arguments)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

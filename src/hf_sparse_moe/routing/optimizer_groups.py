@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Any
 
 from torch import nn
@@ -38,38 +37,30 @@ def parameter_groups(
         ValueError: a number that is not allowed, a model without sparse layers, one with nothing to train, or a rate
             for routers or experts that are all frozen.
     """
-    rates = {
-        "learning_rate": learning_rate,
-        "router_learning_rate": router_learning_rate,
-        "expert_learning_rate": expert_learning_rate,
-    }
-    for name, value in {**rates, "weight_decay": weight_decay}.items():
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= 0
-        if not fine and (value is not None or name not in ("router_learning_rate", "expert_learning_rate")):
+    own = {"router_learning_rate": router_learning_rate, "expert_learning_rate": expert_learning_rate}
+    asked = {name: rate for name, rate in own.items() if rate is not None}
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay, **asked}.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"`{name}={value!r}` is not allowed: it must be a finite number of at least 0.")
     layers = find_mixture_layers(model)
     role_of = {id(each): "expert_learning_rate" for layer in layers for each in layer.experts.parameters()}
     role_of |= {id(each): "router_learning_rate" for layer in layers for each in layer.router.parameters()}
     groups: dict[Any, dict[str, Any]] = {}
-    seen = set()
+    idle = set(asked)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        role = role_of.get(id(parameter), "learning_rate")
-        seen.add(role)
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
-        decays = role != "router_learning_rate" and "bias" not in name and len(shape) > 1
-        rate = learning_rate if rates[role] is None else rates[role]
-        key = (rate, decays, getattr(parameter, "device_mesh", None))
-        decay = weight_decay if decays else 0.0
-        groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
+        if parameter.requires_grad:
+            role = role_of.get(id(parameter), "learning_rate")
+            idle.discard(role)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
+            decays = role != "router_learning_rate" and "bias" not in name and len(shape) > 1
+            rate, decay = asked.get(role, learning_rate), weight_decay if decays else 0.0
+            key = (rate, decays, getattr(parameter, "device_mesh", None))
+            groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
     if not groups:
         raise ValueError("`model` has no parameter that requires a gradient. Unfreeze what is to be trained.")
-    idle = [role for role in ("router_learning_rate", "expert_learning_rate") if rates[role] is not None]
-    idle = [role for role in idle if role not in seen]
-    if idle:
+    for name in sorted(idle):
         raise ValueError(
-            f"`{idle[0]}={rates[idle[0]]!r}` has nothing to act on: the {idle[0].split('_')[0]}s of `model` have no "
-            "parameter that requires a gradient. Unfreeze them, or leave the argument out."
+            f"`{name}={asked[name]!r}` has nothing to act on: the {name.split('_')[0]}s of `model` have no parameter "
+            "that requires a gradient. Unfreeze them, or leave the argument out."
         )
     return list(groups.values())

@@ -127,10 +127,24 @@ def as_expert(part: FeedForwardWeights, config: SparseMoeConfig, parts: int = 1)
     return part.scale(parts * scale, bias=scale, evenly=not has_constant_weights(config))
 
 
-def copy_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
-    """Every expert is the dense feed-forward (sparse upcycling, arXiv 2212.05055)."""
-    experts = [as_expert(dense, context.config)] * context.config.num_experts
-    return LayerStart(experts, context.random_router(dense))
+def whole_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
+    """
+    Every expert is a dense feed-forward: that of the model (sparse upcycling, arXiv 2212.05055), or expert e that of
+    branch e (Branch-Train-MiX, arXiv 2403.07816).
+
+    With granularity G (arXiv 2410.07524) the units are cut in G shards: each group of G experts holds every shard of
+    its feed-forward once, and has G equal router rows (a virtual group), so that the top k picks whole groups.
+    """
+    config, granularity = context.config, context.options.get("granularity", 1)
+    groups = config.num_experts // granularity
+    units = torch.arange(dense.down.shape[1]).chunk(granularity)
+    whole = [as_expert(each, config) for each in context.branches or [dense]]
+    shards = [
+        as_expert(each.take(part), config, granularity) for each in context.branches or [dense] for part in units
+    ]
+    experts = whole if granularity == 1 else shards
+    rows = context.random_router(dense, groups) if context.centroids is None else context.centroids
+    return LayerStart(experts * (config.num_experts // len(experts)), rows.repeat_interleave(granularity, dim=0))
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -181,18 +195,6 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
 
     experts = (drop() for _ in range(context.config.num_experts))
     return LayerStart(experts, context.random_router(dense))
-
-
-def split_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
-    """
-    Fine-grained experts (arXiv 2410.07524). With granularity G the units are cut in G shards; each group of G experts
-    holds every shard once, and its G router rows are equal (a virtual group), so that the top k picks whole groups.
-    """
-    granularity = context.options["granularity"]
-    units = torch.arange(dense.down.shape[1])
-    shards = [as_expert(dense.take(part), context.config, granularity) for part in units.chunk(granularity)]
-    groups = context.config.num_experts // granularity
-    return LayerStart(shards * groups, context.random_router(dense, groups).repeat_interleave(granularity, dim=0))
 
 
 def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -258,7 +260,10 @@ def balanced_k_means(
 
 
 def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
-    """The dense feed-forward serves every token as a shared expert; the routed experts begin with a zero `down`."""
+    """
+    The dense feed-forward serves every token as a shared expert; the routed experts begin with a zero `down`. With a
+    `rank` they have that many units each, low-rank adapters beside it (as in arXiv 2309.05444, here not linear).
+    """
     units = dense.down.shape[1]
     routed = dense.take(torch.arange(context.config.moe_intermediate_size or units))
     moments = mean_and_std(dense.up)
@@ -271,27 +276,18 @@ def graft_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     return LayerStart(experts, context.random_router(dense), dense)
 
 
-def branch_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
-    """Expert e is the feed-forward of dense checkpoint e (Branch-Train-MiX, arXiv 2403.07816)."""
-    experts = [as_expert(branch, context.config) for branch in context.branches]
-    return LayerStart(experts, context.random_router(dense) if context.centroids is None else context.centroids)
-
-
-def _copy_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    size = fields.get("moe_intermediate_size")
-    if size not in (None, units):
-        raise ValueError(f"`moe_intermediate_size={size}` is not allowed: experts that start as copies have {units}.")
-    return {}
-
-
-def _split_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    granularity, groups = options["granularity"], fields.get("n_group", 1)
+def _whole_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
+    granularity, groups = options.get("granularity", 1), fields.get("n_group", 1)
     for name in ("num_experts", "num_experts_per_tok"):
-        if fields[name] % granularity:
+        if fields.get(name, granularity) % granularity:
             raise ValueError(f"`{name}={fields[name]}` is not a multiple of `granularity={granularity}`.")
-    if fields["num_experts"] // groups % granularity:
+    if groups > 1 and fields["num_experts"] // groups % granularity:
         raise ValueError(f"`n_group={groups}` cuts through groups of `granularity={granularity}` experts.")
-    return {"moe_intermediate_size": _share(units, granularity, "granularity")}
+    size = _share(units, granularity, "granularity")
+    if fields.get("moe_intermediate_size") not in (None, size):
+        given = fields["moe_intermediate_size"]
+        raise ValueError(f"`moe_intermediate_size={given}` is not allowed: experts of this method have {size}.")
+    return {} if granularity == 1 else {"moe_intermediate_size": size}
 
 
 def _partition_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -308,8 +304,11 @@ def _partition_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]
 
 
 def _graft_sizes(fields: dict[str, Any], units: int, options: dict[str, Any]) -> dict[str, Any]:
-    size = fields.get("moe_intermediate_size") or units
-    return {"moe_intermediate_size": size, "num_shared_experts": _share(units, size, "moe_intermediate_size")}
+    rank, given = options["rank"], fields.get("moe_intermediate_size")
+    if rank and given not in (None, rank):
+        raise ValueError(f"`moe_intermediate_size={given}` and `rank={rank}` exclude each other. Give one.")
+    size, name = rank or given or units, "rank" if rank else "moe_intermediate_size"
+    return {"moe_intermediate_size": size, "num_shared_experts": _share(units, size, name)}
 
 
 def _share(units: int, parts: int, name: str) -> int:
@@ -329,24 +328,17 @@ class InitializationMethod:
     exact: str  # when the mixture computes what the dense model computes
     is_exact: Callable[[SparseMoeConfig], bool]  # the same, asked of a mixture's config
     # the config fields that the method decides, from the given ones, the dense units and the options
-    sizes: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _copy_sizes
+    sizes: Callable[[dict[str, Any], int, dict[str, Any]], dict[str, Any]] = _whole_sizes
     options: dict[str, tuple] = field(default_factory=dict)
     makes_shared_experts: bool = False
-    makes_parts: bool = False  # whether experts are parts of the dense feed-forward, which a token's make whole
 
 
+NORMALISED = "with normalised weights"
 INITIALIZATION_METHODS = {
-    "copy": InitializationMethod(copy_experts, "with normalised weights", has_constant_weights),
+    "copy": InitializationMethod(whole_experts, NORMALISED, has_constant_weights),
     "noise": InitializationMethod(noise_experts, "no, near", lambda config: False, options={"noise_std": (0.01, 0)}),
     "drop": InitializationMethod(drop_experts, "no", lambda config: False, options={"drop_ratio": (0.5, 0, 1)}),
-    "split": InitializationMethod(
-        split_experts,
-        "with normalised weights",
-        has_constant_weights,
-        _split_sizes,
-        {"granularity": (2, 1)},
-        makes_parts=True,
-    ),
+    "split": InitializationMethod(whole_experts, NORMALISED, has_constant_weights, options={"granularity": (2, 1)}),
     "partition": InitializationMethod(
         partition_experts,
         "only where every token uses all experts",
@@ -354,13 +346,14 @@ INITIALIZATION_METHODS = {
         _partition_sizes,
         {"partition": ("random", "contiguous", "k_means", "activation"), "shared_units": (0, 0)},
         makes_shared_experts=True,
-        makes_parts=True,
     ),
-    "graft": InitializationMethod(graft_experts, "yes", lambda config: True, _graft_sizes, makes_shared_experts=True),
+    "graft": InitializationMethod(
+        graft_experts, "yes", lambda config: True, _graft_sizes, {"rank": (0, 0)}, makes_shared_experts=True
+    ),
     "branches": InitializationMethod(
-        branch_experts,
+        whole_experts,
         "where all branches are equal",
         lambda config: False,
-        options={"trunk": ("average", "base")},
+        options={"trunk": ("average", "base"), "granularity": (1, 1)},
     ),
 }

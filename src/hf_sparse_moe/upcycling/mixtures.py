@@ -153,7 +153,8 @@ def upcycle(
     if output is not None:
         check_target(output)
     recipe, fields = make_recipe(method, seed, options_and_fields)
-    num_experts = num_experts if num_experts is not None else len(sources) or 8
+    from_branches = len(sources) * recipe.options.get("granularity", 1)
+    num_experts = num_experts if num_experts is not None else from_branches or 8
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
     chosen_dtype = check_dtype(dtype)
     if distributed_config is not None:
@@ -210,8 +211,11 @@ def upcycle(
         given = [(base, base_source), *branches] if recipe.options["trunk"] == "base" and base else branches
         names = [name_of(*each) or f"model {number}" for number, each in enumerate(given, start=1)]
         check_branches([each for each, _ in given], [found for _, found in given], names)
-        if num_experts != len(branches):
-            raise ValueError(f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches.")
+        if num_experts != from_branches:
+            raise ValueError(
+                f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches, of "
+                f"`granularity={recipe.options['granularity']}` experts each."
+            )
         dense = make_trunk([branch for branch, _ in branches], base, recipe.options["trunk"])
     assert dense is not None
     conversion = plan_conversion(dense, LoadedTensors(dense), chosen_dtype or dense.dtype, recipe, fields, layers)

@@ -108,7 +108,8 @@ def mixture_config(
         if chosen != "all":
             fields[name] = layer_types(chosen, sum(where == side for _, where in found))
     units = {feed_forward.intermediate_size for feed_forward, _ in found}
-    if row.makes_parts and everything.router_type != "top_k":
+    makes_parts = method == "partition" or recipe.options.get("granularity", 1) > 1
+    if makes_parts and everything.router_type != "top_k":
         raise ValueError(
             f"`router_type={everything.router_type!r}` is not allowed with `method={method!r}`, whose experts are "
             "parts of the dense feed-forward that a token's experts make whole together: it must be 'top_k'."
