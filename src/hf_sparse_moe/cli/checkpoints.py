@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .app import app
@@ -20,7 +18,7 @@ from .options import (
     SourceArgument,
     describe_difference,
     facts_table,
-    print_json,
+    show,
 )
 
 
@@ -30,13 +28,9 @@ def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonO
     from hf_sparse_moe.insight.anatomy import describe_checkpoint
 
     description = describe_checkpoint(source, revision)
-    if as_json:
-        print_json(description.to_dict())
-        return
-    console = Console()
     names = ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers")
     facts = {name.replace("_", " "): description.to_dict()[name] for name in names}
-    console.print(facts_table(facts | {"FLOPs per token": f"{description.flops_per_token:,}"}), highlight=False)
+    facts |= {"FLOPs per token": f"{description.flops_per_token:,}"}
     parts = Table("parameters", "total", "active per token")
     for column in parts.columns[1:]:
         column.justify = "right"
@@ -44,8 +38,7 @@ def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonO
         if name == "total":
             parts.add_section()
         parts.add_row(name, f"{count['total']:,}", f"{count['active']:,}")
-    console.print(parts)
-    console.print(escape(_describe_receipt(description.receipt)), highlight=False)
+    show(description.to_dict(), as_json, facts_table(facts), parts, _describe_receipt(description.receipt))
 
 
 def _describe_receipt(receipt: dict[str, Any] | None) -> str:
@@ -81,7 +74,5 @@ def consolidate(
     from hf_sparse_moe.distributed.consolidation import consolidate as write_normal_checkpoint
 
     done = write_normal_checkpoint(source, output, config, dtype, max_shard_size)
-    if as_json:
-        print_json(done.to_dict())
-    else:
-        typer.echo(f"{done.path}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}")
+    told = f"{done.path}: {done.tensors} tensors, {done.parameters:,} parameters, from {done.engine}"
+    show(done.to_dict(), as_json, told)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .app import app
-from .options import JsonOption, OutputArgument, RevisionOption, print_json
+from .options import JsonOption, OutputArgument, RevisionOption, show
 
 
 BaseOption = Annotated[
@@ -42,8 +41,7 @@ def card(
     """
     Write the model card of a checkpoint into its README.md.
 
-    Keeps what you wrote there: text above and below the generated part, and metadata. Reads the headers of the weight
-    files, not the weights; an adapter's weights are read.
+    Keeps what you wrote there: text above and below the generated part, and metadata. Reads no weights.
     """
     from hf_sparse_moe.hub import write_model_card
 
@@ -94,13 +92,9 @@ def push(
         tag=tag,
         fingerprint=fingerprint,
     )
-    commit = published.commit
-    if as_json:
-        print_json(published.to_dict())
-        return
-    typer.echo(f"{commit.pr_url or commit}\n{len(published.files)} files, commit {commit.oid}")
-    if published.left_out:
-        typer.echo(f"left out: {', '.join(published.left_out)}")
+    report = published.to_dict()
+    told = f"{report['url']}\n{len(published.files)} files, commit {report['commit']}"
+    show(report, as_json, told, *_left_out(published.left_out))
 
 
 @app.command(epilog="Example:\n\n`hf-sparse-moe pull user/gpt2-8x ./gpt2-8x --revision v1`")
@@ -119,12 +113,12 @@ def pull(
     from hf_sparse_moe.hub import pull as download
 
     pulled = download(repo_id, output, revision=revision)
-    if as_json:
-        print_json(pulled.to_dict())
-        return
-    typer.echo(f"{output}: {len(pulled.files)} files of {repo_id} at commit {pulled.revision}")
-    if pulled.left_out:
-        typer.echo(f"left out: {', '.join(pulled.left_out)}")
+    told = f"{output}: {len(pulled.files)} files of {repo_id} at commit {pulled.revision}"
+    show(pulled.to_dict(), as_json, told, *_left_out(pulled.left_out))
+
+
+def _left_out(names: list[str]) -> list[str]:
+    return [f"left out: {', '.join(names)}"] if names else []
 
 
 @app.command(
@@ -149,14 +143,10 @@ def doctor(
     from hf_sparse_moe.hub import doctor as examine
 
     report = examine(source, revision=revision, base=base, trust_remote_code=trust_remote_code)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        colours = {"passed": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
-        table = Table("check", "", "")
-        for finding in report.findings:
-            colour = colours[finding.verdict]
-            table.add_row(finding.check, f"[{colour}]{finding.verdict}[/]", escape(finding.detail))
-        Console().print(table)
+    colours = {"passed": "green", "failed": "red", "warning": "yellow", "not checked": "dim"}
+    table = Table("check", "", "")
+    for finding in report.findings:
+        table.add_row(finding.check, f"[{colours[finding.verdict]}]{finding.verdict}[/]", escape(finding.detail))
+    show(report.to_dict(), as_json, table)
     if not report.healthy:
         raise typer.Exit(1)

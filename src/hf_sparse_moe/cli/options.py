@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -61,8 +62,16 @@ def to_settings(assignments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2))
+def show(report: dict[str, Any], as_json: bool, *told: str | RenderableType) -> None:
+    """A report as one JSON object, or in words and tables."""
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for each in told:
+        if isinstance(each, str):
+            typer.echo(each)
+        else:
+            Console().print(each, highlight=False)
 
 
 def facts_table(rows: dict[str, Any]) -> Table:

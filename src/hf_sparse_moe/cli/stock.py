@@ -15,7 +15,7 @@ from .options import (
     RevisionOption,
     ShardSizeOption,
     SourceArgument,
-    print_json,
+    show,
 )
 
 
@@ -44,10 +44,7 @@ def export(
         resume=resume,
         show_progress=sys.stderr.isatty(),
     )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(f"{report.path}: {report.architecture}")
+    show(report.to_dict(), as_json, f"{report.path}: {report.architecture}")
 
 
 @app.command("import-native", hidden=True, deprecated=True)  # its name in version 0.1
@@ -62,7 +59,4 @@ def import_stock(
     from hf_sparse_moe.stock import import_stock as read_stock
 
     report = read_stock(source, output, revision=revision)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(f"{report.path}: {report.architecture}")
+    show(report.to_dict(), as_json, f"{report.path}: {report.architecture}")

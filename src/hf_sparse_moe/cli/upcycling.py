@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .app import app
@@ -29,7 +28,7 @@ from .options import (
     TopKOption,
     describe_difference,
     facts_table,
-    print_json,
+    show,
     to_dtype,
     to_settings,
 )
@@ -64,13 +63,10 @@ def plan(
     arguments |= {"gpus": gpus, "tokens_per_gpu": tokens_per_gpu, **to_settings(settings)}
     planned = make_plan(source, num_experts, num_experts_per_tok, **arguments)
     report = {**planned.to_dict(), "exports": explain_export(planned.config).possible}
-    if as_json:
-        print_json(report)
-    else:
-        _print_plan(report, Console())
+    show(report, as_json, *_describe_plan(report))
 
 
-def _print_plan(report: dict[str, Any], console: Console) -> None:
+def _describe_plan(report: dict[str, Any]) -> Iterator[str | Table]:
     parameters, flops = report["parameters"], report["flops_per_token"]
     ratio = flops["mixture"] / flops["dense"]
     facts = {
@@ -86,14 +82,14 @@ def _print_plan(report: dict[str, Any], console: Console) -> None:
         "can be exported to": ", ".join(report["exports"]) or "no stock architecture",
     }
     facts |= {f"training: {name}": _gigabytes(count) for name, count in report["training_bytes"].items()}
-    console.print(facts_table(facts), highlight=False)
+    yield facts_table(facts)
     if report["layouts"]:
         layouts = Table("per GPU", "weights", "gradients", "AdamW states", "sent in a step")
         for layout in report["layouts"]:
             sizes = (_gigabytes(layout[name]) for name in ("weights", "gradients", "states", "moved"))
             layouts.add_row(layout["name"], *sizes)
-        console.print(layouts)
-    console.print(report["rule_of_thumb"], highlight=False)
+        yield layouts
+    yield report["rule_of_thumb"]
 
 
 def _gigabytes(count: int) -> str:
@@ -170,16 +166,13 @@ def upcycle(
         **{name: value for name, value in measured.items() if value},
         **to_settings(settings),
     )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    parameters = report.receipt["parameters"]
-    console = Console()
-    console.print(f"[bold]{escape(str(output))}[/]: {report.architecture}", highlight=False)
-    console.print(
-        f"parameters {parameters['dense']:,} dense -> {parameters['total']:,}, {parameters['active']:,} active\n"
-        f"{describe_difference(report.receipt['equality'])}",
-        highlight=False,
+    counts = report.receipt["parameters"]
+    show(
+        report.to_dict(),
+        as_json,
+        f"{output}: {report.architecture}",
+        f"parameters {counts['dense']:,} dense -> {counts['total']:,}, {counts['active']:,} active",
+        describe_difference(report.receipt["equality"]),
     )
 
 
@@ -208,11 +201,8 @@ def expand(
     larger = make_larger(load_sparse(found), factor, seed, router_noise)
     write_checkpoint(larger, output, found.folder, max_shard_size=max_shard_size)
     report = UpcycleReport(output, type(larger).__name__, larger.receipt or {})
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        experts = f"{larger.config.num_experts} experts a layer, {larger.config.num_experts_per_tok} a token"
-        Console().print(f"[bold]{escape(str(output))}[/]: {report.architecture}, {experts}", highlight=False)
+    experts = f"{larger.config.num_experts} experts a layer, {larger.config.num_experts_per_tok} a token"
+    show(report.to_dict(), as_json, f"{output}: {report.architecture}, {experts}")
 
 
 @app.command(
@@ -232,12 +222,8 @@ def verify(
 
     evaluation = None if text is None else _batches(text, source, revision)
     report = measure(source, against, evaluation=evaluation, revision=revision, dense_revision=dense_revision)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        colour = "red" if not report.passed else "green" if report.promised else "yellow"
-        lines = [f"[{colour}]{report.verdict}[/]", *map(escape, report.findings)]
-        Console().print("\n".join(lines), highlight=False)
+    colour = "red" if not report.passed else "green" if report.promised else "yellow"
+    show(report.to_dict(), as_json, typer.style(report.verdict, fg=colour), *report.findings)
     if not report.passed:
         raise typer.Exit(1)
 

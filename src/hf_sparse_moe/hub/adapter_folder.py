@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from hf_sparse_moe.adapters.expert_lora import FILE as SETTINGS_NAME
 from hf_sparse_moe.checkpoints.files import read_json, tensor_names
 
@@ -27,9 +25,6 @@ class Adapter:
     settings: Mapping[str, Any]  # expert_lora.json, which PEFT does not read
     base: Mapping[str, Any]  # adapter_base.json, see `record_base`
     record: Mapping[str, Any]  # training_record.json, which `ModelCardCallback` writes
-    numbers: int  # in its file, which holds zeros for the experts that it does not adapt
-    dtype: str
-    is_fresh: bool  # every B is zero, so that it changes nothing
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -49,17 +44,12 @@ def check_adapter(folder: Path, name: str) -> None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter. Raises a `ValueError` for no adapter, or damaged files."""
+    """Read all but the weights. Raises a `ValueError` for no adapter, or damaged files."""
     folder = Path(folder)
     check_adapter(folder, str(folder))
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    updates = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
     return Adapter(
         config=read_json(folder / ADAPTER_CONFIG),
         settings=read_json(folder / SETTINGS_NAME, optional=True),
         base=read_base(folder),
         record=read_json(folder / RECORD_NAME, optional=True),
-        numbers=sum(tensor.numel() for tensor in tensors.values()),
-        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        is_fresh=len(updates) * 2 == len(tensors) and not any(tensor.any() for tensor in updates),
     )

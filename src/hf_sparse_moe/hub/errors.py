@@ -109,26 +109,19 @@ def _translate(
             f"{hub} did not finish with {what} ({said}). Run the same command again: files that arrived are not sent "
             "twice."
         )
-    if isinstance(answer, GatedRepoError):
-        return PermissionError(
-            f"`{repo_id}` is gated (status {status}): its owner decides who may read it. Ask for access at "
-            f"{constants.ENDPOINT}/{repo_id} and log in with that account (`hf auth login`)."
-        )
-    is_wrong_token = status == 401 and "invalid" in reason.lower()
-    is_missing = isinstance(answer, RepositoryNotFoundError)
-    if is_missing and not writes and not is_wrong_token:
+    if isinstance(answer, RevisionNotFoundError):
+        return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
+    is_closed = writes or isinstance(answer, GatedRepoError) or "invalid" in reason.lower()
+    if isinstance(answer, RepositoryNotFoundError) and not is_closed:
         return ValueError(
             f"`{repo_id}` does not exist on the Hub ({constants.ENDPOINT}), or is private and you may not see it "
             f"(status {status}). Check the name, and log in with an account that may read it (`hf auth login`)."
         )
-    if is_missing or status in (401, 403):
-        what = "let you write to" if writes else "show you"
-        why = "your token is wrong or expired" if is_wrong_token else "the token is missing, or lacks the right"
+    if isinstance(answer, RepositoryNotFoundError) or status in (401, 403):
         return PermissionError(
-            f"{hub} refused to {what} `{repo_id}`: {why} ({said}). Run `hf auth login`, or set `HF_TOKEN`."
+            f"{hub} refused to {'let you write to' if writes else 'show you'} `{repo_id}` ({said}). Log in with an "
+            f"account that may (`hf auth login`, or `HF_TOKEN`), or ask for access at {constants.ENDPOINT}/{repo_id}."
         )
-    if isinstance(answer, RevisionNotFoundError):
-        return ValueError(f"`{repo_id}` has no branch, tag or commit `{revision}`. Choose one that it has.")
     return ValueError(f"{hub} refuses this for `{repo_id}` ({said}).")
 
 
