@@ -18,7 +18,6 @@ from . import _register
 
 if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Python
     from .adapters import (
-        dequantize_experts as dequantize_experts,
         expert_lora_config as expert_lora_config,
         quantize_experts as quantize_experts,
         select_experts as select_experts,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         load_adapter as load_adapter,
         pull as pull,
         push as push,
-        render_model_card as render_model_card,
         write_model_card as write_model_card,
     )
     from .insight import (
@@ -99,9 +97,9 @@ __version__ = "0.1.0"
 
 # The module of each public name.
 _HOMES = {
-    ".adapters": "dequantize_experts expert_lora_config quantize_experts select_experts",
+    ".adapters": "expert_lora_config quantize_experts select_experts",
     ".distributed.consolidation": "consolidate",
-    ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push render_model_card write_model_card",
+    ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push write_model_card",
     ".insight": "explain_routing",
     ".models.configuration_sparse_moe": (
         "SparseMoeConfig SparseMoeDecoderConfig SparseMoeEncoderConfig SparseMoeEncoderDecoderConfig"
@@ -129,6 +127,7 @@ __all__ = sorted(_HOME)
 # Names of version 0.1, which work for one more release: old name -> (module, new name). Where the arguments changed,
 # the module holds a function of the old name that takes the old ones.
 _RENAMED: dict[str, tuple[str, str]] = {
+    "dequantize_experts": (".adapters", "adapters.dequantize_experts"),
     "explain": (".models.feed_forward", "explain_layouts"),
     "import_native": (".stock", "import_stock"),
     "list_feed_forward_layouts": (".models.feed_forward", "explain_layouts"),
@@ -137,6 +136,7 @@ _RENAMED: dict[str, tuple[str, str]] = {
     "push_folder": (".hub.publish", "push"),
     "push_to_hub": (".hub.publish", "push"),
     "push_trainer": (".hub.publish", "push"),
+    "render_model_card": (".hub", "hub.render_model_card"),
     "stream_upcycle": (".upcycling.mixtures", "upcycle"),
     "upcycle_into_shards": (".upcycling.mixtures", "upcycle"),
 }

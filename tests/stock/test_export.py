@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from without_sibling import WITHOUT_SIBLING
 
 from hf_sparse_moe import upcycle
-from hf_sparse_moe.stock import EXPORT_TARGETS, WITHOUT_SIBLING, explain_export, export
+from hf_sparse_moe.stock import EXPORT_TARGETS, explain_export, export
 from tiny_models import tiny_inputs, tiny_sparse
 
 
@@ -159,7 +160,6 @@ def test_auto_takes_the_first_that_fits(tmp_path, mixture, dense, fields, chosen
         ("t5_gated", {}, {"num_experts_per_tok": 1, "norm_topk_prob": False}, "switch_transformers", "gated (gate"),
         ("gpt2", {}, {}, "mixtral", "not of gpt2"),
         ("bert", {}, {}, "mixtral", "not of bert"),
-        ("llama", {}, {}, "gpt_oss", "attention sinks"),
     ],
 )
 def test_explain_names_what_stands_in_the_way(name, dense_fields, fields, target, obstacle):

@@ -6,12 +6,10 @@ from .fit import ExportExplanation, TargetReport, explain_export
 from .from_stock import ImportReport, import_stock
 from .targets import EXPORT_TARGETS, ExportTarget
 from .to_stock import ExportReport, export
-from .without_sibling import WITHOUT_SIBLING
 
 
 __all__ = [
     "EXPORT_TARGETS",
-    "WITHOUT_SIBLING",
     "ExportExplanation",
     "ExportReport",
     "ExportTarget",

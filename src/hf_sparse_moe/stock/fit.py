@@ -23,7 +23,6 @@ from hf_sparse_moe.models.size import meta_model
 
 from .targets import EXPORT_TARGETS, ExportTarget
 from .tensors import layer_of, part_to_target, parts_of, stored_tensors
-from .without_sibling import WITHOUT_SIBLING
 
 
 # Only training reads them; a router with a capacity drops in training alone.
@@ -105,7 +104,7 @@ def explain_export(
     token: bool | str | None = None,
 ) -> ExportExplanation:
     """
-    For each mixture architecture of transformers, whether a mixture can be written as one, and what stands in the way.
+    For each architecture that `export` writes, whether a mixture can become one, or what stands in the way.
 
     Args:
         source (`SparseMoePreTrainedModel`, `SparseMoeConfig`, `str` or `Path`): A mixture, its config, or the folder
@@ -126,8 +125,7 @@ def explain_export(
     dense = config.dense_config.model_type
     siblings_first = sorted(EXPORT_TARGETS, key=lambda target: dense not in target.dense)
     reports = [check_fit(target, config, saved_as) for target in siblings_first]
-    others = [TargetReport(name, (reason,)) for name, reason in WITHOUT_SIBLING.items()]
-    return ExportExplanation(dense, (*reports, *others))
+    return ExportExplanation(dense, tuple(reports))
 
 
 def config_of(

@@ -33,7 +33,6 @@ from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_fit, empty_model, own_fields
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
 from .tensors import SCORE_BIAS, Tensors, block_from_target, in_layer, our_name, stored_tensors
-from .without_sibling import WITHOUT_SIBLING
 
 
 logger = logging.get_logger(__name__)
@@ -151,9 +150,10 @@ def _row_of(config: PreTrainedConfig) -> ExportTarget:
     rows = {row.model_type: row for row in EXPORT_TARGETS}
     if config.model_type in rows:
         return rows[config.model_type]
-    name = config.model_type.replace("-", "_").removesuffix("_text")
-    reason = WITHOUT_SIBLING.get(name, "it is not a mixture that this package knows")
-    raise ValueError(f"`{config.model_type}` cannot be read: {reason}. Pass one of {sorted(rows)}.")
+    raise ValueError(
+        f"`{config.model_type}` cannot be read. Pass one of {sorted(rows)}; `fix_balance`, `routing_statistics` and "
+        "LoRA on experts take other mixtures as they are."
+    )
 
 
 def _sparse_config(
