@@ -28,7 +28,6 @@ def test_it_says_what_the_files_say(base, tmp_path):
     card = render_model_card(tmp_path, "me/x")
     layer = "dense.model.layers.1.mlp.experts"
     for row in (
-        "| Experts of the base | 4 in each of 2 sparse layers |",
         f"| Parameters that it adapts | {layer}.down_proj, {layer}.gate_up_proj |",
         f"| Experts that it adapts | {layer}: [0, 3] |",
         "| Projections that it adapts | down, gate |",

@@ -118,7 +118,6 @@ def test_what_is_wrong_with_its_tensors_is_told(folder, base, edit, checks):
         lambda folder: (folder / "adapter_config.json").write_text("{"),
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "NONE"}'),
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["x"]}'),
-        lambda folder: (folder / "adapter_base.json").write_text('{"layers": {"x": 3}}'),
     ],
 )
 def test_what_does_not_load_is_told_in_a_row(folder, base, spoil):

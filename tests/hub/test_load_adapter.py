@@ -91,7 +91,7 @@ def test_another_base_is_refused(base, folder, tmp_path):
     assert "`model.safetensors` is another file" in said
     assert f"Load `{base.name}`" in said
     load_adapter(load(tmp_path / "other"), folder, check_base=False)
-    assert "has the shape [8, " in refused(tiny_sparse("llama", num_experts=8), folder)
+    assert "does not load onto" in refused(tiny_sparse("llama", num_experts=8), folder)
 
 
 @pytest.mark.parametrize("fields", [{"num_experts": 8}, {"dense_fields": {"intermediate_size": 40}}], ids=str)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.checkpoints.files import read_json
 
-from .adapter_base import base_difference, read_base
+from .adapter_base import base_difference, identify_base, read_base
 from .adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from .errors import check_repo_id, raise_hub_error
 
@@ -36,9 +36,9 @@ def load_adapter(
     `PeftModel.from_pretrained` with this package's layers on experts, for an adapter saved here or by plain PEFT.
 
     It is refused where `model` is not the base that it was trained on, or where not all of it finds its place. The
-    base is compared where the adapter carries `adapter_base.json`, which a push and [`ModelCardCallback`] write:
-    number and shapes of the experts of each layer, and the hashes of the weight files that `model` was loaded from. A
-    base that was changed in memory, or saved in files of other names, is compared by its shapes alone.
+    base is compared where the adapter carries `adapter_base.json`, which a push and [`ModelCardCallback`] write, by
+    the hashes of the weight files that `model` was loaded from. A base that was changed in memory, or saved in files
+    of other names, is told only where the adapter's tensors do not fit it.
 
     Args:
         model (`PreTrainedModel`): The mixture.
@@ -67,13 +67,13 @@ def load_adapter(
     check_adapter(folder, name)
     if check_base:
         recorded = read_base(folder)
-        refuse_other_base(recorded, base_difference(recorded, model), name, f"this `{type(model).__name__}`")
+        refuse_other_base(recorded, identify_base(model)["sha256"], name, f"this `{type(model).__name__}`")
     return attach(model, folder, **kwargs)
 
 
-def refuse_other_base(recorded: Mapping[str, Any], difference: str | None, adapter: str, base: str) -> None:
-    """Raise a `ValueError` where there is a difference between the base that an adapter records and another."""
-    if difference is not None:
+def refuse_other_base(recorded: Mapping[str, Any], sha256: Mapping[str, str], adapter: str, base: str) -> None:
+    """Raise a `ValueError` where an adapter records another base than one whose weight files have these hashes."""
+    if difference := base_difference(recorded, sha256):
         revision = f", revision {recorded['revision']}" if recorded.get("revision") else ""
         raise ValueError(
             f"`{adapter}` was trained on another base than {base}: {difference}. Load "

@@ -17,9 +17,7 @@ from hf_sparse_moe.checkpoints.source import find_source
 
 from .adapter_base import (
     BASE_NAME,
-    base_difference,
     file_hashes,
-    files_difference,
     public_name,
     read_base,
     record_base,
@@ -74,17 +72,15 @@ def stage_adapter(
     name, revision = named_base(folder, base)
     found, weight_bytes = _found_base(name, revision, token)
     recorded, public = read_base(staged), found["name_or_path"]
-    refuse_other_base(recorded, files_difference(recorded, found["sha256"]), folder.name, f"`{public}`")
+    refuse_other_base(recorded, found["sha256"], folder.name, f"`{public}`")
     config = {**read_json(staged / ADAPTER_CONFIG), "base_model_name_or_path": public, "revision": found["revision"]}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    (staged / BASE_NAME).write_text(json.dumps({"layers": {}, **recorded, **found}, indent=1), encoding="utf-8")
-    if not is_wanted(fingerprint, weight_bytes):
-        (staged / FINGERPRINT_NAME).unlink(missing_ok=True)
-        return
-    model = load_whole(find_source(name, found["revision"], token=token).folder, torch.float32)
-    refuse_other_base(recorded, base_difference(recorded, model), folder.name, f"`{public}`")
-    record_base(model, staged, **found)
-    write_fingerprint(take_fingerprint(attach(model, staged), staged), staged / FINGERPRINT_NAME, folder)
+    (staged / FINGERPRINT_NAME).unlink(missing_ok=True)
+    if is_wanted(fingerprint, weight_bytes):
+        model = load_whole(find_source(name, found["revision"], token=token).folder, torch.float32)
+        found["architecture"] = type(model).__name__
+        write_fingerprint(take_fingerprint(attach(model, staged), staged), staged / FINGERPRINT_NAME, folder)
+    (staged / BASE_NAME).write_text(json.dumps({**recorded, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _found_base(name: str, revision: str | None, token: bool | str | None) -> tuple[dict[str, Any], int]:

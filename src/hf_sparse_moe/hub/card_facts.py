@@ -15,7 +15,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.stock import explain_export
 
-from .adapter_base import base_experts, public_name
+from .adapter_base import public_name
 from .adapter_folder import Adapter
 from .checkpoint import Checkpoint, mapping
 from .escaping import as_code
@@ -155,7 +155,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     revision, configured = recorded.get("revision"), config.get("base_model_name_or_path")
     name = base or recorded.get("name_or_path") or public_name(configured if isinstance(configured, str) else None)
     pinned = base is not None and isinstance(revision, str) and revision.isalnum()
-    experts, chosen = base_experts(recorded), mapping(adapter.settings.get("experts"))
+    chosen = mapping(adapter.settings.get("experts"))
     return {
         "adapter": adapter,
         "config": config,
@@ -163,8 +163,6 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
         "base_id": Markup(base) if base else None,
         "base_revision": Markup(f', revision="{revision}"' if pinned else ""),
         "ours": variant_of(architecture_of(adapter)) is not None,
-        "base_experts": ", ".join(map(str, sorted(set(experts.values())))),
-        "base_layers": len(experts),
         "experts": [f"{name}: {numbers}" for name, numbers in chosen.items()],
         "versions": {"peft": config.get("peft_version")},
     }

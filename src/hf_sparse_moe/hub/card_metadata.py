@@ -20,7 +20,7 @@ def derived_metadata(published: Checkpoint | Adapter) -> dict[str, Any]:
     variant = variant_of(architecture)
     if isinstance(published, Adapter):
         library, relation = "peft", "adapter"
-        tags = ["moe", "sparse-moe"] if published.base.get("layers") or variant else []
+        tags = ["moe", "sparse-moe"] if published.config.get("target_parameters") or variant else []
         tags += ["lora"] if published.config.get("peft_type") == "LORA" else []
         tags += [variant] if variant else []
     else:

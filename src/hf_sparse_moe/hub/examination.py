@@ -22,7 +22,7 @@ from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, observe_routing
 from hf_sparse_moe.stock.targets import EXPORT_TARGETS
 
-from .adapter_base import base_difference, is_mixture, read_base
+from .adapter_base import base_difference, file_hashes, is_mixture, read_base
 from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from .adapter_loading import attach
 from .checkpoint import mapping
@@ -102,7 +102,7 @@ def examine_adapter(folder: Path, base: Path) -> list[Finding]:
         check_adapter(folder, folder.name)
         model = load_whole(base, torch.float32)
         alone, recorded = probe_output(model), read_base(folder)
-        difference = base_difference(recorded, model)
+        difference = base_difference(recorded, file_hashes(base))
         adapted = attach(model, folder)
     except _LOADING_FAILS as error:
         return _findings({"loads": (FAILED, str(error))})
