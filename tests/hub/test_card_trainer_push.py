@@ -38,12 +38,8 @@ def train(repo_id: str, folder: str, with_card: bool = True, push: bool = True, 
     trainer.evaluate()
     if push:
         trainer.push_to_hub(license="mit")
-    else:
-        trainer.create_model_card(license="mit")
-    readme = Path(folder) / "README.md"
     return {
         "files": sorted(path.name for path in Path(folder).iterdir()),
-        "card": readme.read_text() if readme.is_file() else None,
         "loss": trainer.evaluate()["eval_loss"],
     }
 
@@ -153,13 +149,6 @@ def test_what_a_person_wrote_on_the_hub_stays(client, hub_server, repo_id, tmp_p
     assert card.endswith("\n## Thanks\n\nTo all.\n")
     assert "thumbnail: a.png" in card
     assert "| `learning_rate` | 0.25 |" in card
-
-
-def test_the_card_in_the_folder_is_ours(client, tmp_path):
-    card = client(train, repo_id="tester/unpublished", folder=str(tmp_path / "out"), push=False)["card"]
-    assert "## How to use" in card
-    assert "| Optimizer steps | 2 |" in card
-    assert "license: mit" in card
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

@@ -14,10 +14,11 @@ import yaml
 from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, Trainer, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import CONFIG_NAME
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint, keep_checkpoints_whole
 from hf_sparse_moe.distributed.stored_weights import check_same_model
-from hf_sparse_moe.hub import ModelCardCallback, add_model_card
+from hf_sparse_moe.hub import ModelCardCallback, add_model_card, write_model_card
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.routing import RoutingMonitor, SelectionBiasCallback, add_leading_callback
 from recipe.launch import (
@@ -139,7 +140,8 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     unset_hf_deepspeed_config()  # or the models that the card is checked with would be shared out, on one rank alone
-    trainer.create_model_card()
+    if trainer.is_world_process_zero() and (Path(trainer.args.output_dir) / CONFIG_NAME).is_file():
+        write_model_card(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # DeepSpeed's last process would wait for one that has gone

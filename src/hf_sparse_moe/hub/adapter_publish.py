@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,7 @@ from .adapter_base import (
     read_base,
     record_base,
 )
-from .adapter_folder import ADAPTER_CONFIG, Adapter, read_adapter
+from .adapter_folder import ADAPTER_CONFIG
 from .adapter_loading import attach, refuse_other_base
 from .download import read_head
 from .errors import check_repo_id, raise_hub_error
@@ -43,12 +41,6 @@ def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") 
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's stock card
     record_base(model, folder)
     return folder
-
-
-def adapter_in_memory(model: PeftModel, record: Mapping[str, Any] | None = None) -> Adapter:
-    """The default adapter of a `PeftModel` as [`Adapter`], for its card."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return replace(read_adapter(save_adapter(model, Path(temporary))), record=record or {})
 
 
 def stage_adapter(

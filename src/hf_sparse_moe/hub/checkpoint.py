@@ -34,20 +34,14 @@ class Checkpoint:
     has_picture: bool = False  # expert_load.png
 
 
-def checkpoint_in_memory(
-    model: SparseMoePreTrainedModel, record: Mapping[str, Any] | None = None, routing: Mapping[str, Any] | None = None
-) -> Checkpoint:
+def checkpoint_in_memory(model: SparseMoePreTrainedModel) -> Checkpoint:
     """A model as a [`Checkpoint`]; raises a `ValueError` for a model of another package."""
     if not isinstance(model, SparseMoePreTrainedModel):
         raise ValueError(
             f"`model` is a {type(model).__name__}; a card can be made for the classes of hf_sparse_moe. Load it with "
             "`from_pretrained` after `import hf_sparse_moe` and without `trust_remote_code`."
         )
-    dtype, receipt = str(model.dtype).removeprefix("torch."), mapping(model.receipt)
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 leaves them without their shapes
-        config: Any = model.config
-        model = model_without_weights(config)
-    return Checkpoint(model, dtype, receipt, mapping(record), mapping(routing))
+    return Checkpoint(model, str(model.dtype).removeprefix("torch."), mapping(model.receipt))
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:

@@ -116,19 +116,17 @@ def _wanted(names: Collection[str], repo_id: str) -> list[str]:
 
 
 def _fetch_whole(fetch: Callable[[], None], hashes: Mapping[Path, str], repo_id: str) -> None:
-    """Fetch files until each has the hash that was announced; raises a [`HubUnavailableError`] after two times."""
-    for _ in range(2):
-        fetch()
-        damaged = [path for path, announced in hashes.items() if not _has_hash(path, announced)]
-        for path in damaged:
-            path.unlink()
-        if not damaged:
-            return
-    raise HubUnavailableError(
-        f"`{damaged[0].name}` of `{repo_id}` arrived damaged twice: its hash is not the one that the Hub announces. "
-        "It was removed. Run the same command again; if it is damaged in the cache of this machine, delete it there "
-        f"({constants.HF_HUB_CACHE})."
-    )
+    """Fetch files; those without the hash that was announced are removed, and a [`HubUnavailableError`] raised."""
+    fetch()
+    damaged = [path for path, announced in hashes.items() if not _has_hash(path, announced)]
+    for path in damaged:
+        path.unlink()
+    if damaged:
+        raise HubUnavailableError(
+            f"`{damaged[0].name}` of `{repo_id}` arrived damaged: its hash is not the one that the Hub announces. "
+            "It was removed. Run the same command again; if it is damaged in the cache of this machine, delete it there "
+            f"({constants.HF_HUB_CACHE})."
+        )
 
 
 def _download(repo_id: str, commit: str, token: bool | str | None, wanted: list[str], folder: Path) -> None:

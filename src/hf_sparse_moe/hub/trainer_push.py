@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,11 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_sparse_moe.checkpoints.files import is_own, read_json
+from hf_sparse_moe.checkpoints.files import is_own
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .adapter_base import is_mixture, record_base
-from .adapter_folder import Adapter
-from .adapter_publish import adapter_in_memory
-from .checkpoint import PICTURE_NAME, ROUTING_NAME, Checkpoint, checkpoint_in_memory
-from .model_card import render_model_card, write_readme
+from .checkpoint import PICTURE_NAME, ROUTING_NAME
 from .publish import PushReport, hub_model_id, push
 from .training_record import ModelCardCallback
 
@@ -37,10 +34,10 @@ def add_model_card(trainer: Trainer, callback: ModelCardCallback | None = None) 
     """
     Have a trainer record its training, and publish with the card that describes it.
 
-    The stock `Trainer.push_to_hub` writes a card of its own over ours and uploads `training_args.bin`, a pickle, and
-    no callback can keep it from that. So on this one trainer `push_to_hub` becomes [`push`], `create_model_card`
-    writes our card, and the pushes of `TrainingArguments(push_to_hub=True)` go the same way. Those during the training
-    take no fingerprint, and one that fails is a warning. The class `Trainer` stays as it is.
+    The stock `Trainer.push_to_hub` writes a card of its own last and uploads `training_args.bin`, a pickle; a callback
+    is called before both, and is not given the trainer. So on this one trainer `push_to_hub` becomes [`push`], and the
+    pushes of `TrainingArguments(push_to_hub=True)` go the same way. Those during the training take no fingerprint, and
+    one that fails is a warning. The class `Trainer` stays as it is.
 
     Args:
         trainer (`Trainer`):
@@ -64,7 +61,6 @@ def add_model_card(trainer: Trainer, callback: ModelCardCallback | None = None) 
     trainer.add_callback(callback)
     trainer.__dict__ |= {
         "push_to_hub": partial(_push_to_hub, trainer),
-        "create_model_card": partial(create_model_card, trainer),
         "_push_from_checkpoint": partial(_push_from_checkpoint, trainer, callback),
     }
     return callback
@@ -96,28 +92,6 @@ def saved_trainer(trainer: Trainer) -> Iterator[Path | None]:
         if not isinstance(model, SparseMoePreTrainedModel):
             record_base(model, folder)
         yield folder
-
-
-def create_model_card(
-    trainer: Trainer,
-    language: str | Iterable[str] | None = None,
-    license: str | None = None,
-    tags: str | Iterable[str] | None = None,
-) -> None:
-    """Write the card of a trainer's model, as it is now, into its output folder."""
-    if not trainer.is_world_process_zero():
-        return
-    callback, folder = _callback_of(trainer), Path(str(trainer.args.output_dir))
-    record = None if callback is None else callback.record(trainer.args, trainer.state)
-    model = _check_model(trainer)
-    published: Checkpoint | Adapter
-    if isinstance(model, SparseMoePreTrainedModel):
-        published = checkpoint_in_memory(model, record, read_json(folder / ROUTING_NAME, optional=True))
-    else:
-        published = adapter_in_memory(model, record)
-    tags = [tags] if isinstance(tags, str) else tags
-    told: dict[str, Any] = {"license": license, "language": language, "tags": tags}
-    write_readme(folder, partial(render_model_card, published, hub_model_id(trainer), **told))
 
 
 def _push_to_hub(
