@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, snapshot_download
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from hf_sparse_moe.checkpoints.folder import check_free_space, check_target, new_folder
@@ -124,8 +124,7 @@ def _fetch_whole(fetch: Callable[[], None], hashes: Mapping[Path, str], repo_id:
     if damaged:
         raise HubUnavailableError(
             f"`{damaged[0].name}` of `{repo_id}` arrived damaged: its hash is not the one that the Hub announces. "
-            "It was removed. Run the same command again; if it is damaged in the cache of this machine, delete it there "
-            f"({constants.HF_HUB_CACHE})."
+            "It was removed. Run the same command again."
         )
 
 
