@@ -96,6 +96,7 @@ def attach(model: PreTrainedModel, folder: Path, *, plain: bool = False, **kwarg
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 still asks for it
             return load(model, str(folder), **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, UserWarning) as error:
         reason = " ".join(str(error).split())[:500].rstrip(".")
