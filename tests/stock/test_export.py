@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
-from without_sibling import WITHOUT_SIBLING
 
 from hf_sparse_moe import upcycle
 from hf_sparse_moe.stock import EXPORT_TARGETS, explain_export, export
 from tiny_models import tiny_inputs, tiny_sparse
+from without_sibling import WITHOUT_SIBLING
 
 
 TOLERANCE = 1e-5  # of the largest logit, in float32

@@ -140,7 +140,9 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     unset_hf_deepspeed_config()  # or the models that the card is checked with would be shared out, on one rank alone
-    if trainer.is_world_process_zero() and (Path(trainer.args.output_dir) / CONFIG_NAME).is_file():
+    if not is_mixture:
+        trainer.create_model_card()
+    elif trainer.is_world_process_zero() and (Path(trainer.args.output_dir) / CONFIG_NAME).is_file():
         write_model_card(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

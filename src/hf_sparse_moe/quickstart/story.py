@@ -234,7 +234,7 @@ class _Story:
 
 
 def _loss_table(losses: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="Held-out loss, nats a token (lower is better)", title_justify="left")
+    table = Table(title="Held-out loss, nats per token (lower is better)", title_justify="left")
     for name in ("domain", "dense, before", "dense twin", "mixture", "mixture - twin"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for domain, sparse in losses["mixture"].items():
