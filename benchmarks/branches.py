@@ -120,7 +120,7 @@ def main() -> None:
         }
         results = {"arguments": vars(args) | {"model": Path(args.model).parent.name, "data": Path(args.data).name}}
         results |= {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "models": {}}
-        print(f"\n| held-out loss, nats a token | {' | '.join(args.domains)} | mean | routing and domain, NMI |")
+        print(f"\n| held-out loss, nats per token | {' | '.join(args.domains)} | mean | routing and domain, NMI |")
         print("| --- |" + " ---: |" * (len(args.domains) + 2))
         for label, model in models.items():
             losses = held_out_losses(model, held_out, batch_size=args.batch_size, folder=folder)
