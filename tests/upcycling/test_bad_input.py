@@ -134,7 +134,7 @@ def test_empty_target_is_fine(llama, tmp_path):
         (("--num-experts", 2, "--num-experts-per-tok", 3), ("num_experts_per_tok=3", "between 1 and `num_experts=2`")),
         (("--num-experts", 0), ("num_experts=0", "at least 1")),
         (("--method", "magic"), ("method='magic'", "copy")),
-        (("--dtype", "int8"), ("--dtype int8", "bfloat16")),
+        (("--dtype", "int8"), ("`dtype='int8'`", "floating-point")),
     ],
 )
 def test_wrong_options(options, parts, llama, workplace):

@@ -36,18 +36,6 @@ ShardSizeOption = Annotated[str, typer.Option(help="Largest size of a file of we
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
-def to_dtype(name: str) -> Any:
-    """`--dtype` as a torch dtype; `auto` stays."""
-    import torch
-
-    if name == "auto":
-        return name
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`--dtype {name}` is not allowed: it must be auto, float32, bfloat16 or float16.")
-    return dtype
-
-
 def to_settings(assignments: Sequence[str]) -> dict[str, Any]:
     """`name=value` each; the value is read as JSON where that is possible, else as text."""
     settings: dict[str, Any] = {}

@@ -29,7 +29,6 @@ from .options import (
     describe_difference,
     facts_table,
     show,
-    to_dtype,
     to_settings,
 )
 
@@ -59,7 +58,7 @@ def plan(
     from hf_sparse_moe.stock import explain_export
     from hf_sparse_moe.upcycling import plan as make_plan
 
-    arguments = {"method": method, "layers": layers, "dtype": to_dtype(dtype), "revision": revision}
+    arguments: dict[str, Any] = {"method": method, "layers": layers, "dtype": dtype, "revision": revision}
     arguments |= {"gpus": gpus, "tokens_per_gpu": tokens_per_gpu, **to_settings(settings)}
     planned = make_plan(source, num_experts, num_experts_per_tok, **arguments)
     report = {**planned.to_dict(), "exports": explain_export(planned.config).possible}
@@ -157,7 +156,7 @@ def upcycle(
         seed,
         output=output,
         layers=layers,
-        dtype=to_dtype(dtype),
+        dtype=dtype,
         revision=revision,
         allow_pickle=allow_pickle,
         max_shard_size=max_shard_size,

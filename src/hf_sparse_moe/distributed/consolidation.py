@@ -16,10 +16,11 @@ from hf_sparse_moe.checkpoints.config import read_generation_config, read_mixtur
 from hf_sparse_moe.checkpoints.files import copy_own, read_json
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.reader import loaded_dtypes
-from hf_sparse_moe.checkpoints.writer import DTYPE_NAMES, ShardWriter
+from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.hub import write_model_card
 from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+from hf_sparse_moe.upcycling.recipe import check_dtype
 
 from .stored_weights import StoredTensor, matched, stored_tensors
 
@@ -124,13 +125,11 @@ def _set_dtype(
     model: SparseMoePreTrainedModel, tensors: dict[str, StoredTensor], dtype: str | torch.dtype
 ) -> dict[str, torch.dtype]:
     """The dtype of each tensor to write; the model's config will name that of most."""
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if wanted == "auto":
+    wanted = check_dtype(dtype)
+    if wanted is None:
         dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
         floating = (dtypes[name] for name, _ in model.named_parameters() if name in dtypes)
         wanted = next((found for found in floating if found.is_floating_point), torch.float32)
-    elif not isinstance(wanted, torch.dtype) or wanted not in DTYPE_NAMES or not wanted.is_floating_point:
-        raise ValueError(f"`dtype={dtype!r}` is not allowed: it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
     else:
         nn.Module.to(model, wanted)
         dtypes = loaded_dtypes(model, wanted)
