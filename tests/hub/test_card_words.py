@@ -106,8 +106,8 @@ def test_a_stock_card_is_replaced(model, card, body):
         ((END, f"{END}\n{START} {{}} -->\n{END}"), "needs one"),
         (('"repo_id"', '"repository"'), "changed"),
         (('{"repo_id"', '{{"repo_id"'), "changed"),
-        (("tags:\n", "tags: [\n"), "is not YAML"),
-        (("---\n", "---\n- a\n---\n\n"), "no YAML mapping"),
+        (("tags:\n", "tags: [\n"), "not a YAML mapping"),
+        (("---\n", "---\n- a\n---\n\n"), "not a YAML mapping"),
     ],
 )
 def test_a_damaged_card_is_refused_before_anything_is_lost(model, card, damage, words):

@@ -51,21 +51,18 @@ def read_words(card: str) -> WrittenWords:
         ValueError: metadata that are no YAML mapping, or a marker without its counterpart.
     """
     metadata, body = _split(card)
-    found = _GENERATED.search(body)
-    if found and body.count(START) == body.count(END) == 1:
+    if START in body or END in body:
+        found = _GENERATED.search(body)
         try:
-            state = json.loads(found[1])
+            state = json.loads(found[1]) if found and body.count(START) == body.count(END) == 1 else {}
             repo_id, derived = str(state["repo_id"]), dict(state["metadata"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"README.md has a changed `{START} ...` line. Delete both markers, or restore it."
+                f"README.md needs one `{START} ... -->`, unchanged, and one `{END}` around what is rendered again. "
+                "Restore them, or delete both to keep all of its text as your own."
             ) from error
+        assert found is not None
         return WrittenWords(_not_in(metadata, derived), body[: found.start()], body[found.end() :], repo_id)
-    if START in body or END in body:
-        raise ValueError(
-            f"README.md needs one `{START} ... -->` and one `{END}` around what is rendered again. Restore them, or "
-            "delete both to keep all of its text as your own."
-        )
     if any(text in body for text in _STOCK_CARDS) or _is_of_peft(body):
         return WrittenWords({name: value for name, value in metadata.items() if name not in _DERIVED})
     if metadata.get("library_name") in ("transformers", "peft"):
@@ -96,13 +93,13 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         return {}, card.lstrip("\n")
     try:
         metadata = yaml.safe_load(found[1])
-    except (yaml.YAMLError, RecursionError) as error:
+        # `eval_results` is an attribute of `ModelCardData`, and never a key of a card
+        known = {str(name): value for name, value in (metadata or {}).items() if name != "eval_results"}
+    except (yaml.YAMLError, RecursionError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The metadata at the head of README.md is not YAML ({reason}). Repair it.") from error
-    if not isinstance(metadata, dict | None):
-        raise ValueError("The metadata at the head of README.md is no YAML mapping (`name: value`). Repair it.")
-    # `eval_results` is an attribute of `ModelCardData`, and never a key of a card
-    known = {str(name): value for name, value in (metadata or {}).items() if name != "eval_results"}
+        raise ValueError(
+            f"The head of README.md is not a YAML mapping, `name: value` ({reason}). Repair it."
+        ) from error
     return known, card[found.end() :].lstrip("\n")
 
 

@@ -76,17 +76,8 @@ def _weights(folder: Path) -> list[str]:
         tensor_names(path)
     if found:
         return [path.name for path in found]
-    if any(any(folder.glob(pattern)) for pattern in ("global_step*", "zero_to_fp32.py", "**/*.distcp")):
-        raise ValueError(
-            f"`{folder}` holds a training state of DeepSpeed or FSDP, and no weights of a whole model. Run "
-            f"`hf-sparse-moe consolidate {folder} CONSOLIDATED`, and push that folder."
-        )
-    if any(is_pickle(path.name) for path in folder.iterdir()):
-        raise ValueError(
-            f"`{folder}` has its weights in a pickle, which may run code when it is read, and none is published. Load "
-            "the model and `save_pretrained` it, which writes safetensors."
-        )
     raise ValueError(
-        f"`{folder}` is not a checkpoint: it needs a `config.json` with `*.safetensors`, or an adapter. Pass the "
-        "folder of a saved model."
+        f"`{folder}` is not a checkpoint that can be published: it needs a `config.json` with `*.safetensors`, or an "
+        "adapter. A pickle may run code when it is read: load the model and `save_pretrained` it. A training state of "
+        f"FSDP or DeepSpeed has no whole weights: run `hf-sparse-moe consolidate {folder} CONSOLIDATED`."
     )
