@@ -52,17 +52,18 @@ def read_words(card: str) -> WrittenWords:
     """
     metadata, body = _split(card)
     if START in body or END in body:
-        found = _GENERATED.search(body)
         try:
-            state = json.loads(found[1]) if found and body.count(START) == body.count(END) == 1 else {}
-            repo_id, derived = str(state["repo_id"]), dict(state["metadata"])
+            if not body.count(START) == body.count(END) == 1:
+                raise ValueError("not one of each")
+            (found,) = _GENERATED.finditer(body)
+            state = json.loads(found[1])
+            own = _not_in(metadata, dict(state["metadata"]))
+            return WrittenWords(own, body[: found.start()], body[found.end() :], str(state["repo_id"]))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"README.md needs one `{START} ... -->`, unchanged, and one `{END}` around what is rendered again. "
                 "Restore them, or delete both to keep all of its text as your own."
             ) from error
-        assert found is not None
-        return WrittenWords(_not_in(metadata, derived), body[: found.start()], body[found.end() :], repo_id)
     if any(text in body for text in _STOCK_CARDS) or _is_of_peft(body):
         return WrittenWords({name: value for name, value in metadata.items() if name not in _DERIVED})
     if metadata.get("library_name") in ("transformers", "peft"):
