@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import app
-from .options import JsonOption, RevisionOption, SourceArgument, print_json
+from .options import JsonOption, RevisionOption, SourceArgument, show
 
 
 @app.command(
@@ -87,12 +87,8 @@ def look(
         },
     )
     explained.to_html(output)
-    if as_json:
-        print_json(explained.to_dict())
-        return
-    for claim in explained.verdict:
-        typer.echo(f"{claim.head} {claim.text}")
-    typer.echo(f"The page is {output} ({output.stat().st_size / 1e6:.1f} MB).")
+    told = [f"{claim.head} {claim.text}" for claim in explained.verdict]
+    show(explained.to_dict(), as_json, *told, f"The page is {output} ({output.stat().st_size / 1e6:.1f} MB).")
 
 
 def _read(paths: list[Path], group_by: str | None, most: int) -> tuple[list[Any], list[Any]]:
