@@ -54,7 +54,7 @@ def prepare_training(trainer: Trainer, is_mixture: bool) -> None:
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.freeze:
-        freeze(trainer.model, args.freeze)
+        freeze(getattr(trainer.model, "transformers_model", trainer.model), args.freeze)
     rates = (args.router_learning_rate, args.expert_learning_rate)
     if is_mixture and (args.weight_decay > 0 or rates != (None, None)):
         _groups(trainer, trainer.model)  # so that it ends here, in a sentence, where it cannot be done

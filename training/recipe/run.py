@@ -112,12 +112,14 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
     model card, with `eval_metrics` on how they were computed, and with `--push_to_hub` publish them.
     """
     checkpoint = trainer.args.resume_from_checkpoint
-    is_mixture = isinstance(trainer.accelerator.unwrap_model(trainer.model), SparseMoePreTrainedModel)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "transformers_model", model)  # that of sentence-transformers holds one of transformers
+    is_mixture = isinstance(model, SparseMoePreTrainedModel)
     with stop_on_bad_input():
         check_engine(trainer)
         check_same_everywhere(trainer.args, model=trainer.model.config)  # each node may have a disk of its own
         if checkpoint is not None:
-            check_same_model(trainer.model, checkpoint)
+            check_same_model(model, checkpoint)
         prepare_training(trainer, is_mixture)
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)

@@ -134,6 +134,7 @@ def _push_from_checkpoint(trainer: Trainer, callback: ModelCardCallback, checkpo
 
 def _check_model(trainer: Trainer) -> SparseMoePreTrainedModel | PeftModel:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "transformers_model", model)  # that of sentence-transformers holds one of transformers
     if not isinstance(model, SparseMoePreTrainedModel) and not (hasattr(model, "peft_config") and is_mixture(model)):
         raise ValueError(
             f"`trainer.model` is a {type(model).__name__}; this needs a class of hf_sparse_moe, or an adapter of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class TrainingEvents:
     ):
         self.model = outermost_mixture(model, layers)
         self._on_events, self._on_outputs = on_events, on_outputs
-        self._is_training = False
+        self._is_training = self._is_called = False
         self._tokens: dict[str, SideTokens] = {}
         self._events: list[RoutingEvent] = []
         self._pending = 0
@@ -52,14 +53,37 @@ class TrainingEvents:
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end, with_kwargs=True),
         ]
+        self._hooked: Any = None
+        if self.model is not model:
+            self._hook_direct_calls()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._observation.remove()
         for handle in self._handles:
             handle.remove()
+        if self._hooked is not None:
+            self.model.forward = self._hooked
+        self._hooked = None
+
+    def _hook_direct_calls(self) -> None:
+        """sentence-transformers calls `forward` itself, past the hooks."""
+        own: Any = self.model.forward
+        if hasattr(own, "calls_hooks"):  # another callback's
+            return
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._is_called:
+                self._is_called = False
+                return own(*args, **kwargs)
+            return self.model(*args, **kwargs)
+
+        vars(forward)["calls_hooks"] = True
+        self._hooked, self.model.forward = own, forward
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._is_called = True
         self._is_training = model.training and torch.is_grad_enabled()
         self._events, self._pending = [], 0  # of a forward pass that an error ended
         if self._is_training:
