@@ -7,8 +7,9 @@ checkpoint, with the same data, rates and seeds.
 
 The rows are in `benchmarks/tasks.toml`, the results in `benchmarks/results/tasks/<row>.json`, written when all runs of
 a row are there. A run (arm, seed) that has finished is kept in `--cache` and is not made again, so that the same
-command resumes after a kill; it is made again where the row's arguments have changed. What a row starts from is trained
-first where there is no such checkpoint (`prepare`), and kept too. Run it with OMP_NUM_THREADS=1 for times that compare.
+command resumes after a kill; it is made again where the row's arguments have changed. What a row starts from is
+trained first where there is no such checkpoint (`prepare`), and kept too. Run it with OMP_NUM_THREADS=1, for times
+that compare.
 
 English encoders start from MiniLM (`make minilm`).
 """
