@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run as they stand, on small checkpoints and files in the names' places."""
+"""The recipes' commands on the pages run as they stand, on small checkpoints and files in the names' places."""
 
 import re
 import shlex
@@ -10,13 +10,14 @@ from training_runs import results
 
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGES = ("training.md", "embeddings.md")
+TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
 LINES = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-COMMANDS = [line for line in LINES if line]
+COMMANDS = [line for line in LINES if line and line[0] != "hf-sparse-moe"]
 STAND_INS = {
     "Qwen/Qwen3-0.6B": "decoder",
     "google-bert/bert-base-uncased": "encoder",
