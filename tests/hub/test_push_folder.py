@@ -293,3 +293,15 @@ def test_an_answer_that_echoes_the_token_is_not_shown(client, hub_server, repo_i
     assert pushed.code == 2
     assert "may not" in pushed.err
     assert "hf_writer" not in pushed.err + pushed.out
+
+
+def test_a_page_goes_along(client, hub_server, repo_id, folder, tmp_path):
+    page = tmp_path / "look.html"
+    page.write_text("<!DOCTYPE html>")
+    pushed = client.cli("push", folder, repo_id, "--with-report", page)
+    assert pushed.code == 0, pushed
+    assert hub_server.hub.read(repo_id, "routing.html") == b"<!DOCTYPE html>"
+    page.write_text("hf_" + "a" * 34)
+    pushed = client.cli("push", folder, repo_id, "--with-report", page)
+    assert pushed.code == 2
+    assert "token of the Hub" in pushed.err

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cli_client import assert_one_sentence, run_cli
-from hf_sparse_moe import disable_experts, explain_routing, routing_statistics
+from hf_sparse_moe import disable_experts, explain_routing, routing_statistics, write_model_card
 from hf_sparse_moe.insight.definitions import layer_facts
 from hf_sparse_moe.insight.measurement import read_texts
 from insight.conftest import GROUPS, TEXTS, VOCAB_SIZE
@@ -240,9 +240,11 @@ def test_the_command(mixture, tokenizer, tmp_path):
     assert json.loads(finished.out)["groups"] == ["law", "code"]
     assert "hf-sparse-moe look mixture --data data.jsonl" in page.read_text().replace(str(tmp_path), "")
     assert str(tmp_path) not in page.read_text()
-    finished = run_cli(*arguments, "--data", tmp_path / "prose.txt")
+    assert not (tmp_path / "mixture" / "routing_statistics.json").exists()
+    finished = run_cli(*arguments, "--data", tmp_path / "prose.txt", "-o", tmp_path / "mixture" / "routing.html")
     assert finished.code == 0, finished.err
     assert "The page is" in finished.out
+    assert "## Routing" in write_model_card(tmp_path / "mixture", "user/name").read_text()
     assert_one_sentence(run_cli(*arguments, "--group-by", "language"), 2, "no column `language`")
     assert_one_sentence(run_cli("look", tmp_path / "mixture", "--data", tmp_path / "none.csv"), 2, "names no file")
 

@@ -58,6 +58,9 @@ def check_output(folder, family, domains):
         assert all(0 < loss < 50 for loss in report["held_out_loss"][name].values())
     assert {layer["side"] for layer in report["routing"]["layers"]} <= {"encoder", "decoder"}
     assert (folder / "experts.png").read_bytes()[:4] == b"\x89PNG"
+    assert "What every expert does" in (folder / "routing.html").read_text()
+    written = json.loads((folder / "mixture" / "routing_statistics.json").read_text())
+    assert written == report["routing"]  # what the card says, and the page
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert json.loads((folder / "mixture" / "config.json").read_text())["model_type"] == f"sparse_moe_{family}"
     assert "held-out loss" in (folder / "mixture" / "README.md").read_text()

@@ -70,6 +70,9 @@ def push(
             help="Add outputs that `doctor` compares; loads the weights.", show_default="for weights up to 4 GiB"
         ),
     ] = None,
+    with_report: Annotated[
+        Path | None, typer.Option(help="A page of `look` to publish beside it; it shows the text it was made from.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -91,6 +94,7 @@ def push(
         commit_message=message,
         tag=tag,
         fingerprint=fingerprint,
+        with_report=with_report,
     )
     report = published.to_dict()
     told = f"{report['url']}\n{len(published.files)} files, commit {report['commit']}"

@@ -52,10 +52,12 @@ def look(
     """
     Write one HTML page that shows what every expert of a mixture does on some text.
 
-    Takes mixtures of this package and of transformers. The page needs no server, no network and no other file.
+    Takes mixtures of this package and of transformers. The page needs no server, no network and no other file. Written
+    into the mixture's own folder, it leaves the routing's statistics and picture there too, for the model card.
     """
     from hf_sparse_moe.checkpoints.hashes import source_files
     from hf_sparse_moe.checkpoints.source import find_source
+    from hf_sparse_moe.hub.checkpoint import save_routing_statistics
     from hf_sparse_moe.hub.loading import load_whole
     from hf_sparse_moe.insight import explain_routing
     from hf_sparse_moe.quickstart.examples import load_tokenizer
@@ -87,6 +89,8 @@ def look(
         },
     )
     explained.to_html(output)
+    if output.resolve().parent == Path(source).resolve():
+        save_routing_statistics(explained.statistics, output.parent)
     told = [f"{claim.head} {claim.text}" for claim in explained.verdict]
     show(explained.to_dict(), as_json, *told, f"The page is {output} ({output.stat().st_size / 1e6:.1f} MB).")
 

@@ -25,7 +25,7 @@ from .errors import NOT_DONE, PASSING, raise_hub_error, retried
 from .evaluation_results import RESULTS_FILE, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
 from .model_card import render_model_card
-from .publishable import publishable_files
+from .publishable import checked_for_tokens, publishable_files
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ SUPERSEDABLE = re.compile(
     rf"|{re.escape(RESULTS_FILE)}",
     re.ASCII,
 )
+REPORT_NAME = "routing.html"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def push(
     tag: str | None = None,
     max_shard_size: int | str = "50GB",
     fingerprint: bool | None = None,
+    with_report: str | Path | None = None,
     token: bool | str | None = None,
 ) -> PushReport:
     """
@@ -117,6 +119,8 @@ def push(
         fingerprint (`bool`, *optional*):
             Whether to publish outputs on a fixed sequence, which [`doctor`] compares wherever the checkpoint arrives.
             The weights are loaded for it once; of an adapter its base too. Defaults to True up to 4 GiB of weights.
+        with_report (`str` or `Path`, *optional*):
+            A page of [`explain_routing`], published as `routing.html`. It shows the text that it was made from.
         token (`bool` or `str`, *optional*): Defaults to that of `hf auth login`.
 
     Returns:
@@ -143,6 +147,8 @@ def push(
             return cast("PushReport", None)
         files, left_out = publishable_files(folder)
         published, title = _stage(folder, files, Path(temporary), base, token, fingerprint)
+        if with_report is not None:
+            files[REPORT_NAME] = checked_for_tokens(Path(with_report))
         own_tags = getattr(what.model if isinstance(what, Trainer) else what, "model_tags", None) or ()
         tags = [*own_tags, *([tags] if isinstance(tags, str) else tags or ())]
         told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}

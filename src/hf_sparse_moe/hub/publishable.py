@@ -35,11 +35,18 @@ def publishable_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if links := [name for name in weights if name not in files]:
         raise ValueError(f"`{folder / links[0]}` is a link that leads out of its folder. Put the file there itself.")
     for name, path in files.items():
-        if name not in weights and re.search(rb"\bhf_[A-Za-z0-9]{30,}", path.read_bytes()):
-            raise ValueError(f"`{path}` holds what looks like a token of the Hub. Remove it, and revoke the token.")
+        if name not in weights:
+            checked_for_tokens(path)
     published = {name.partition("/")[0] for name in files}
     others = [path for path in sorted(folder.iterdir()) if path.name not in published]
     return files, [f"{path.name}/" if path.is_dir() else path.name for path in others]
+
+
+def checked_for_tokens(path: Path) -> Path:
+    """The path of a file without a token of the Hub in it; else a `ValueError`."""
+    if re.search(rb"\bhf_[A-Za-z0-9]{30,}", path.read_bytes()):
+        raise ValueError(f"`{path}` holds what looks like a token of the Hub. Remove it, and revoke the token.")
+    return path
 
 
 def is_pickle(name: str) -> bool:

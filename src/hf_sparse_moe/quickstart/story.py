@@ -19,26 +19,26 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.checkpoints.source import find_source, load_dense
 from hf_sparse_moe.hub import doctor, push, render_model_card
-from hf_sparse_moe.insight import expert_load_table, plot_expert_load
+from hf_sparse_moe.hub.checkpoint import save_routing_statistics
+from hf_sparse_moe.insight import expert_load_table, explain_routing, plot_expert_load
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeDecoderConfig
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.quickstart.corpus import Corpus, load_corpus
 from hf_sparse_moe.quickstart.examples import interleave, load_tokenizer, make_examples
 from hf_sparse_moe.quickstart.small_dense_model import new_dense_model, train_tokenizer
 from hf_sparse_moe.quickstart.training import held_out_losses, train
-from hf_sparse_moe.routing import routing_statistics
 from hf_sparse_moe.upcycling import upcycle
 
 
 CHAPTERS = 8
 HELD_OUT_BLOCKS = 64  # a domain
+PIECES, PIECE_CHARACTERS = 32, 400  # of a domain, that the routing page reads
 DENSE_LEARNING_RATE = 3e-3  # for a model that starts from random weights
 
 
@@ -63,8 +63,8 @@ class QuickstartOptions:
 
 def run_quickstart(options: QuickstartOptions, console: Console | None = None) -> Path:
     """
-    Run the demo and leave `mixture/`, `adapter/`, `experts.png`, `report.json` (and `dense/`, where it trained one) in
-    a new folder, which appears once all of it is there.
+    Run the demo and leave `mixture/`, `adapter/`, `experts.png`, `routing.html`, `report.json` (and `dense/`, where it
+    trained one) in a new folder, which appears once all of it is there.
 
     Args:
         options ([`QuickstartOptions`]): What to run on.
@@ -88,7 +88,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     with new_folder(target) as folder, TemporaryDirectory() as scratch:
         evaluation = story.make(folder, Path(scratch), options.push_to or str(target / "mixture"))
     story.share(target, evaluation)
-    story.say(f"Done in {perf_counter() - started:.0f} s. The picture is {target / 'experts.png'}")
+    story.say(f"Done in {perf_counter() - started:.0f} s. Which expert does what: open {target / 'routing.html'}")
     return target
 
 
@@ -163,16 +163,20 @@ class _Story:
         self.console.print(_loss_table(losses))
 
         self.title("See which expert served which domain")
-        sequences: Any = [example for domain in held_out for example in held_out[domain]]
-        loader = DataLoader(sequences, options.batch_size, collate_fn=default_data_collator)
-        statistics = routing_statistics(mixture, loader, [domain for domain in held_out for _ in held_out[domain]])
+        pieces = [(piece, domain) for domain in held_out for piece in _pieces(corpus.held_out[domain])]
+        explained = explain_routing(
+            mixture, tokenizer, *map(list, zip(*pieces, strict=True)), max_length=options.sequence_length
+        )
+        statistics = explained.statistics
         for layer in (statistics.layers[0], statistics.layers[-1]):
             self.console.print(expert_load_table(layer))
         plot_expert_load(statistics, folder / "experts.png", "Which expert served which domain")
+        explained.to_html(folder / "routing.html")
         evaluation = {f"held-out loss, {domain}": loss for domain, loss in losses["mixture"].items()}
         mixture.save_pretrained(folder / "mixture")
         copy_companions(source.folder, folder / "mixture")
-        card = render_model_card(mixture, options.push_to or "your-name/quickstart", evaluation=evaluation)
+        save_routing_statistics(statistics, folder / "mixture")
+        card = render_model_card(folder / "mixture", options.push_to or "your-name/quickstart", evaluation=evaluation)
         (folder / "mixture" / "README.md").write_text(card, encoding="utf-8")
 
         self.title("Train an expert-LoRA adapter for one domain")
@@ -223,14 +227,23 @@ class _Story:
         self.title("Share")
         mixture = str(target / "mixture")
         if self.options.push_to is not None:
-            published = push(mixture, self.options.push_to, evaluation=evaluation)
+            published = push(mixture, self.options.push_to, evaluation=evaluation, with_report=target / "routing.html")
             mixture = self.options.push_to
             self.say(f"Published at {published.commit.commit_url}")
-        self.say(f"On disk: {target} (mixture/ with card, code and receipt, adapter/, experts.png, report.json)")
+        others = "adapter/, experts.png, routing.html, report.json"
+        self.say(f"On disk: {target} (mixture/ with card, code and receipt, {others})")
         self.title("Load mixture and adapter, and check them")
         for name, report in (("mixture", doctor(mixture)), ("adapter", doctor(target / "adapter", base=mixture))):
             verdicts = Counter(finding.verdict for finding in report.findings)
             self.say(f"{name}: {', '.join(f'{count} checks {verdict}' for verdict, count in verdicts.items())}")
+
+
+def _pieces(documents: list[str]) -> list[str]:
+    """The beginnings of documents, then what follows them, until there are enough."""
+    longest = max(map(len, documents))
+    starts = range(0, longest, PIECE_CHARACTERS)
+    pieces = [text[start : start + PIECE_CHARACTERS] for start in starts for text in documents if start < len(text)]
+    return pieces[:PIECES]
 
 
 def _loss_table(losses: dict[str, dict[str, float]]) -> Table:
