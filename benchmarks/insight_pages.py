@@ -1,5 +1,5 @@
 """
-Two pages of `hf-sparse-moe look`, of a mixture trained on ten domains and of the Mixtral exported from it, for
+Two pages of `hf-sparse-moe look`, of a mixture trained on ten domains and of the Qwen3-MoE exported from it, for
 docs/insight.md. Twenty minutes on one core.
 
     python benchmarks/insight_pages.py FOLDER --data DOMAINS
@@ -70,14 +70,14 @@ def main() -> None:
     folder = options.folder
     if not (folder / "mixture").is_dir():
         make_mixture(folder, options.data, options.dense_steps, options.steps)
-    if not (folder / "mixtral").is_dir():
-        export(folder / "mixture", folder / "mixtral", architecture="mixtral")
+    if not (folder / "stock").is_dir():
+        export(folder / "mixture", folder / "stock")
     files = [f"--data={path}" for path in sorted((Path(options.data) / "valid").glob("*.jsonl.gz"))]
     common = [*files, "--group-by=domain", "--max-texts=120"]
     run = f"--checkpoints={folder / 'run'}"
     for arguments in (
         [str(folder / "mixture"), *common, run, "--ablate", f"--output={folder / 'mixture.html'}"],
-        [str(folder / "mixtral"), *common, f"--output={folder / 'mixtral.html'}"],
+        [str(folder / "stock"), *common, f"--output={folder / 'stock.html'}"],
     ):
         app(["look", *arguments], standalone_mode=False)
 

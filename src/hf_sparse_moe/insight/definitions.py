@@ -201,9 +201,7 @@ def added_loss(ablation: Ablation, layer: int) -> tuple[Array, Array, Array]:
     weights = _weights(len(tokens))
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = np.einsum("bt,etg->beg", weights, added, optimize=True) / (weights @ tokens)[:, None]
-        low, high = (
-            np.nanquantile(resampled, (0.025, 0.975), axis=0) if len(tokens) >= FEWEST_TEXTS else (np.nan, np.nan)
-        )
+        low, high = np.quantile(resampled, (0.025, 0.975), axis=0) if len(tokens) >= FEWEST_TEXTS else (np.nan, np.nan)
         point = added.sum(axis=1) / tokens.sum(axis=0)
     return point, np.broadcast_to(low, point.shape), np.broadcast_to(high, point.shape)
 

@@ -65,6 +65,7 @@ def render_page(
         facts=facts,
         claims=claims,
         best=facts.index(best),
+        own=_own_experts(facts, shown, _shown_groups(measured, facts)),
         labels=labels,
         about=about,
         cards=shown,
@@ -87,6 +88,18 @@ def _chosen_experts(facts: list[LayerFacts], most: int) -> dict[int, list[int]]:
         order = np.argsort(-clearest, kind="stable")[:each]
         chosen[place] = sorted(order.tolist())
     return chosen
+
+
+def _own_experts(
+    facts: list[LayerFacts], cards: dict[int, list[int]], groups: list[int]
+) -> list[tuple[int, int | None, int]]:
+    """Of each group the layer and the expert that it prefers most clearly, among those with a card; None for none."""
+    pairs = [(place, e, g) for place, fact in enumerate(facts) for e in cards[place] for g in fact.serves(e)]
+    own: list[tuple[int, int | None, int]] = []
+    for group in groups:
+        found = [(facts[place].lift_low[g, e], place, e) for place, e, g in pairs if g == group]
+        own.append((group, *max(found)[1:]) if found else (group, None, -1))
+    return own
 
 
 def _shown_groups(measured: Measurement, facts: list[LayerFacts]) -> list[int]:

@@ -142,7 +142,7 @@ def _alike(facts: list[LayerFacts]) -> Claim:
     weights = (
         ""
         if np.isnan(units)
-        else f" (By weights it is {units:.2f}, which says less: experts part in routing and outputs first.)"
+        else f" (By weights it is {units:.2f}, which says less: routing and outputs part before weights do.)"
     )
     text = f"on the same tokens, two experts' outputs have a cosine of {outputs:.2f} on average.{weights}"
     return Claim(NEUTRAL, "How alike:" if outputs < 0.9 else "Nearly alike:", text, "pairs")
