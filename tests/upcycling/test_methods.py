@@ -73,6 +73,16 @@ def test_copy_is_near_without_normalised_weights(family, fields):
         torch.testing.assert_close(block(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [{}, {"capacity_factor": 1.0}, {"routed_scaling_factor": 2.5}])
+def test_the_decoder_of_experts_that_choose_is_not_scaled_as_the_encoder(fields):
+    dense = tiny_dense("encoder_decoder")
+    exact, chooses = upcycle(dense, 4), upcycle(dense, 4, router_type="expert_choice", **fields)
+    hidden = torch.randn(5, 32)
+    for one, other in zip(exact.sparse_blocks, chooses.sparse_blocks, strict=True):
+        if one.side == "decoder":
+            torch.testing.assert_close(other(hidden), one(hidden))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routed_scaling_factor_is_undone(family):
     assert difference(upcycle(tiny_dense(family), num_experts=4, routed_scaling_factor=2.5)) <= EXACT
@@ -288,8 +298,8 @@ def test_a_mixture_of_a_rank_exports(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     assert type(stock).__name__ == "Qwen2MoeForCausalLM", report
     torch.testing.assert_close(stock(ids).logits, sparse(ids).logits, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="shared"):
-        export(sparse, tmp_path / "other", architecture="mixtral")
+    with pytest.raises(ValueError, match="`num_shared_experts=12`: mixtral has no shared experts"):
+        export(upcycle(tiny_dense("llama"), 4, method="graft", rank=4), tmp_path / "other", architecture="mixtral")
 
 
 @pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])

@@ -189,9 +189,9 @@ def warn_of_untrained_routers(events: Iterable[RoutingEvent]) -> None:
             names.append(event.layer.name)
     if names:
         logger.warning(
-            f"`{names[0]}`, like {len(names) - 1} other layers, has one expert a token, whose normalised weight is "
-            "always 1, so that the task's loss never trains the router; only the balance loss does. Let two experts "
-            "serve a token, or take an architecture that leaves the weights as they are, such as Qwen3-MoE."
+            f"{len(names)} layers (`{names[0]}` first) have one expert a token, whose normalised weight is always 1, "
+            "so that the task's loss never trains the router; only the balance loss does. Let two experts serve a "
+            "token, or take an architecture that leaves the weights as they are, such as Qwen3-MoE."
         )
 
 

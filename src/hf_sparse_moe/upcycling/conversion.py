@@ -40,6 +40,7 @@ class SparseLayer:
 
     position: int  # among the sparse layers; its random generator is seeded with it
     feed_forward: FeedForward
+    side: str
 
     @property
     def block(self) -> str:
@@ -156,7 +157,9 @@ class Conversion:
         seed = np.random.SeedSequence((recipe.seed % 2**64, layer.position)).generate_state(1)  # torch heeds 32 bits
         generator = torch.Generator().manual_seed(int(seed[0]))
         dense = layer.weights(read)
-        start = recipe.initialization.start(dense, LayerContext(config, generator, recipe.options, **measured))
+        start = recipe.initialization.start(
+            dense, LayerContext(config, layer.side, generator, recipe.options, **measured)
+        )
         router = _router_tensors(config, start.router, dense.down.dtype, generator)
         made: Made = {f"gate.{name}": tensor for name, tensor in router.items()}
         up = "gate_up_proj" if dense.gated else "up_proj"
@@ -230,7 +233,7 @@ def plan_conversion(
     with torch.device("meta"):
         sparse = target._from_config(config, dtype=dtype)
     chosen = sparse_feed_forwards(dense, config, target.family_side)
-    sparse_layers = [SparseLayer(position, feed_forward) for position, (feed_forward, _) in enumerate(chosen)]
+    sparse_layers = [SparseLayer(position, *found) for position, found in enumerate(chosen)]
     conversion = Conversion(dense, sparse, recipe, fields, sparse_layers, tensors)
     if isinstance(tensors, LoadedTensors):
         needed = {key.removeprefix("dense.") for key in conversion.outputs if conversion.layer_of(key) is None}

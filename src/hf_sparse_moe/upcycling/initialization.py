@@ -87,6 +87,7 @@ class LayerContext:
     """What a method may use besides the dense weights."""
 
     config: SparseMoeConfig  # the mixture's, the method's own changes included
+    side: str  # "encoder" or "decoder"
     generator: torch.Generator  # the layer's own; the same seed draws the same bits
     options: dict[str, Any]
     activations: torch.Tensor | None = None  # (tokens, I), measured on the data that the caller gave
@@ -103,28 +104,28 @@ class LayerContext:
         return normal_rows(torch.Size(shape), dtype, mean, std, seed)
 
 
-def has_constant_weights(config: SparseMoeConfig) -> bool:
-    """Whether the weights of every token's experts sum to `routed_scaling_factor`."""
+def has_constant_weights(config: SparseMoeConfig, side: str = "encoder") -> bool:
+    """Whether the weights of every token's experts sum to `routed_scaling_factor`, on a side of an encoder-decoder."""
+    if config.router_type != "top_k" and (config.router_type == "hash" or side == "encoder"):
+        return config.router_type == "hash"
     takes_all = config.num_experts_per_tok == config.num_experts and config.scoring_func != "sigmoid"
-    return config.router_type == "hash" or (config.router_type == "top_k" and bool(config.norm_topk_prob or takes_all))
+    return bool(config.norm_topk_prob or takes_all)
 
 
-def output_scale(config: SparseMoeConfig) -> float:
+def as_expert(
+    part: FeedForwardWeights, context: LayerContext, parts: int = 1, evenly: bool = True
+) -> FeedForwardWeights:
     """
-    What `down` is multiplied by so that equal experts together give one expert's output: 1 over the sum of a token's
-    weights. With normalised weights that sum is `routed_scaling_factor`, always; without, or where the experts choose
-    their tokens, it is that of an even router, so that the output is near, not equal (softmax k/E, sigmoid k/2).
+    One of `parts` of a dense feed-forward, with `down` (and `up`, where `evenly`) scaled so that a token's experts
+    together give what it gives: by 1 over the sum of their weights. With normalised weights that sum is
+    `routed_scaling_factor`, always; without, or where experts choose their tokens, it is that of an even router, so
+    that the output is near, not equal (softmax k/E, sigmoid k/2).
     """
-    if has_constant_weights(config):
-        return 1.0 / config.routed_scaling_factor
-    even = 0.5 if config.scoring_func == "sigmoid" else 1 / config.num_experts
-    return 1.0 / (even * config.mean_experts_per_token * config.routed_scaling_factor)
-
-
-def as_expert(part: FeedForwardWeights, config: SparseMoeConfig, parts: int = 1) -> FeedForwardWeights:
-    """One of `parts` of a dense feed-forward, scaled so that a token's experts together give what it gives."""
-    scale = output_scale(config)  # of the bias, which every part holds whole
-    return part.scale(parts * scale, bias=scale, evenly=not has_constant_weights(config))
+    config, constant = context.config, has_constant_weights(context.config, context.side)
+    count = config.mean_experts_per_token if context.side == "encoder" else config.num_experts_per_tok
+    even = 1.0 if constant else count * (0.5 if config.scoring_func == "sigmoid" else 1 / config.num_experts)
+    scale = 1.0 / (even * config.routed_scaling_factor)  # of the bias, which every part holds whole
+    return part.scale(parts * scale, bias=scale, evenly=evenly and not constant)
 
 
 def whole_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
@@ -136,20 +137,20 @@ def whole_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStar
     its feed-forward once, and has G equal router rows (a virtual group), so that the top k picks whole groups.
     """
     config, granularity = context.config, context.options.get("granularity", 1)
-    groups = config.num_experts // granularity
     units = torch.arange(dense.down.shape[1]).chunk(granularity)
-    whole = [as_expert(each, config) for each in context.branches or [dense]]
-    shards = [
-        as_expert(each.take(part), config, granularity) for each in context.branches or [dense] for part in units
+    experts = [
+        as_expert(each if granularity == 1 else each.take(part), context, granularity)
+        for each in context.branches or [dense]
+        for part in units
     ]
-    experts = whole if granularity == 1 else shards
-    rows = context.random_router(dense, groups) if context.centroids is None else context.centroids
+    groups, rows = config.num_experts // granularity, context.centroids
+    rows = context.random_router(dense, groups) if rows is None else rows
     return LayerStart(experts * (config.num_experts // len(experts)), rows.repeat_interleave(granularity, dim=0))
 
 
 def noise_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:
     """`copy`, and on each weight noise of `noise_std` times the root mean square of its dense matrix."""
-    copied = as_expert(dense, context.config)
+    copied = as_expert(dense, context)
     stds = {
         name: context.options["noise_std"] * (mean**2 + std**2) ** 0.5
         for name, matrix in copied.matrices.items()
@@ -172,8 +173,7 @@ def drop_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart
     `copy`, then in each expert `drop_ratio` of the units are redrawn from a normal with the mean and deviation of the
     dense weights, the same units in gate, up and down (Drop-Upcycling, arXiv 2502.19261).
     """
-    scale, units = output_scale(context.config), dense.down.shape[1]
-    copied = dense.scale(scale, bias=scale)
+    copied, units = as_expert(dense, context, evenly=False), dense.down.shape[1]
     count = round(context.options["drop_ratio"] * units)
     of_down = mean_and_std(copied.down)
     of_ups = {  # of the gate and of the up projection, where there are both
@@ -226,7 +226,7 @@ def partition_experts(dense: FeedForwardWeights, context: LayerContext) -> Layer
         features = torch.nn.functional.normalize(features, dim=-1)
         labels = balanced_k_means(features, experts, context.generator)
         groups = [units[labels == expert] for expert in range(experts)]
-    parts = [as_expert(dense.take(group.sort().values), context.config, experts) for group in groups]
+    parts = [as_expert(dense.take(group.sort().values), context, experts) for group in groups]
     if context.config.num_experts_per_tok == experts:
         return LayerStart(parts, torch.zeros(experts, dense.down.shape[0]), shared)
     return LayerStart(parts, context.random_router(dense), shared)
