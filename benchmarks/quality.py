@@ -37,13 +37,16 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
 from hf_sparse_moe.checkpoints.hashes import sha256_of
-from hf_sparse_moe.routing import routing_statistics
+from hf_sparse_moe.routing import SelectionBiasCallback, routing_statistics
 from measuring import RESULTS, device_name, peak_bytes
 from quality_text import IGNORED, SPLITS, Rows, Text, load_text
 
@@ -56,7 +59,7 @@ AUTO_CLASSES = {
     "encoder": AutoModelForMaskedLM,
     "encoder-decoder": AutoModelForSeq2SeqLM,
 }
-WARM_UP, WEIGHT_DECAY, LOWEST_RATE = 0.03, 0.1, 0.1
+WARM_UP, WEIGHT_DECAY, LOWEST = 0.03, 0.1, 0.1  # shares of the steps, of a step, of the rate
 CURVE_POINTS, CURVE_ROWS, EVALUATION_ROWS = 10, 320, 32
 
 
@@ -65,7 +68,7 @@ class Comparison:
 
     def __init__(self, family: str, configuration: dict[str, Any], data: Path, cache: Path, output: Path):
         self.family, self.data, self.output = family, data, output / family
-        self.settings, self.arms = configuration[family], configuration["arms"]
+        self.settings, self.arms = configuration[family], configuration["arms"] | configuration.get("ablations", {})
         self.cache = cache / f"{family}-{self.digest()}"
         self._text: Text | None = None
         self.output.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,8 @@ class Comparison:
         if "graft_share" in settings:
             units = dense.config.d_ff if hasattr(dense.config, "d_ff") else dense.config.intermediate_size
             options["moe_intermediate_size"] = units // settings["graft_share"]
-        return upcycle(dense, seed=seed, **options)
+        model = upcycle(dense, seed=seed, **options)
+        return with_hash_routing(model) if settings.get("hash_routing") else model
 
     def rows(self, arm: str, seed: int) -> torch.Tensor:
         """The training rows of an arm, in their order."""
@@ -145,12 +149,17 @@ class Comparison:
             rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(1000 + seed))]
         return rows
 
-    def train(self, model: PreTrainedModel, rows: torch.Tensor, rate: float, name: str) -> dict[str, Any]:
-        """One pass over `rows`: fresh AdamW, warm-up, cosine. CPU seconds are those of the steps alone."""
+    def train(
+        self, model: PreTrainedModel, rows: torch.Tensor, rate: float, name: str, constant: bool = False
+    ) -> dict[str, Any]:
+        """One pass over `rows`: fresh AdamW, warm-up, then cosine or constant. CPU seconds are those of the steps."""
         batch_size, text = self.settings["batch_size"], self.text
         steps = len(rows) // batch_size
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=rate, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, warm_up_then_cosine(steps, 1.0 if constant else LOWEST)
+        )
+        move_bias = selection_bias_of(model)
         points = {round(steps * part / CURVE_POINTS) for part in range(1, CURVE_POINTS + 1)}
         spread = torch.linspace(0, len(text.tuning) - 1, min(CURVE_ROWS, len(text.tuning))).long()
         curve, seconds = [[0, self.mean_loss(model, text.tuning, spread)]], 0.0
@@ -162,6 +171,7 @@ class Comparison:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            move_bias()
             schedule.step()
             optimizer.zero_grad()
             seconds += time.process_time() - began
@@ -222,7 +232,8 @@ class Comparison:
         def train() -> None:
             model = self.start(arm, seed)
             kept["model"], kept["start"] = model, self.tuning_loss(model)
-            kept.update(self.train(model, self.rows(arm, seed), rate, f"{arm}, seed {seed}, rate {rate:g}"))
+            rows, name = self.rows(arm, seed), f"{arm}, seed {seed}, rate {rate:g}"
+            kept.update(self.train(model, rows, rate, name, constant=self.arms[arm].get("constant", False)))
 
         self.dense_checkpoint(seed)
         peak = peak_bytes(train, "cpu")
@@ -298,9 +309,20 @@ class Comparison:
     def rate(self, arm: str) -> float:
         """The learning rate of an arm: that of another, or the best of those tried, which this runs where it must."""
         if other := (self.arms[arm].get("rate_of") or self.arms[arm].get("evaluates")):
-            return self.rate(other)
+            return self.rate(other) * self.arms[arm].get("rate_factor", 1)
         seed = self.settings["rate_seed"]
         return min(self.settings["rates"], key=lambda rate: self.run(arm, seed, rate)["tuning_loss"])
+
+
+def with_hash_routing(model: SparseMoePreTrainedModel) -> SparseMoePreTrainedModel:
+    """
+    The same experts, chosen by the token's id. It takes experts that follow each other, so that of two that `split`
+    made a token gets both halves: what the dense model computes is kept.
+    """
+    config = type(model.config).from_dict(model.config.to_dict() | {"router_type": "hash"})
+    hashed = type(model)(config)
+    hashed.load_state_dict(model.state_dict(), strict=False)  # it has no router to load
+    return hashed
 
 
 def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -312,16 +334,26 @@ def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
-def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
+def warm_up_then_cosine(steps: int, lowest: float) -> Callable[[int], float]:
+    """The share of the rate at a step; it ends at `lowest`."""
     warm_up = max(1, round(WARM_UP * steps))
 
     def factor(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
         part = (step - warm_up) / max(1, steps - warm_up)
-        return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * part)) / 2
+        return lowest + (1 - lowest) * (1 + math.cos(math.pi * part)) / 2
 
     return factor
+
+
+def selection_bias_of(model: PreTrainedModel) -> Callable[[], None]:
+    """What to call after each optimizer step: it moves the selection bias of a mixture whose config asks for that."""
+    if not getattr(model.config, "router_bias_update_speed", 0.0):
+        return lambda: None
+    callback, arguments = SelectionBiasCallback(), TrainingArguments(report_to="none", use_cpu=True)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model)
+    return lambda: callback.on_optimizer_step(arguments, TrainerState(), TrainerControl())
 
 
 def mean_over_domains(losses: list[float], documents: list[Any]) -> float:
@@ -350,15 +382,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, from --first-seed")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", help="default: all of the configuration")
+    parser.add_argument("--ablations", action="store_true", help="run the configuration's ablations in place of arms")
     parser.add_argument("--config", type=Path, default=HERE / "quality.toml")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"default: {CACHE}")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality")
     options = parser.parse_args(arguments)
     configuration = tomllib.loads(options.config.read_text())
-    arms = options.arms or list(configuration["arms"])
-    if unknown := [arm for arm in arms if arm not in configuration["arms"]]:
-        parser.error(f"{options.config} has no arm {unknown[0]}. It has {', '.join(configuration['arms'])}.")
+    known = configuration["ablations" if options.ablations else "arms"]
+    arms = options.arms or list(known)
+    if unknown := [arm for arm in arms if arm not in known]:
+        parser.error(f"{options.config} has no {unknown[0]} there. It has {', '.join(known)}.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -82,16 +82,18 @@ def main() -> None:
 
 def render(configuration: dict[str, Any], results: Path = RESULTS) -> str:
     parts = [INTRODUCTION]
-    measured = False
+    measured, compared = False, False
     for family, title in FAMILIES.items():
         folder = results / "quality" / family
         arms = load_arms(folder, family, configuration)
         if "D" in arms:
-            measured = True
+            measured, compared = True, compared or len(arms) > 1
             documents = json.loads((folder / "documents.json").read_text())
             parts += [f"## {title}\n", family_section(arms, configuration, family, documents)]
     if measured:
-        parts += [READING, f"![Arm minus D, with its interval]({PICTURE})\n"]
+        parts.append(READING)
+    if compared:
+        parts.append(f"![Arm minus D, with its interval]({PICTURE})\n")
     return "\n".join(parts + tasks_section(results / "tasks"))
 
 
@@ -102,10 +104,10 @@ def load_arms(folder: Path, family: str, configuration: dict[str, Any]) -> dict[
         run = json.loads(path.read_text())
         runs.setdefault(run["arm"], {}).setdefault(run["rate"], {})[run["seed"]] = run
     chosen: dict[str, Arm] = {}
-    for name, settings in configuration["arms"].items():
+    for name, settings in (configuration["arms"] | configuration["ablations"]).items():
         by_rate = runs.get(name, {})
         if other := settings.get("rate_of") or settings.get("evaluates"):
-            rate = chosen[other].rate if other in chosen else None
+            rate = chosen[other].rate * settings.get("rate_factor", 1) if other in chosen else None
         else:
             rate = best_rate(by_rate, configuration[family])
         if rate is not None and rate in by_rate:
@@ -143,10 +145,12 @@ def interval(differences: np.ndarray, domains: list[str], draws: int = DRAWS) ->
 
 def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: str, documents: dict[str, Any]) -> str:
     dense, domains = arms["D"], [domain for domain, _ in documents["test"]]
+    ablations = {name: arm for name, arm in arms.items() if "varies" in arm.settings}
+    arms = {name: arm for name, arm in arms.items() if name not in ablations}
     settings = configuration[family]
     some = next(iter(dense.runs.values()))
     head = (
-        f"{settings['model_type']}, {some['parameters_total'] / 1e6:.1f} M parameters, {settings['dense_tokens']:,} "
+        f"A {settings['model_type']} of {some['parameters_total'] / 1e6:.1f} M parameters after {settings['dense_tokens']:,} "
         f"tokens, then {some['tokens']:,} tokens in each arm but D+ and W; {len(domains)} test documents in "
         f"{len(set(domains))} domains; {some['device']}; "
         f"{', '.join(f'{name} {version}' for name, version in some['versions'].items())}.\n"
@@ -187,6 +191,18 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
     parts = [head, table(heads, rows), goals(arms, by_domain, domains), table(cost_heads, costs)]
     if compared:
         parts.append(table(["minus D, by domain", *compared], domain_rows))
+    if ablations:
+        rows = [
+            [
+                arm.settings["varies"],
+                arm.settings["label"],
+                SIGNS[arm.settings["expected"]],
+                str(len(arm.runs)),
+                shown(interval(arm.differences(dense)[1], domains)),
+            ]
+            for arm in ablations.values()
+        ]
+        parts.append(table(["what is varied", "arm", "expected", "seeds", "minus D"], rows))
     return "\n".join(part for part in parts if part)
 
 
@@ -219,7 +235,9 @@ def goals(arms: dict[str, Arm], by_domain: dict[str, list[Any]], domains: list[s
 
 def tokens_needed(arm: Arm, arms: dict[str, Arm]) -> str:
     """How many tokens the dense model needs until its loss is the arm's last, by straight lines between points."""
-    dense = arms["D+" if "D+" in arms and arm.name != "D+" else "D"]
+    if arm.name in ("D", "D+"):
+        return ""
+    dense = arms["D+" if "D+" in arms else "D"]
     needed = []
     for seed in arm.runs.keys() & dense.runs.keys():
         curve, goal = dense.runs[seed]["curve"], arm.runs[seed]["curve"][-1][1]
