@@ -150,9 +150,9 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
     settings = configuration[family]
     some = next(iter(dense.runs.values()))
     head = (
-        f"A {settings['model_type']} of {some['parameters_total'] / 1e6:.1f} M parameters after {settings['dense_tokens']:,} "
-        f"tokens, then {some['tokens']:,} tokens in each arm but D+ and W; {len(domains)} test documents in "
-        f"{len(set(domains))} domains; {some['device']}; "
+        f"A {settings['model_type']} of {some['parameters_total'] / 1e6:.1f} M parameters, trained on "
+        f"{settings['dense_tokens']:,} tokens; {some['tokens']:,} more in each arm but D+ and W; {len(domains)} test "
+        f"documents in {len(set(domains))} domains; {some['device']}; "
         f"{', '.join(f'{name} {version}' for name, version in some['versions'].items())}.\n"
     )
     rows, by_domain, compared = [], {}, {name: arm for name, arm in arms.items() if name != "D"}
