@@ -256,7 +256,7 @@ class Comparison:
         if not folder.is_dir():
             self.path(arm, seed, rate).unlink(missing_ok=True)
             self.run(arm, seed, rate)
-        return SparseMoePreTrainedModel.from_pretrained(folder)
+        return AUTO_CLASSES[self.family].from_pretrained(folder)
 
     def tuning_loss(self, model: PreTrainedModel) -> float:
         return mean_over_domains(self.document_losses(model, self.text.tuning), self.text.tuning.documents)

@@ -15,9 +15,9 @@ TINY = {"length": 32, "batch_size": 4, "dense_tokens": 512, "sparse_tokens": 512
 TINY |= {"rate_seed": 0, "machine_characters": 20_000}
 TINY |= {"tuning_characters": 300, "test_characters": 300}
 MODELS = {
-    "decoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    "decoder": {"hidden_size": 16, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     | {"num_key_value_heads": 2},
-    "encoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "encoder": {"hidden_size": 16, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "encoder-decoder": {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8},
 }
 WORDS = {"colours": ["red", "green", "blue", "white", "black"], "numbers": ["one", "two", "three", "four", "five"]}
@@ -102,6 +102,7 @@ def test_every_arm_of_a_family(quality, data, tmp_path, family):
     assert len(dense["document_losses"]) == len(comparison.text.test.documents)
 
 
+@pytest.mark.slow
 def test_every_ablation(quality, data, tmp_path):
     comparison = make(quality, "decoder", data, tmp_path)
     ablations = configuration(quality, "decoder")["ablations"]
