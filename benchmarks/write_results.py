@@ -42,9 +42,9 @@ python benchmarks/write_results.py
 READING = f"""\
 Loss is nats a token of a held-out document, averaged over the documents of a domain, then over the domains. "minus D"
 is the same document's loss minus that of D from the same checkpoint; [{LEVEL} % intervals] are from a bootstrap over
-seeds and, in each domain, over documents. Rates are chosen on a tuning split with seed 0, three for each arm. CPU
-seconds are one thread's, of the training steps alone; peak memory is what a training adds to the process. "D needs" is
-how many tokens D trains for, or D+ where it has run, until its loss is the arm's.
+seeds and, in each domain, over documents: with one seed, over documents alone. Rates are chosen on a tuning split with
+seed 0, three for each arm. CPU seconds are one thread's, of the training steps alone; peak memory is what a training
+adds to the process. "D needs" is how many tokens D trains for, or D+ where it has run, until its loss is the arm's.
 """
 FAMILIES = {
     "decoder": "Decoder",
@@ -301,7 +301,7 @@ def draw(found: dict[str, dict[str, Arm]], path: Path) -> None:
             axis.plot(alone, [place + 0.2] * len(alone), ".", color="#0072B2", alpha=0.35)
         axis.axvline(0.0, color="grey", linewidth=0.8)
         axis.set_yticks(range(len(names)), list(reversed(names)))
-        axis.set(title=FAMILIES[family], xlabel="held-out loss minus D, nats a token")
+        axis.set(title=FAMILIES[family], xlabel="held-out loss minus D, nats a token", ylim=(-0.5, len(names) - 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
