@@ -196,7 +196,7 @@ def grpo(run: Run) -> hf.Trainer:
     )
 
 
-def sentences(run: Run, loss_class: Any, family: str) -> hf.Trainer:
+def sentences(run: Run, loss_class: Any, family: str, **arguments: Any) -> hf.Trainer:
     """A trainer of sentence-transformers, whose model is loaded from a folder."""
     model, saved = run.model(hf.AutoModel, family=family), str(run.folder / "model")
     model.save_pretrained(saved)
@@ -212,7 +212,7 @@ def sentences(run: Run, loss_class: Any, family: str) -> hf.Trainer:
         model=encoder,
         args=run.settings(SentenceTransformerTrainingArguments),
         train_dataset=data,
-        loss=loss_class(encoder),
+        loss=loss_class(encoder, **arguments),
         callbacks=[run.callback],
     )
 

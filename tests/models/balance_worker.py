@@ -47,11 +47,14 @@ def balanced_model(family: str, scope: str, z_loss: float = 0.0) -> nn.Module:
 def examples(model: nn.Module, kind: str) -> list[dict[str, torch.Tensor]]:
     """
     8 sequences, by `kind`: "identical" ones; "equal labels" or "unequal labels", different ones of equal length; each
-    with two pads; "ragged" ones of 5 to 12 tokens, to which `collate` adds the pads.
+    with two pads; "ragged" ones of 5 to 12 tokens and an end, to which `collate` adds the pads.
     """
     inputs = tiny_inputs(model, batch=1 if kind == "identical" else SEQUENCES, length=12 if kind == "ragged" else 7)
     if kind == "ragged":
-        return [{name: value[row, : 5 + row] for name, value in inputs.items()} for row in range(SEQUENCES)]
+        rows = [{name: value[row, : 5 + row].clone() for name, value in inputs.items()} for row in range(SEQUENCES)]
+        for row in rows:
+            row["labels"][-1] = model.config.eos_token_id
+        return rows
     inputs["attention_mask"][:, -2:] = 0
     labels = inputs["input_ids"] if kind == "equal labels" else inputs["labels"]
     inputs["labels"] = labels.masked_fill(inputs["attention_mask"] == 0, -100)
@@ -103,8 +106,8 @@ def step_trainer(
     """A trainer of one optimizer step; `batch_size` is a process's."""
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.0, learning_rate=0.0, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
-        **{"max_steps": 1, **arguments},
+        max_grad_norm=0.0, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
+        **{"max_steps": 1, "learning_rate": 0.0, **arguments},
     )  # fmt: skip
     return trainer_class(
         model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=list(callbacks)

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from hf_sparse_moe.models.optimizer_steps import OptimizerStepCallback
 from models.balance_worker import (
@@ -129,6 +130,51 @@ PLACES = {
     "a tuple": lambda model, inputs: model(**inputs, return_dict=False)[0],
     "changed in place": lambda model, inputs: model(**inputs).logits.mul_(0.5),
 }
+OUTPUTS = {
+    "encoder": {
+        "logits": lambda outputs: outputs.logits,
+        "hidden_states": lambda outputs: outputs.hidden_states[-1],
+        "both": lambda outputs: torch.cat([outputs.logits, outputs.hidden_states[-1]], dim=-1),
+    },
+    "decoder": {
+        "logits": lambda outputs: outputs.logits,
+        "hidden_states": lambda outputs: outputs.hidden_states[-1],
+    },
+    "encoder_decoder": {
+        "logits": lambda outputs: outputs.logits,
+        "decoder_hidden_states": lambda outputs: outputs.decoder_hidden_states[-1],
+        "encoder_hidden_states": lambda outputs: outputs.encoder_hidden_states[-1],
+        "encoder_last_hidden_state": lambda outputs: outputs.encoder_last_hidden_state,
+    },
+}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("family", "output"), [(family, output) for family in OUTPUTS for output in OUTPUTS[family]])
+def test_every_output_carries_it_once_whether_labels_are_given_or_not(family, output, labelled):
+    model = training_model(family, router_z_loss_coef=0.25)
+    given = tiny_inputs(model, pads=2)
+    if family == "encoder_decoder":
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(given["labels"])
+    given["output_hidden_states"] = True
+    if not labelled:
+        del given["labels"]
+
+    def loss_of(model):
+        return OUTPUTS[family][output](model(**given)).square().mean()
+
+    expected = balance_gradient(model, given) + task_gradient(model, loss_of)
+    loss_of(model).backward()
+    torch.testing.assert_close(gate_gradient(model), expected)
+
+
+@pytest.mark.parametrize("output", ["last_hidden_state", "pooler_output"])
+def test_so_do_pooled_outputs(output):
+    model = without_dropout(tiny_sparse("bert", hf.AutoModel, router_aux_loss_coef=0.5)).train()
+    inputs = {name: value for name, value in tiny_inputs(model, pads=2).items() if name != "labels"}
+    expected = balance_gradient(model, inputs) + task_gradient(model, lambda model: model(**inputs)[output].mean())
+    model(**inputs)[output].mean().backward()
+    torch.testing.assert_close(gate_gradient(model), expected)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -192,6 +238,57 @@ def test_forward_passes_of_one_loss_share_its_weight():
         torch.testing.assert_close(gate_gradient(model), expected)
 
 
+def test_they_share_it_by_their_sequences_however_they_go_backward():
+    """Rows of one pass count as those of another; a graph that is kept gives the same again."""
+    model = training_model("decoder", balance_scope="sequence")
+    inputs = without_labels(model, tiny_inputs(model, batch=4))
+    parts = [{name: value[part] for name, value in inputs.items()} for part in (slice(1), slice(1, 4))]
+
+    def loss_of(*batches):
+        return sum(model(**one).logits.square().sum() for one in batches) / 100
+
+    loss_of(inputs).backward()
+    expected = gate_gradient(model)
+    loss = loss_of(*parts)
+    for keeps in (True, False):
+        loss.backward(retain_graph=keeps)
+        torch.testing.assert_close(gate_gradient(model), expected)
+    apart = [loss_of(one) for one in parts]
+    for loss in apart:
+        loss.backward()
+    torch.testing.assert_close(gate_gradient(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_run_again_in_backward_carries_it_once(reentrant):
+    model = training_model("decoder")
+    embeddings = torch.randn(2, 7, 32, requires_grad=True)
+
+    def run(inputs_embeds):
+        return model(inputs_embeds=inputs_embeds).logits
+
+    run(embeddings).square().mean().backward()
+    expected = gate_gradient(model)
+    for _ in range(2):
+        checkpoint(run, embeddings, use_reentrant=reentrant).square().mean().backward()
+        torch.testing.assert_close(gate_gradient(model), expected)
+
+
+def test_under_functional_transforms():
+    model = training_model("decoder")
+    model.set_experts_implementation("eager")
+    inputs = without_labels(model, tiny_inputs(model))
+    model(**inputs).logits.square().mean().backward()
+    expected = gate_gradient(model)
+
+    def loss_of(parameters):
+        return torch.func.functional_call(model, parameters, (), inputs).logits.square().mean()
+
+    gradients = torch.func.grad(loss_of)(dict(model.named_parameters()))
+    found = torch.cat([gradient.flatten() for name, gradient in gradients.items() if name.endswith("gate.weight")])
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_loop_of_one_s_own_says_how_it_scales_the_loss():
     model = training_model("decoder")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -213,7 +310,9 @@ def test_a_scale_that_nobody_tells_is_asked_for(caplog, monkeypatch):
     model = training_model("decoder")
     inputs = without_labels(model, tiny_inputs(model))
     with torch.autocast("cpu", dtype=torch.float16):
-        model(**inputs)
+        model(**tiny_inputs(model)).loss.backward()  # scaled with the balance loss in it
+        assert "start_optimizer_step" not in caplog.text
+        model(**inputs).logits.mean().backward()
     assert "start_optimizer_step" in caplog.text
 
 
@@ -351,13 +450,13 @@ def test_trainer_tells_the_scale_of_the_loss():
         SimpleNamespace(scaler=None, optimizer=SimpleNamespace(loss_scale=1024)),
     ):
         OptimizerStepCallback().on_step_begin(
-            SimpleNamespace(gradient_accumulation_steps=4, n_gpu=1), SimpleNamespace(global_step=0), None,
+            SimpleNamespace(gradient_accumulation_steps=4), SimpleNamespace(global_step=0), None,
             model=model, optimizer=told, train_dataloader=range(8),
         )  # fmt: skip
         assert model.optimizer_step.weight == 256
     told = SimpleNamespace(scaler=None, optimizer=optimizer)
     OptimizerStepCallback().on_step_begin(
-        SimpleNamespace(gradient_accumulation_steps=4, n_gpu=1), SimpleNamespace(global_step=1), None,
+        SimpleNamespace(gradient_accumulation_steps=4), SimpleNamespace(global_step=1), None,
         model=model, optimizer=told, train_dataloader=range(6),
     )  # fmt: skip
     assert model.optimizer_step.weight == 0.5  # two micro-batches are left

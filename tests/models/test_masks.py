@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_sparse_moe import SparseMoePreTrainedModel, select_experts
 from hf_sparse_moe.models.masks import tokens_by_side
-from hf_sparse_moe.routing import fix_balance
+from hf_sparse_moe.routing import find_mixture_layers, fix_balance, routing_statistics
 from monitored_training import make_model
 from routing.test_balance_fix import stock
-from tiny_models import tiny_inputs
+from tiny_models import tiny_inputs, tiny_sparse, without_dropout
 
 
 IDS = torch.tensor([[0, 7, 8, 0], [0, 9, 0, 0]])
@@ -19,7 +20,9 @@ LABELS = torch.tensor([[5, 6, -100], [-100, 5, -100]])
 
 
 def model(two_sides: bool, **attributes):
-    return SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=two_sides, pad_token_id=0), **attributes)
+    return SimpleNamespace(
+        config=SimpleNamespace(is_encoder_decoder=two_sides, pad_token_id=0, eos_token_id=8), **attributes
+    )
 
 
 def mask_of(side: str, model, num_tokens: int, **inputs):
@@ -35,11 +38,13 @@ def test_of_one_side_the_attention_mask_tells(side):
 
 DECODER = {
     "its own mask first": ({"decoder_attention_mask": MASK, "labels": LABELS, "decoder_input_ids": IDS}, MASK),
-    "labels": ({"labels": LABELS}, LABELS != -100),
-    "labels before ids": ({"labels": LABELS, "decoder_input_ids": IDS[:, :3]}, LABELS != -100),
-    "pads, but for the first": ({"decoder_input_ids": IDS}, torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])),
+    "neither an end nor before a pad": ({"decoder_input_ids": IDS}, torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])),
+    "the only one": ({"decoder_input_ids": IDS[:, :1]}, torch.tensor([[1], [1]])),
+    "those made of labels": ({"labels": LABELS}, torch.tensor([[1, 1, 1], [0, 1, 1]])),
+    "ids, given labels": ({"labels": LABELS, "decoder_input_ids": IDS[:, :3]}, torch.tensor([[1, 1, 0], [1, 0, 0]])),
     "the source": ({}, MASK),
     "nothing": ({"decoder_inputs_embeds": torch.zeros(2, 3, 4)}, None),
+    "nothing, given labels": ({"decoder_inputs_embeds": torch.zeros(2, 3, 4), "labels": LABELS}, None),
 }
 
 
@@ -52,9 +57,47 @@ def test_of_a_decoder_with_an_encoder_the_first_of_these_tells(case):
     assert mask_of("encoder", model(True), 8, input_ids=IDS, attention_mask=MASK, **inputs) == MASK.flatten().tolist()
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart", "switch"])
+def test_labels_change_nothing(name):
+    """What the model makes of them is what a collator makes of them, with whatever pads."""
+    mixture = stock("Switch", top_k=1) if name == "switch" else tiny_sparse(name)
+    ends = mixture.config.eos_token_id
+    labels = torch.tensor([[7, 8, 9, 11, ends], [7, 8, ends, -100, -100], [7, 8, 9, ends, -100]])
+    inputs = {"input_ids": torch.full((3, 4), 7)}
+    ids = mixture.prepare_decoder_input_ids_from_labels(labels)
+    given = [{"labels": labels}, {"decoder_input_ids": ids}, {"labels": labels, "decoder_input_ids": ids}]
+    found = [mask_of("decoder", mixture, 15, **inputs, **one) for one in given]
+    assert found[0] == found[1] == found[2] == labels.ne(-100).flatten().long().tolist()
+    padded = mixture.prepare_decoder_input_ids_from_labels(torch.nn.functional.pad(labels, (0, 2), value=-100))
+    assert sum(mask_of("decoder", mixture, 21, **inputs, decoder_input_ids=padded)) == sum(found[0])
+
+
+def test_every_reader_counts_the_same_decoder_tokens_with_labels_and_without():
+    """Statistics, the choice of experts for an adapter, `fix_balance` and the losses."""
+    labels = torch.tensor([[7, 8, 9, 11, 1], [7, 8, 1, -100, -100]])
+    for mixture in (without_dropout(tiny_sparse("t5", router_aux_loss_coef=1.0)), stock("Switch", top_k=1)):
+        ids = mixture.prepare_decoder_input_ids_from_labels(labels)
+        source = {"input_ids": torch.full((2, 4), 7), "attention_mask": torch.ones(2, 4)}
+        counts, losses, chosen = [], [], []
+        for given in ({"labels": labels}, {"decoder_input_ids": ids}, {"labels": labels, "decoder_input_ids": ids}):
+            given = source | given
+            decoder = [layer for layer in routing_statistics(mixture, [given]).layers if layer.side == "decoder"]
+            counts.append({layer.counts.sum().item() for layer in decoder})
+            chosen.append(select_experts(mixture, [given], by="count"))
+            fix = None if isinstance(mixture, SparseMoePreTrainedModel) else fix_balance(mixture)
+            outputs = mixture.train()(**given)
+            losses.append([outputs[name].item() for name in ("aux_loss", "decoder_aux_loss") if name in outputs])
+            mixture.eval()
+            if fix is not None:
+                fix.restore()
+        assert counts[0] == counts[1] == counts[2] == {8 * find_mixture_layers(mixture)[0].top_k}
+        assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
+        assert chosen[0] == chosen[1] == chosen[2]
+
+
 def test_labels_that_are_no_targets_do_not_tell():
     head = model(True, labels_are_targets=False)  # a label for each of two classes
-    assert mask_of("decoder", head, 8, decoder_input_ids=IDS, labels=torch.ones(2, 2)) == [1, 1, 1, 0, 1, 1, 0, 0]
+    assert mask_of("decoder", head, 8, decoder_input_ids=IDS, labels=torch.ones(2, 2)) == [1, 1, 0, 0, 1, 0, 0, 0]
 
 
 def test_with_a_cache_the_last_columns_count():
@@ -66,8 +109,17 @@ def test_choices_are_rows_and_pairs_of_tokens_are_not():
     choices[0, 1, 2] = 0
     expected = choices.flatten().long().tolist()
     assert mask_of("encoder", model(False), 24, input_ids=torch.ones(2, 3, 4), attention_mask=choices) == expected
-    for mask in (pairs, pairs[:, None], {"full_attention": MASK}):
+    for mask in (pairs, {"full_attention": MASK}):
         assert mask_of("encoder", model(False), 8, input_ids=IDS, attention_mask=mask) is None
+
+
+@pytest.mark.parametrize("kind", ["bool", "long", "added"])
+def test_of_a_mask_over_pairs_a_token_that_none_sees_is_a_pad(kind):
+    pairs = MASK[:, None, None, :].bool() & torch.ones(4, 4, dtype=torch.bool).tril()
+    given = torch.zeros(pairs.shape).masked_fill(~pairs, float("-inf")) if kind == "added" else pairs
+    given = given.long() if kind == "long" else given
+    assert mask_of("decoder", model(False), 8, input_ids=IDS, attention_mask=given) == MASK.flatten().tolist()
+    assert mask_of("decoder", model(False), 4, input_ids=IDS[:, -2:], attention_mask=given[:, :, -2:]) == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -91,4 +143,4 @@ def test_a_stock_encoder_decoder_counts_as_ours():
     switch = stock("Switch", top_k=1)
     assert isinstance(switch, hf.SwitchTransformersForConditionalGeneration)
     found = mask_of("decoder", switch, 8, input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS)
-    assert found == [1, 1, 1, 0, 1, 1, 0, 0]
+    assert found == [1, 1, 0, 0, 1, 0, 0, 0]

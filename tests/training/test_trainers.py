@@ -1,12 +1,14 @@
 """Trainers that compute a loss of their own, on mixtures: the table of docs/training.md."""
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer import losses
 
-from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank, stock_mixture
+from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank, sentences, stock_mixture
 from processes import in_processes
 
 
@@ -56,6 +58,28 @@ def test_the_router_gradient_is_the_same_for_every_split(name, tmp_path):
         for accumulation in (1, 2, 4, ROWS)
     ]
     assert max(relative(gradient, expected) for gradient in others) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [8, 3, 2])
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CachedGISTEmbedLoss"])
+def test_a_loss_that_embeds_in_parts_has_the_gradient_of_one_that_does_not(name, size, tmp_path):
+    """It embeds without gradients first, and again, part by part, within the backward pass (GradCache)."""
+
+    def gradient(loss, coefficient=1.0, accumulation=1, **arguments):
+        run = Run(tmp_path, coefficient, accumulation=accumulation, scope="sequence", identical=accumulation > 1)
+
+        def make(encoder):
+            guide = {"guide": copy.deepcopy(encoder).eval()} if "GIST" in loss else {}
+            return getattr(losses, loss)(encoder, **guide, **arguments)
+
+        return run.gradient(lambda run: sentences(run, make, "encoder"))
+
+    whole = name.removeprefix("Cached")
+    expected = gradient(whole)
+    assert (expected - gradient(whole, 0.0)).norm() > 1e-3
+    assert relative(gradient(name, mini_batch_size=size), expected) <= 1e-5
+    expected = gradient(whole, accumulation=2)
+    assert relative(gradient(name, accumulation=2, mini_batch_size=size), expected) <= 1e-5
 
 
 @pytest.mark.conformance  # other losses from elsewhere: models/test_global_batch.py

@@ -162,20 +162,37 @@ class OptimizerStep:
         """Nothing is known of optimizer steps."""
         self.weight: float | None = None  # of a micro-batch
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
-        self.passes = 0  # forward passes that wait for their backward pass
-        self._backward, self._together = -1, 1  # the backward pass under way, and the forward passes in it
+        # The sequences of each forward pass: that waits for a backward pass; that ran without gradients; and that a
+        # loss which embeds in parts runs again, within the backward pass of this number.
+        self._waiting: list[int] = []
+        self._without_grad: list[int] = []
+        self._repeated: tuple[int, list[int]] = (-1, [])
         self._was_used = False
 
     def start(self, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """The next micro-batch is the first of `micro_batches`, whose loss is multiplied by `loss_scale`."""
-        self.weight, self.earlier_LE, self.passes = loss_scale / micro_batches, None, 0
+        self.weight, self.earlier_LE = loss_scale / micro_batches, None
+        self._waiting, self._without_grad = [], []
 
-    def weight_of_a_pass(self) -> float:
-        """Called in a backward pass, which several forward passes share where the loss is, say, contrastive."""
+    def join(self, num_sequences: int) -> list[int]:
+        """
+        Called in a forward pass: the sequences of each of those that share one weight with it. A contrastive loss has
+        several; one that embeds in parts (GradCache) runs them without gradients first, and again in backward.
+        """
         backward = torch._C._current_graph_task_id()
-        if backward != self._backward:
-            self._backward, self._together, self.passes = backward, max(self.passes, 1), 0
-        return (1.0 if self.weight is None else self.weight) / self._together
+        if torch.is_grad_enabled() and backward != -1:
+            if backward != self._repeated[0]:
+                self._repeated, self._without_grad = (backward, self._without_grad), []
+            return self._repeated[1]
+        together = self._waiting if torch.is_grad_enabled() else self._without_grad
+        together.append(num_sequences)
+        return together
+
+    def share(self, num_sequences: int, together: list[int]) -> float:
+        """Called in a backward pass: the weight of a forward pass among those `together` with it."""
+        if together is self._waiting:  # those to come are of another loss
+            self._waiting, self._without_grad = [], []
+        return (1.0 if self.weight is None else self.weight) * num_sequences / (sum(together) or num_sequences)
 
     def global_losses(
         self,

@@ -10,7 +10,7 @@ head's own without `num_items_in_batch`, and with it sums over the micro-batches
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,11 @@ def at_least_one(num_items_in_batch: Count) -> Count:
     if isinstance(num_items_in_batch, torch.Tensor):
         return num_items_in_batch.clamp(min=1)
     return None if num_items_in_batch is None else max(num_items_in_batch, 1)
+
+
+def loss_of_step(loss: torch.Tensor, counted_labels: torch.Tensor | None) -> torch.Tensor:
+    """`loss`, or 0 for a micro-batch without any label, the mean of which is NaN."""
+    return loss if counted_labels is None else loss.masked_fill(counted_labels.eq(-100).all().to(loss.device), 0.0)
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -164,58 +169,47 @@ class BalanceLosses:
             self.losses_L = torch.stack([loss.to(device) for loss in losses])
         self.aux_loss = self.losses_L.mean()
         self.z_loss: torch.Tensor | None = None
-        self._step = step
+        self._step, self._num_sequences = step, events[-1].num_sequences
         self._coefficients = [settings.router_aux_loss_coef, settings.router_z_loss_coef]
         self._weights = [settings.router_aux_loss_coef * aux_weight]
         if settings.router_z_loss_coef > 0:
             losses = [router_z_loss(event.routing.router_logits.float(), event.token_mask) for event in events]
             self.z_loss = torch.stack([loss.to(device) for loss in losses]).mean()
             self._weights.append(settings.router_z_loss_coef * weight)
-        self._is_empty: torch.Tensor | None = None
-        if labels is not None and num_items_in_batch is None:  # the mean of no labels is NaN
-            self._is_empty = labels.eq(-100).all()
-            self._weights = [weight * ~self._is_empty.to(device) for weight in self._weights]
+        if labels is not None and num_items_in_batch is None:
+            self._weights = [loss_of_step(torch.as_tensor(weight), labels) for weight in self._weights]
 
     @property
     def _losses(self) -> list[torch.Tensor]:
         return [self.aux_loss] if self.z_loss is None else [self.aux_loss, self.z_loss]
 
-    def task_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a model that computes its own; 0 for a micro-batch without labels."""
-        return loss if self._is_empty is None else loss.masked_fill(self._is_empty.to(loss.device), 0.0)
-
     def add_to(self, loss: torch.Tensor) -> torch.Tensor:
-        """The same, balance included."""
+        """A task loss with the balance losses."""
         extra = sum(weight * part for weight, part in zip(self._weights, self._losses, strict=True))
         return loss + extra.to(loss.device)  # type: ignore[union-attr]
 
     @torch.compiler.disable(reason="only a backward pass tells whether somebody else computed the loss")
-    def attach_to(self, outputs: Any, has_labels: bool = False) -> Any:
+    def attach_to(self, outputs: Any) -> Any:
         """
-        Have what leaves the model carry the balance losses: in backward, each of them that no other gradient reaches
-        gets the one of its coefficient and of the micro-batch's share of the optimizer step. Values do not change.
+        Have every output that a loss can be computed from carry the balance losses: in backward, each of them that no
+        other gradient reaches gets the one of its coefficient and of the pass's share of the optimizer step. Values
+        do not change.
 
         Args:
             outputs (`ModelOutput` or `tuple`): Changed in place, if it is no tuple.
-            has_labels (`bool`, defaults to `False`): Whether the model computes a loss that carries them itself.
 
         Returns:
             The outputs.
         """
-        has_names = has_labels and isinstance(outputs, ModelOutput)
-        # Of a model that computes its loss, hidden states stay on the way to it: somebody may `retain_grad` them.
-        logits = [value for name, value in outputs.items() if name.endswith("logits")] if has_names else None
-        offered = logits or outputs  # a trainer's own head returns none (TRL)
-        tensors = {id(tensor): tensor for tensor in _trained_tensors(offered)}
         step, parts = self._step, self._losses
+        together = step.join(self._num_sequences)
+        tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs)}
         if not tensors or not any(part.requires_grad for part in parts):
             return outputs
-        if not has_labels:
-            step.passes += 1
-            if step.weight is None and _computes_in_half(parts[0].device.type):
-                logger.warning_once(UNKNOWN_SCALE)
         weights = self._weights if step.weight is None else self._coefficients[: len(parts)]
-        carried = _Carried.apply(step, weights, *parts, *tensors.values())
+        share = partial(step.share, self._num_sequences, together)
+        asks = step.weight is None and _computes_in_half(parts[0].device.type)
+        carried = _Carried.apply(share, weights, asks, *parts, *tensors.values())
         self.aux_loss, self.z_loss = carried[0], (None if self.z_loss is None else carried[1])
         return _replaced(outputs, dict(zip(tensors, carried[len(parts) :], strict=True)))
 
@@ -224,18 +218,24 @@ class _Carried(torch.autograd.Function):
     """Balance losses and outputs of a model, passed through."""
 
     @staticmethod
-    def forward(ctx: Any, step: OptimizerStep, weights: list[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.step, ctx.weights, ctx.devices = step, weights, [tensor.device for tensor in tensors]
+    def forward(share: Callable[[], float], weights: list[Any], asks: bool, *tensors: torch.Tensor) -> Any:
         return tuple(tensor.detach() for tensor in tensors)  # no views, so that they may be changed in place
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.share, ctx.weights, ctx.asks, *tensors = inputs
+        ctx.devices = [tensor.device for tensor in tensors]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        given, share = list(gradients), ctx.step.weight_of_a_pass()
+        given, share = list(gradients), ctx.share()
         for place, weight in enumerate(ctx.weights):
             if given[place] is None:
                 given[place] = torch.as_tensor(share * weight, device=ctx.devices[place])
-        return None, None, *given
+                if ctx.asks:
+                    logger.warning_once(UNKNOWN_SCALE)
+        return None, None, None, *given
 
 
 def balance_when_alone(part: nn.Module, step: OptimizerStep) -> None:
@@ -256,7 +256,7 @@ def _before_part(
     if record is not None and record.owner is step:
         return None
     wants_logits = bool(kwargs.get("output_router_logits"))
-    keep = wants_logits or (part.training and torch.is_grad_enabled() and has_balance_loss(step.settings))
+    keep = wants_logits or (part.training and has_balance_loss(step.settings))
     given = dict(zip(parameters, args, strict=False)) | kwargs
     RoutingRecord(tokens_by_side(part, given), keep=keep, owner=step, part=part, gives_logits=wants_logits).open()
     return args, {name: value for name, value in kwargs.items() if name != "output_router_logits"}
@@ -269,11 +269,12 @@ def _after_part(step: OptimizerStep, part: nn.Module, args: tuple, outputs: Any)
     record.close()
     if outputs is None or not record.events:  # an error ended it
         return outputs
-    if part.training and torch.is_grad_enabled() and has_balance_loss(step.settings):
+    if part.training and has_balance_loss(step.settings):
         logits = [event.routing.router_logits for event in record.events]
         scoring_func = record.events[0].layer.config.scoring_func
         probabilities = [router_probabilities(logits_TE, scoring_func) for logits_TE in logits]
-        outputs = BalanceLosses(record.events, probabilities, step, trains=True).attach_to(outputs)
+        trains = torch.is_grad_enabled()
+        outputs = BalanceLosses(record.events, probabilities, step, trains).attach_to(outputs)
     if record.gives_logits and isinstance(outputs, ModelOutput):
         outputs["router_logits"] = tuple(event.routing.router_logits.detach() for event in record.events)
     return outputs

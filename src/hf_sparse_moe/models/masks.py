@@ -109,10 +109,11 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
     """
     The tokens of the encoder's and of the decoder's side; in a model of one side both are the same.
 
-    In an encoder-decoder, the decoder's tokens that count are, by the first that is given: those of
-    `decoder_attention_mask`, those with a label, the `decoder_input_ids` that are no pads, or those of the source,
-    which heads of BART feed to the decoder. A mask that is neither `(B, S)` nor, with several choices for each row,
-    `(B, C, S)` says nothing.
+    In an encoder-decoder, the decoder's tokens that count are those of `decoder_attention_mask`; without one, those
+    that have something to predict, of the ids that the decoder reads (`decoder_input_ids`, or what the model makes of
+    labels): no end of a sequence, nor one before a pad. Without any, those of the source, which heads of BART feed to
+    the decoder. A mask is `(B, S)`, with several choices for each row `(B, C, S)`, or over pairs of tokens
+    `(B, 1, S, S)`, where one that no token sees is a pad. Any other says nothing.
 
     Args:
         model (`PreTrainedModel`): Its config says how many sides there are, and which id is the pad.
@@ -124,13 +125,16 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
         return {"encoder": source, "decoder": source}
     mask, ids = _mask(inputs.get("decoder_attention_mask")), inputs.get("decoder_input_ids")
     embeds, labels, pad = inputs.get("decoder_inputs_embeds"), inputs.get("labels"), config.pad_token_id
-    if mask is None and labels is not None and labels.dim() == 2 and getattr(model, "labels_are_targets", True):
-        mask = labels.ne(IGNORED_LABEL)
-    elif mask is None and ids is not None and pad is not None:
-        mask = ids.ne(pad)
-        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)  # T5 starts with the pad itself
-    sequences = _num_sequences(ids, embeds)
-    if ids is None and embeds is None:
+    read, is_target = ids, getattr(model, "labels_are_targets", True)
+    if ids is None and embeds is None and pad is not None and labels is not None and labels.dim() == 2 and is_target:
+        read = labels.masked_fill(labels == IGNORED_LABEL, pad).roll(1, dims=-1)
+    if mask is None and read is not None and pad is not None:
+        ends, is_pad = getattr(config, "eos_token_id", None) or [], read.eq(pad)
+        is_end = torch.isin(read, torch.tensor(ends, device=read.device))
+        is_pad[:, 0] = is_end[:, 0] = False  # T5 starts with the pad, BART with the end
+        mask = ~is_end & ~torch.cat([is_pad[:, 1:], is_pad[:, -1:]], dim=1)
+    sequences = _num_sequences(read, embeds)
+    if read is None and embeds is None:
         mask, sequences = source.mask if mask is None else mask, sequences or source.num_sequences
     return {"encoder": source, "decoder": SideTokens(mask, ids, sequences)}
 
@@ -144,7 +148,14 @@ def source_tokens(inputs: Mapping[str, Any]) -> SideTokens:
 
 def _mask(value: Any) -> torch.Tensor | None:
     """Masks may hold the number of a packed sample instead of 1: what is not 0 counts."""
-    return value.ne(0) if isinstance(value, torch.Tensor) and value.dim() in (2, 3) else None
+    if not isinstance(value, torch.Tensor) or not 2 <= value.dim() <= 4:
+        return None
+    return value.ne(0) if value.dim() < 4 else _visible(value).flatten(1, 2).any(dim=1)
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Of a mask over pairs of tokens: floats are added to attention scores."""
+    return mask >= 0 if mask.is_floating_point() else mask.ne(0)
 
 
 def _num_sequences(ids: torch.Tensor | None, embeds: torch.Tensor | None) -> int | None:
@@ -163,8 +174,7 @@ def _packed_starts(packing: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor
     if mask is not None and mask.dim() == 2 and not mask.is_floating_point() and mask.dtype != torch.bool:
         yield _changes((mask[:, 1:] != mask[:, :-1]) & (mask[:, 1:] > 1))  # the number of the sequence
     if mask is not None and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2]:
-        sees_the_last = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
-        yield _changes(sees_the_last < 0 if mask.is_floating_point() else sees_the_last == 0)
+        yield _changes(~_visible(mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)))
 
 
 def _changes(differs: torch.Tensor) -> torch.Tensor:

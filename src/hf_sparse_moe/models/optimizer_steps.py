@@ -31,7 +31,7 @@ class OptimizerStepCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         micro_batches = _micro_batches(args.gradient_accumulation_steps, state.global_step, kwargs["train_dataloader"])
         for step in _optimizer_steps(kwargs["model"]):
-            step.start(micro_batches * max(args.n_gpu, 1), _loss_scale(kwargs["optimizer"]))
+            step.start(micro_batches, _loss_scale(kwargs["optimizer"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for step in _optimizer_steps(kwargs["model"]):

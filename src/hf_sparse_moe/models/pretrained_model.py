@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .balancing import OptimizerStep, listen_to_trainers
 from .configuration_sparse_moe import SparseMoeConfig
-from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss
+from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss, loss_of_step
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
@@ -181,6 +181,7 @@ class SparseMoePreTrainedModel(SavedMixture):
         finally:
             record.close()
 
+        counted = labels if labels is None or shift_labels is not None else self.counted_labels(labels)
         balance = None
         if record.events:
             balance = BalanceLosses(
@@ -188,12 +189,12 @@ class SparseMoePreTrainedModel(SavedMixture):
                 [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
                 self.optimizer_step,
                 trains=self.training and torch.is_grad_enabled(),
-                labels=labels if labels is None or shift_labels is not None else self.counted_labels(labels),
+                labels=counted,
                 num_items_in_batch=num_items_in_batch,
             )
             # The graph of a model that computes its own loss is not broken by what only other losses need.
             if balances and not (labels is not None and torch.compiler.is_compiling()):
-                outputs = balance.attach_to(outputs, has_labels=labels is not None)
+                outputs = balance.attach_to(outputs)
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             further = {name: value for name, value in kwargs.items() if name not in self._further_inputs}
@@ -201,7 +202,7 @@ class SparseMoePreTrainedModel(SavedMixture):
         if balance is not None:
             fields["aux_loss"], fields["z_loss"] = balance.aux_loss, balance.z_loss
             if balances and labels is not None:
-                fields["task_loss"] = balance.task_loss(fields["loss"])
+                fields["task_loss"] = loss_of_step(fields["loss"], counted)
                 fields["loss"] = balance.add_to(fields["task_loss"])
         if wants_logits:
             fields["router_logits"] = tuple(event.routing.router_logits for event in record.events)

@@ -112,6 +112,7 @@ class RoutingRecord:
         owner (`object`, *optional*): The [`OptimizerStep`] of the model, its mark.
         part (`nn.Module`, *optional*): The part of the model that opened it, run by itself.
         gives_logits (`bool`, defaults to `False`): Whether that part returns the router logits.
+        inputs (`dict`): The arguments of its forward.
         events (`list[RoutingEvent]`): Of the sparse layers that ran while it was open, in the order of their call.
     """
 
@@ -120,6 +121,7 @@ class RoutingRecord:
     owner: object = None
     part: nn.Module | None = None
     gives_logits: bool = False
+    inputs: dict[str, Any] = field(default_factory=dict)
     events: list[RoutingEvent] = field(default_factory=list)
     opened: Any = None  # what takes it off the context again
 
@@ -155,6 +157,9 @@ def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
     carry none, and the balance loss would not reach the router.
     """
 
+    if hasattr(checkpoint_function, "with_routing"):
+        return checkpoint_function
+
     @wraps(checkpoint_function)
     def checkpoint(function: Callable, *args, **kwargs):
         outer = active_record()
@@ -182,4 +187,5 @@ def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
             outer.events.append(event._replace(routing=event.routing._replace(router_logits=router_logits)))
         return outputs[:count] if returns_tuple else outputs[0]
 
+    vars(checkpoint)["with_routing"] = True
     return checkpoint

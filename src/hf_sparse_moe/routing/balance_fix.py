@@ -17,30 +17,34 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.utils import is_accelerate_available
 
 from hf_sparse_moe.models.balancing import OptimizerStep, listen_to_trainers
 from hf_sparse_moe.models.configuration_sparse_moe import BALANCE_SCOPES
-from hf_sparse_moe.models.losses import BalanceLosses, at_least_one, batch_weight, has_balance_loss, shifted_labels
-from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
+from hf_sparse_moe.models.losses import BalanceLosses, batch_weight, has_balance_loss, loss_of_step, shifted_labels
+from hf_sparse_moe.models.masks import tokens_by_side
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
-from hf_sparse_moe.models.routing import Routing, RoutingEvent
+from hf_sparse_moe.models.routing import (
+    Routing,
+    RoutingEvent,
+    RoutingRecord,
+    active_record,
+    checkpoint_with_routing,
+)
 
 from .mixture_layers import (
     MixtureLayer,
     RoutingObservation,
     event_of,
     find_mixture_layers,
-    observe_routing,
     warn_of_untrained_routers,
+    watch_routing,
 )
 
 
 COEFFICIENT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 LABEL_NAMES = ("labels", "start_positions")
 STOCK_SWITCH = "output_router_logits"  # with the logits comes the stock loss
-MEAN_LOSS_HEADS = (GenericForSequenceClassification, GenericForTokenClassification)
 
 
 def fix_balance(
@@ -58,8 +62,9 @@ def fix_balance(
     own reads K where this reads 1, so the same coefficient presses 1/K as hard. In evaluation `loss` is the task loss
     alone; `output_router_logits` only decides what else is returned.
 
-    A task loss that ignores `num_items_in_batch` (Switch, NLLB-MoE, classification heads), and so grows with the
-    accumulation steps under Trainer, gets the same weight. Of the model, only the hooks of this instance are touched.
+    The task loss of every head gets the same weight: those of Switch, NLLB-MoE and classification ignore
+    `num_items_in_batch`, and so grow with the accumulation steps. Of the model, only the hooks of this instance are
+    touched.
 
     Args:
         model (`nn.Module`): A mixture of transformers with a head, alone or inside PEFT or another wrapper.
@@ -74,7 +79,7 @@ def fix_balance(
 
     Raises:
         ValueError: no sparse layer, no head, a mixture of this package, one fixed already, or a bad argument. A
-            forward pass raises it under reentrant gradient checkpointing, and where pads cannot be told.
+            forward pass raises it where pads cannot be told.
 
     Example:
         ```python
@@ -118,12 +123,9 @@ class BalanceFix:
         # Somebody may run the body by itself, with a head of their own.
         parts = {model: None, model.base_model: None}
         self._parameters = {part: list(inspect.signature(part.forward).parameters) for part in parts}
-        self._running: nn.Module | None = None
-        self._tokens: dict[str, SideTokens] = {}
-        self._events: list[RoutingEvent] = []
-        self._trains = self._wants_logits = self._looked_at_weights = False
+        self._looked_at_weights = False
         self._handles: list[RemovableHandle | RoutingObservation] = [
-            observe_routing(layers, self._collect),
+            watch_routing(layers, self._collect),
             *(part.register_forward_pre_hook(self._before, with_kwargs=True) for part in parts),
             *(part.register_forward_hook(self._after, with_kwargs=True, always_call=True) for part in parts),
         ]
@@ -157,17 +159,19 @@ class BalanceFix:
         self.restore()
 
     def _before(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self._running is not None:
+        if self._record() is not None:
             return None
-        self._running = part
-        self._trains = has_balance_loss(self) and part.training and torch.is_grad_enabled()
-        if "num_items_in_batch" in kwargs:
-            kwargs = {**kwargs, "num_items_in_batch": at_least_one(kwargs["num_items_in_batch"])}
-        given = self._given(part, args, kwargs)
-        self._tokens, self._events = tokens_by_side(self.model, given), []
-        asked = given.get(STOCK_SWITCH)
-        config = self.model.config.get_text_config()
-        self._wants_logits = getattr(config, STOCK_SWITCH, False) if asked is None else asked
+        given = dict(zip(self._parameters[part], args, strict=False)) | kwargs
+        asked, config = given.get(STOCK_SWITCH), self.model.config.get_text_config()
+        asks = bool(getattr(config, STOCK_SWITCH, False) if asked is None else asked)
+        keep = asks or (has_balance_loss(self) and part.training)
+        owner = self.optimizer_step
+        RoutingRecord(tokens_by_side(self.model, given), keep, owner, part, asks, inputs=given).open()
+        for module in part.modules():
+            if checkpoint := vars(module).get("_gradient_checkpointing_func"):
+                vars(module)["_gradient_checkpointing_func"] = checkpoint_with_routing(checkpoint)
+        # Heads differ in what they do with it: they take the mean, and it is weighed afterwards.
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         if part is not self.model or STOCK_SWITCH not in self._parameters[part]:
             return args, kwargs
         place = self._parameters[part].index(STOCK_SWITCH)
@@ -175,24 +179,23 @@ class BalanceFix:
             return (*args[:place], False, *args[place + 1 :]), kwargs
         return args, {**kwargs, STOCK_SWITCH: False}
 
+    def _record(self) -> RoutingRecord | None:
+        record = active_record()
+        return record if record is not None and record.owner is self.optimizer_step else None
+
     def _collect(self, layer: MixtureLayer, routing: Routing) -> None:
-        if self._trains and not torch.is_grad_enabled():
-            raise ValueError(
-                f"`{layer.name}` ran without gradients in training, as under reentrant gradient checkpointing, and "
-                "the balance loss would not reach its router. Checkpoint with "
-                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-            )
-        if self._trains or self._wants_logits:
-            self._events.append(event_of(layer, routing, self._tokens))
+        if (record := self._record()) is not None and record.keep:
+            record.events.append(event_of(layer, routing, record.tokens))
 
     def _after(self, part: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-        if part is not self._running:
+        record = self._record()
+        if record is None or record.part is not part:
             return outputs
-        events, trains, wants_logits = self._events, self._trains, self._wants_logits
-        self._events, self._trains, self._wants_logits, self._running = [], False, False, None
+        record.close()
         if outputs is None:  # an error ended the forward pass
             return None
-        model = self.model
+        model, events, given = self.model, record.events, record.inputs
+        trains = part.training and has_balance_loss(self)
         if trains and not self._looked_at_weights:
             self._looked_at_weights = True
             warn_of_untrained_routers(events)
@@ -201,36 +204,30 @@ class BalanceFix:
                 f"No layer of this `{type(model).__name__}` reported its routing to `fix_balance`, as in a copy of a "
                 "model that was fixed. Copy first, then fix the copy."
             )
-        if not events:
-            return outputs
-        given = self._given(part, args, kwargs)
-        for event in events:
-            _require_mask(event, given, model.config.is_encoder_decoder)
         labels, num_items = counted_labels(model, given), given.get("num_items_in_batch")
-        probabilities = [event.layer.probabilities(event.routing.router_logits) for event in events]
-        balance = BalanceLosses(events, probabilities, self.optimizer_step, trains, labels, num_items)
-        has_loss = part is model and any(given.get(name) is not None for name in LABEL_NAMES)
-        as_tuple = isinstance(outputs, tuple)
-        if trains:
-            outputs = balance.attach_to(outputs, has_labels=has_loss)
-        loss = (outputs[0] if as_tuple else outputs.loss) if has_loss else None
-        if trains and loss is not None:
-            loss = loss * batch_weight(labels, num_items) if _ignores_label_count(model) else loss
-            loss = balance.add_to(balance.task_loss(loss))
-        if as_tuple:
-            return (loss, *outputs[1:]) if has_loss else outputs
-        fields: dict[str, Any] = {"loss": loss, "aux_loss": balance.aux_loss.detach()}
-        for side in ("encoder", "decoder"):
-            fields[f"{side}_aux_loss"] = _mean_of_side(events, balance.losses_L.detach(), side)
-        if wants_logits:
-            fields["router_logits"] = tuple(event.routing.router_logits for event in events)
+        fields: dict[str, Any] = {}
+        if events:
+            for event in events:
+                _require_mask(event, given, model.config.is_encoder_decoder)
+            probabilities = [event.layer.probabilities(event.routing.router_logits) for event in events]
+            step, has_gradient = self.optimizer_step, trains and torch.is_grad_enabled()
+            balance = BalanceLosses(events, probabilities, step, has_gradient, labels, num_items)
+            outputs = balance.attach_to(outputs) if trains else outputs
+            fields["aux_loss"] = balance.aux_loss.detach()
+            for side in ("encoder", "decoder"):
+                fields[f"{side}_aux_loss"] = _mean_of_side(events, balance.losses_L.detach(), side)
+            if record.gives_logits:
+                fields["router_logits"] = tuple(event.routing.router_logits for event in events)
+        if part is model and any(given.get(name) is not None for name in LABEL_NAMES):
+            loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+            loss = loss_of_step(loss * batch_weight(labels, num_items), labels)
+            fields["loss"] = balance.add_to(loss) if trains and has_gradient else loss
+        if isinstance(outputs, tuple):
+            return (fields["loss"], *outputs[1:]) if "loss" in fields else outputs
         for name, value in fields.items():
             if value is not None and name in type(outputs).__dataclass_fields__:
                 outputs[name] = value
         return outputs
-
-    def _given(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._parameters[part], args, strict=False)) | kwargs
 
 
 def _configured_coefficient(model: PreTrainedModel) -> float:
@@ -252,12 +249,6 @@ def counted_labels(model: nn.Module, given: dict[str, Any]) -> torch.Tensor | No
         return model.counted_labels(labels)
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
     return shifted_labels(labels) if shifts and not getattr(model.config, "is_encoder_decoder", False) else labels
-
-
-def _ignores_label_count(model: PreTrainedModel) -> bool:
-    """Whether the head takes `num_items_in_batch`, so that Trainer stops dividing, and takes a mean all the same."""
-    calls = inspect.unwrap(type(model).forward).__code__.co_names
-    return "CrossEntropyLoss" in calls or isinstance(model, MEAN_LOSS_HEADS)
 
 
 def _require_mask(event: RoutingEvent, given: dict[str, Any], has_two_sides: bool) -> None:

@@ -162,6 +162,11 @@ def observe_routing(
         [`RoutingObservation`]: call its `remove()`, or use it in a `with`.
     """
     layers = find_mixture_layers(layers_or_model) if isinstance(layers_or_model, nn.Module) else layers_or_model
+    return watch_routing(layers, lambda *call: None if in_backward() else callback(*call))
+
+
+def watch_routing(layers: Iterable[MixtureLayer], callback: RoutingCallback) -> RoutingObservation:
+    """[`observe_routing`] with the forward passes within a backward pass."""
     return RoutingObservation(handle for layer in layers for handle in _watch(layer, callback))
 
 
@@ -301,9 +306,6 @@ def _watch(layer: MixtureLayer, callback: RoutingCallback) -> Iterator[Removable
 
     def on_router(module: nn.Module, args: tuple, output: Any) -> None:
         seen = vars(waiting)
-        if in_backward():
-            seen.clear()
-            return
         if isinstance(output, Routing):
             seen["routing"] = output
             return

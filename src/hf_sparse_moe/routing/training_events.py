@@ -15,7 +15,7 @@ from hf_sparse_moe.models.balancing import expert_counts
 from hf_sparse_moe.models.masks import SideTokens, tokens_by_side
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
 
-from .mixture_layers import MixtureLayer, event_of, observe_routing
+from .mixture_layers import MixtureLayer, event_of, watch_routing
 
 
 # Logits that wait for the end of the forward pass, so that small layers are counted together, in few kernels. Beyond
@@ -48,7 +48,7 @@ class TrainingEvents:
         self._tokens: dict[str, SideTokens] = {}
         self._events: list[RoutingEvent] = []
         self._pending = 0
-        self._observation = observe_routing(layers, self._add)
+        self._observation = watch_routing(layers, self._add)
         self._handles: list[RemovableHandle] = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end, with_kwargs=True),
