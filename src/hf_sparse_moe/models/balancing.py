@@ -203,7 +203,8 @@ class OptimizerStep:
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """
-        [`balance`] of each layer for one micro-batch of this rank, and the weight of these losses in the step's.
+        [`balance`] of each layer for one micro-batch of this rank, and the weight of these losses in the step's. One
+        all-reduce sums the micro-batch over the ranks.
 
         Args:
             counts (`list[torch.Tensor]` of shape `(E,)`): Of each layer, its assignments; E may differ.
@@ -219,8 +220,25 @@ class OptimizerStep:
         tokens_L = torch.stack([torch.as_tensor(count, dtype=torch.float32).to(device) for count in tokens])
         counts_LE = pad_sequence([counts_E.to(device) for counts_E in counts], batch_first=True)
         counted = torch.zeros((), device=device) if labels is None else labels.ne(-100).sum()
-        counts_LE, all_tokens_L, all_labels = self.add(counts_LE, tokens_L, counted)
-        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        sums = torch.cat([counts_LE.flatten(), tokens_L, counted.reshape(1).to(tokens_L)])
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        if is_distributed:
+            distributed.all_reduce(sums)
+        counts_LE, all_tokens_L = sums[: counts_LE.numel()].view_as(counts_LE), sums[-len(tokens_L) - 1 : -1]
+        all_labels = sums[-1]
+        if self.weight is not None:
+            if self.earlier_LE is not None and self.earlier_LE.shape == counts_LE.shape:
+                counts_LE = counts_LE + self.earlier_LE
+            self.earlier_LE = counts_LE
+        elif not torch.compiler.is_compiling():
+            if self._was_used:
+                logger.warning_once(
+                    '`balance_scope="global_batch"` balances each micro-batch by itself, because nothing says where '
+                    "an optimizer step begins. In a training loop of your own, call `model.start_optimizer_step()` "
+                    "(`start_optimizer_step()` of what `fix_balance` returned) before the first micro-batch of each."
+                )
+            self._was_used = True
+        ranks = distributed.get_world_size() if is_distributed else 1
         shares_L = ranks * tokens_L / all_tokens_L.clamp(min=1)
         losses = [
             balance(counts_E[: len(mean_E)], mean_E.to(device) * share)
@@ -230,39 +248,6 @@ class OptimizerStep:
             return torch.stack(losses), 1.0
         items = torch.as_tensor(num_items_in_batch, device=device).clamp(min=1)
         return torch.stack(losses), all_labels / (ranks * items)
-
-    def add(
-        self, counts_LE: torch.Tensor, tokens_L: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Sum one micro-batch over the ranks, in one all-reduce.
-
-        Args:
-            counts_LE (`torch.Tensor` of shape `(L, E)`): This rank's assignments, a row a layer.
-            tokens_L (`torch.Tensor` of shape `(L,)`): Its tokens, pads excluded.
-            labels (`torch.Tensor`): Its labels, a scalar.
-
-        Returns:
-            `tuple`: counts of all ranks and of the step so far (L, E), tokens (L,) and labels of all ranks.
-        """
-        sums = torch.cat([counts_LE.flatten(), tokens_L, labels.reshape(1).to(tokens_L)])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(sums)
-        size = counts_LE.numel()
-        summed_LE = sums[:size].reshape(counts_LE.shape)
-        if self.weight is not None:
-            if self.earlier_LE is not None and self.earlier_LE.shape == summed_LE.shape:
-                summed_LE = summed_LE + self.earlier_LE
-            self.earlier_LE = summed_LE
-        elif not torch.compiler.is_compiling():
-            if self._was_used:
-                logger.warning_once(
-                    '`balance_scope="global_batch"` balances each micro-batch by itself, because nothing says where '
-                    "an optimizer step begins. In a training loop of your own, call `model.start_optimizer_step()` "
-                    "(`start_optimizer_step()` of what `fix_balance` returned) before the first micro-batch of each."
-                )
-            self._was_used = True
-        return summed_LE, sums[size:-1], sums[-1]
 
 
 def listen_to_trainers() -> None:

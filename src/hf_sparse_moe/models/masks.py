@@ -129,8 +129,8 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
     if ids is None and embeds is None and pad is not None and labels is not None and labels.dim() == 2 and is_target:
         read = labels.masked_fill(labels == IGNORED_LABEL, pad).roll(1, dims=-1)
     if mask is None and read is not None and pad is not None:
-        ends, is_pad = getattr(config, "eos_token_id", None) or [], read.eq(pad)
-        is_end = torch.isin(read, torch.tensor(ends, device=read.device))
+        ends, is_pad = getattr(config, "eos_token_id", None), read.eq(pad)
+        is_end = torch.isin(read, read.new_tensor([] if ends is None else ends))
         is_pad[:, 0] = is_end[:, 0] = False  # T5 starts with the pad, BART with the end
         mask = ~is_end & ~torch.cat([is_pad[:, 1:], is_pad[:, -1:]], dim=1)
     sequences = _num_sequences(read, embeds)

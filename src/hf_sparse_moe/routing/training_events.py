@@ -46,12 +46,14 @@ class TrainingEvents:
         self._on_events, self._on_outputs = on_events, on_outputs
         self._is_training = self._is_called = False
         self._tokens: dict[str, SideTokens] = {}
+        self._inputs: dict[str, Any] = {}
         self._events: list[RoutingEvent] = []
         self._pending = 0
         self._observation = watch_routing(layers, self._add)
         self._handles: list[RemovableHandle] = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end, with_kwargs=True),
+            # ahead of that of `fix_balance`, which takes the label count away
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(self._end),
         ]
         self._hooked: Any = None
         if self.model is not model:
@@ -87,7 +89,7 @@ class TrainingEvents:
         self._is_training = model.training and torch.is_grad_enabled()
         self._events, self._pending = [], 0  # of a forward pass that an error ended
         if self._is_training:
-            self._tokens = tokens_by_side(model, kwargs)
+            self._inputs, self._tokens = kwargs, tokens_by_side(model, kwargs)
 
     def _add(self, layer: MixtureLayer, routing: Routing) -> None:
         if not self._is_training:
@@ -98,13 +100,13 @@ class TrainingEvents:
         if self._pending >= MAX_PENDING_LOGITS:
             self._hand_on()
 
-    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+    def _end(self, model: nn.Module, args: tuple, outputs: Any) -> None:
         if self._is_training:
             self._hand_on()
             if self._on_outputs is not None:
                 with torch.no_grad():
-                    self._on_outputs(kwargs, outputs)
-        self._is_training = False
+                    self._on_outputs(self._inputs, outputs)
+        self._is_training, self._inputs = False, {}
 
     @torch.no_grad()
     def _hand_on(self) -> None:
