@@ -3,8 +3,9 @@ Does a mixture overfit a small data set sooner than its dense model, and does dr
 
 The first 400 rows of SST-2 (sentiment) fine-tune the lowest two layers of MiniLM by `training/run_classification.py`:
 the dense model, the mixture of 8 copies (2 a token), and the same with expert dropout 0.4 (ST-MoE, arXiv 2202.08906),
-all with the same arguments and the same batches, for each seed. Writes the losses of every epoch to `results/overfitting.json` and a picture of
-them. A run that is there already is not repeated, so that the command goes on after a kill.
+all with the same arguments and the same batches, for each seed. Writes the losses of every epoch to
+`results/overfitting.json` and a picture of them. A run that is there already is not repeated, so that the command goes
+on after a kill.
 
     make minilm
     python benchmarks/overfitting.py --data FOLDER_WITH_sst2
