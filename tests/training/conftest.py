@@ -96,10 +96,23 @@ def files(texts, tmp_path_factory) -> dict[str, Path]:
     words = [{"words": text.split()[:12]} for text in texts]
     for row in words:
         row["tags"] = ["B-NAME" if word[:1].isupper() else "O" for word in row["words"]]
-    paths = {name: folder / name for name in ("docs.jsonl", "docs.jsonl.gz", "docs.txt", "words.jsonl")}
+    names = ("docs.jsonl", "docs.jsonl.gz", "docs.txt", "words.jsonl", "squad.jsonl", "multi30k.jsonl")
+    paths = {name: folder / name for name in names}
     paths["docs.jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with gzip.open(paths["docs.jsonl.gz"], "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+    longest = [max(text.split(), key=len) for text in texts]
+    asked = [
+        {
+            "context": text,
+            "question": "Which word is longest?",
+            "answers": {"text": [word], "answer_start": [text.find(word)]},
+        }
+        for text, word in zip(texts, longest, strict=True)
+    ]
+    pairs = [{"translation": {"en": row["first"], "de": row["first"].upper()}} for row in rows]
+    for name, lines in (("squad.jsonl", asked), ("multi30k.jsonl", pairs)):
+        paths[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     paths["docs.txt"].write_text("\n\n".join(texts), encoding="utf-8")
     paths["words.jsonl"].write_text("".join(json.dumps(row) + "\n" for row in words), encoding="utf-8")
     return paths

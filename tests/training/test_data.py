@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import shutil
 
 import pytest
@@ -103,8 +104,16 @@ def test_perplexity_is_that_of_the_labelled_tokens(recipe):
 
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_config(path):
-    assert load_config_from_file(str(path)).num_processes >= 1
+def test_every_config_is_read(path, call_recipe, tmp_path, monkeypatch, capsys):
+    """By Accelerate, or by the recipe that its first lines name, which then misses only the data."""
+    monkeypatch.chdir(tmp_path)
+    recipe = re.search(r"^# .*python training/(run_\w+\.py) training/configs/", path.read_text(), re.MULTILINE)
+    if recipe is None:
+        assert load_config_from_file(str(path)).num_processes >= 1
+        return
+    with pytest.raises(SystemExit):
+        call_recipe(recipe[1], str(path), "--train_file", "nowhere.jsonl")
+    assert "`--train_file=nowhere.jsonl` matches no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", sorted(TRAINING.glob("run_*.py")), ids=lambda path: path.stem)

@@ -55,3 +55,26 @@ def test_chinese_is_compared_by_characters():
     assert scores["rouge2"] == pytest.approx(2 * 5 / (7 + 6))
     assert metrics.bleu([right], [right], "zh")["bleu"] == pytest.approx(100)
     assert metrics.bleu([guess], [right], "zh")["bleu"] > metrics.bleu([guess], [right])["bleu"]
+
+
+def test_english_answers():
+    scores = metrics.question_answering(["The Black Sea.", "in 1347"], [["black sea", "a sea"], ["1347", "year 1347"]])
+    assert scores == {"exact_match": 50.0, "f1": pytest.approx((100 + 100 * 2 / 3) / 2)}
+    # A word counts as often as it is there.
+    assert metrics.question_answering(["sea sea"], [["sea"]])["f1"] == pytest.approx(100 * 2 / 3)
+
+
+def test_questions_without_an_answer():
+    scores = metrics.question_answering(["", "sea", "sea"], [[], [], ["the sea"]])
+    assert scores["exact_match"] == scores["f1"] == pytest.approx(200 / 3)
+    assert scores["has_answer_f1"] == scores["has_answer_exact_match"] == 100
+    assert scores["no_answer_accuracy"] == 50
+
+
+def test_chinese_answers():
+    """The longest run that both have: 4 of 5 and of 4 characters; the punctuation of CMRC 2018 is left out."""
+    scores = metrics.question_answering(["在天安门广", "《光荣》和ω-Force"], [["天安门广"], ["光荣和ω-force"]], "zh")
+    assert scores == {"exact_match": 50.0, "f1": pytest.approx((100 * 8 / 9 + 100) / 2)}
+    # Not one run: of 3 characters 2 agree, but not side by side; a word of Latin letters is one segment.
+    assert metrics.question_answering(["天大门"], [["天安门"]], "zh")["f1"] == pytest.approx(100 / 3)
+    assert metrics.question_answering(["Nokia 3310 手机"], [["Nokia 手机"]], "zh")["f1"] == pytest.approx(100 * 4 / 7)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from transformers import BertTokenizerFast
 
 from training_runs import history, results
 
@@ -124,3 +125,61 @@ def test_parts_of_speech_on_ud_ewt(call_recipe, checkpoints, data_dir, tmp_path)
         **BRIEF,
     )
     assert {"eval_accuracy", "eval_f1"} <= set(results(tmp_path))
+
+
+@pytest.mark.needs_data("squad_v11_dev")
+def test_questions_on_squad(call_recipe, checkpoints, data_dir, tmp_path):
+    call_recipe(
+        "run_qa.py",
+        model_name_or_path=checkpoints["encoder"],
+        train_file=data_dir / "squad_v11_dev" / "train.jsonl.gz",
+        validation_file=data_dir / "squad_v11_dev" / "validation.jsonl.gz",
+        max_length=96,
+        output_dir=tmp_path,
+        **BRIEF,
+    )
+    assert 0 <= results(tmp_path)["eval_exact_match"] <= results(tmp_path)["eval_f1"] <= 100
+
+
+@pytest.mark.needs_data("cmrc2018", "bert_chinese_vocab")
+def test_chinese_questions_on_cmrc(call_recipe, data_dir, tmp_path):
+    """SQuAD's nested files; the tokenizer is made of the public Chinese vocabulary."""
+    tokens = (data_dir / "bert_chinese_vocab" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    BertTokenizerFast(vocab={token: index for index, token in enumerate(tokens)}).save_pretrained(tmp_path / "zh")
+    call_recipe(
+        "run_qa.py",
+        config_name="bert",
+        config_overrides=TINY_BERT,
+        tokenizer_name=tmp_path / "zh",
+        train_file=data_dir / "cmrc2018" / "cmrc2018_dev.json.gz",
+        validation_file=data_dir / "cmrc2018" / "cmrc2018_trial.json.gz",
+        language="zh",
+        max_length=96,
+        output_dir=tmp_path / "out",
+        **BRIEF,
+    )
+    scores = results(tmp_path / "out")
+    assert 0 < scores["eval_f1"] < 100
+    assert scores["eval_exact_match"] <= scores["eval_f1"]
+
+
+@pytest.mark.needs_data("domains", "bert_chinese_vocab")
+def test_chinese_topics_on_domains(call_recipe, data_dir, tmp_path):
+    """Poetry, encyclopedia and, with other letters altogether, English law."""
+    tokens = (data_dir / "bert_chinese_vocab" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    BertTokenizerFast(vocab={token: index for index, token in enumerate(tokens)}).save_pretrained(tmp_path / "zh")
+    names = [f"{name}.jsonl.gz" for name in ("zh_encyclopedia", "zh_poetry", "law")]
+    call_recipe(
+        "run_classification.py",
+        config_name="bert",
+        config_overrides=TINY_BERT,
+        tokenizer_name=tmp_path / "zh",
+        train_file=[data_dir / "domains" / "train" / name for name in names],
+        validation_file=[data_dir / "domains" / "valid" / name for name in names],
+        label_column="domain",
+        max_steps=40,
+        learning_rate=2e-3,
+        save_strategy="no",
+        output_dir=tmp_path / "out",
+    )
+    assert results(tmp_path / "out")["eval_accuracy"] > 0.6

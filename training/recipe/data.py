@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,11 @@ class DataArguments:
             raise ValueError(f"`--validation_percentage={self.validation_percentage}` must be from 0 to 99.")
 
 
-def load_data(args: DataArguments) -> DatasetDict:
-    """The splits `train` and `validation`, as far as there are any."""
+def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None = None) -> DatasetDict:
+    """
+    The splits `train` and `validation`, as far as there are any. `unnest` makes rows of what a row holds, after data
+    were held out and before the first rows are taken.
+    """
     if args.dataset_name is not None:
         splits = load_dataset(args.dataset_name, args.dataset_config_name)
         if args.train_split not in splits:
@@ -79,6 +83,8 @@ def load_data(args: DataArguments) -> DatasetDict:
     if "validation" not in data and args.validation_percentage > 0:
         parts = data["train"].train_test_split(args.validation_percentage / 100, seed=0)
         data = DatasetDict(train=parts["train"], validation=parts["test"])
+    if unnest is not None:
+        data = DatasetDict({split: unnest(rows) for split, rows in data.items()})
     for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
         if split in data and limit is not None:
             data[split] = data[split].select(range(min(limit, len(data[split]))))
