@@ -2,7 +2,7 @@
 Does a mixture overfit a small data set sooner than its dense model, and does dropout inside the experts help?
 
 The first 400 rows of SST-2 (sentiment) fine-tune the lowest two layers of MiniLM by `training/run_classification.py`:
-the dense model, the mixture of 4 copies (2 a token), and the same with expert dropout 0.4 (ST-MoE, arXiv 2202.08906),
+the dense model, the mixture of 8 copies (2 a token), and the same with expert dropout 0.4 (ST-MoE, arXiv 2202.08906),
 all with the same arguments and the same batches, for each seed. Writes the losses of every epoch to
 `results/overfitting.json` and a picture of them. A run that is there already is not repeated, so that the command goes
 on after a kill.
@@ -37,19 +37,18 @@ DATA = Path(os.environ.get("SPARSE_MOE_DATA", HERE.parent.parent / "shared" / "d
 LAYERS = 2
 SETTING = {
     "max_train_samples": 400,
-    "max_eval_samples": 200,
+    "max_eval_samples": 400,
     "max_length": 48,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-4,
     "warmup_steps": 0.1,
-    "num_train_epochs": 6,
-    "freeze": "embeddings",
+    "num_train_epochs": 8,
 }
 ARMS = {
     "dense": {"dense": True},
-    "mixture": {"num_experts": 4, "num_experts_per_tok": 2},
-    "mixture, expert dropout": {"num_experts": 4, "num_experts_per_tok": 2, "expert_dropout": 0.4},
+    "mixture": {"num_experts": 8, "num_experts_per_tok": 2},
+    "mixture, expert dropout": {"num_experts": 8, "num_experts_per_tok": 2, "expert_dropout": 0.4},
 }
 COLOURS = {"dense": "tab:gray", "mixture": "tab:orange", "mixture, expert dropout": "tab:blue"}
 
@@ -127,6 +126,8 @@ def table(runs: dict[str, dict[str, list[float]]]) -> str:
 
 
 def _span(values: list[float], digits: int = 3) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits if digits > 1 else 0}f}"
     ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}" if digits > 1 else f"{min(values)} to {max(values)}"
     return f"{statistics.mean(values):.{digits}f} ({ends})"
 

@@ -1,6 +1,6 @@
 """
-Train a mixture of any family to answer questions with a part of the text that it is given: SQuAD and what has its form,
-in English or Chinese. Questions that the text does not answer (SQuAD 2) are learnt where the data have some.
+Train a mixture of any family to answer questions with a part of the text that comes with them: SQuAD and what has its
+form, in English or Chinese. Questions that the text does not answer (SQuAD 2) are learnt where the data have some.
 
     python training/run_qa.py --model_name_or_path answerdotai/ModernBERT-base --num_experts 8 \
         --train_file train-v1.1.json --validation_file dev-v1.1.json --max_length 384 --output_dir outputs/qa
