@@ -202,6 +202,19 @@ def test_numbers_of_the_model_are_those_of_a_stock_one(name):
     assert embeddings[0] == embeddings[1] > 0
 
 
+def test_arguments_of_the_dense_class_are_its_own(tmp_path):
+    """As the cards of many embedding models load them."""
+    dense = tiny_dense("bert", hf.AutoModel)
+    upcycle(dense, 4).save_pretrained(tmp_path)
+    model = hf.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    outputs, inputs = model(**tiny_inputs(dense)), tiny_inputs(dense)
+    assert model.dense.pooler is None
+    assert outputs.pooler_output is None
+    torch.testing.assert_close(outputs[0], dense(**inputs)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        hf.AutoModel.from_pretrained(tmp_path, no_such_argument=False)
+
+
 # ---- the config -------------------------------------------------------------------------------------------------
 
 SETTINGS = [

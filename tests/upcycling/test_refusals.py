@@ -284,6 +284,14 @@ def test_question_answering_has_its_own_labels():
 # ---- what the mixture calls itself ----------------------------------------------------------------------------------
 
 
+def test_weights_of_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny_dense("llama")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"is quantised or sharded \(`model\.layers"):
+        upcycle(model, 4)
+
+
 def with_other_sizes(kind):
     if kind == "one layer narrower":
         model = tiny_dense("llama")

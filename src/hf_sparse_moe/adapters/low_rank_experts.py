@@ -2,26 +2,25 @@
 Experts with low-rank adapters beside their frozen weights: `y = W_e x + s B_e (A_e x)`, grouped by expert.
 
 T tokens, K experts a token, E experts, N adapted ones, H hidden, I intermediate, U rows of the first projection, R
-rows, r rank. No update of W is ever built and W gets no gradient. On the CPU, between forward and backward stay, of
-each pair of token and expert, the first projection and the `A_e x`; the rest is computed again.
+rows, r rank. No update of W is ever built. On the CPU, the adapters stand beside the products of `segment_mm`: between
+forward and backward stays, of each pair of token and expert, the first projection; the rest is computed again.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
-from hf_sparse_moe.experts.activation import Activation
-from hf_sparse_moe.experts.projection import Projection
-from hf_sparse_moe.experts.segment_mm import BATCH_BYTES
-from hf_sparse_moe.experts.segments import Segment, find_segments
+from hf_sparse_moe.experts.segment_mm import run_segments
+from hf_sparse_moe.experts.segments import Segment, Segments
 
 from .expert_modules import first_projection
 
@@ -87,209 +86,93 @@ def low_rank_experts(
     device, dtype = hidden_states.device.type, experts.down_proj.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and not torch.compiler.is_compiling() and not experts.has_post_expert_norm:
+        drops = any(adapter.dropout for adapter in (*up, *down))
+        adapters = _Adapters(up, down, seed=int(torch.randint(2**62, ()).item()) if drops else 0)
+        return run_segments(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
     with torch.autocast(device, enabled=False):
-        if device != "cpu" or torch.compiler.is_compiling() or experts.has_post_expert_norm:
-            return grouped_low_rank_experts(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
-        call = _Call(experts, top_k_index, up, down, dtype)
-        factors = [factor for adapter in (*up, *down) for factor in (adapter.a, adapter.b)]
-        return _LowRankExperts.apply(call, hidden_states, top_k_weights, *factors)
+        return grouped_low_rank_experts(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """Those of one call of the experts on the CPU, as [`run_segments`] takes them."""
+
+    up: list[LowRank]
+    down: list[LowRank]
+    seed: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [factor for adapter in (*self.up, *self.down) for factor in (adapter.a, adapter.b)]
+
+    def beside(self, dtype: torch.dtype, segments: Segments) -> list[list[_Products]]:
+        step = len(segments.token_R) + 1
+        seeds = itertools.count(self.seed, step)
+        return [[_Products(one, dtype, next(seeds), segments) for one in side] for side in (self.up, self.down)]
 
 
 class _Products:
-    """The products of an adapter in one call of the experts. The same `seed` drops the same inputs."""
+    """The products of an adapter in one direction of a call. The same `seed` drops the same inputs."""
 
-    def __init__(self, adapter: LowRank, dtype: torch.dtype, seed: int, token_R: torch.Tensor):
+    def __init__(self, adapter: LowRank, dtype: torch.dtype, seed: int, segments: Segments):
         self.adapter, self.seed = adapter, seed
         self.slots = {expert: slot for slot, expert in enumerate(adapter.experts)}
         self.a, self.b = (factor.detach().to(dtype).unbind(0) for factor in (adapter.a, adapter.b))
-        self.serves_R = None if adapter.tokens is None else adapter.tokens[token_R]
+        self.serves_R = None if adapter.tokens is None else adapter.tokens[segments.token_R]
 
     @cached_property
     def gradients(self) -> list[torch.Tensor | None]:
         """Those of A and B; an expert that no token reaches keeps the zeros."""
         return [torch.zeros_like(one) if one.requires_grad else None for one in (self.adapter.a, self.adapter.b)]
 
-    def add(self, output: torch.Tensor, inputs: torch.Tensor, batch: list[Segment]) -> torch.Tensor:
-        """Add to `output` (R, out) what the adapter makes of `inputs` (R, in); returns `s A x` (R, r)."""
-        keep = self._keep(inputs, batch)
-        inputs, output = inputs if keep is None else inputs * keep, output[:, self.adapter.columns]
-        thin = inputs.new_zeros(len(inputs), self.adapter.a.shape[1])
-        parts = self._parts(batch)
-        for slot, rows in parts:
-            torch.mm(inputs[rows], self.a[slot].t(), out=thin[rows])
-        self._scale(thin, batch)
-        for slot, rows in parts:
+    def add(self, output: torch.Tensor, inputs: torch.Tensor, batch: list[Segment]) -> None:
+        """Add to `output` (R, out) what the adapter makes of `inputs` (R, in)."""
+        thin, output = self._thin(self._dropped(inputs, batch), self.a, batch), output[:, self.adapter.columns]
+        for slot, rows in self._parts(batch):
             output[rows].addmm_(thin[rows], self.b[slot])
-        return thin
 
-    def backward(self, gradient, inputs, thin, batch: list[Segment], weight_R, d_inputs) -> None:
-        """
-        Note the gradients of A and B, and add that of `inputs` to `d_inputs`, from the gradient of [`add`]'s output.
-        `weight_R` (R, 1), where given, still has to be multiplied into `gradient`, for A and B only.
-        """
-        keep = self._keep(inputs, batch)
-        dropped, gradient = inputs if keep is None else inputs * keep, gradient[:, self.adapter.columns]
-        d_thin = torch.zeros_like(thin)
-        parts = self._parts(batch)
-        for slot, rows in parts:
-            torch.mm(gradient[rows], self.b[slot].t(), out=d_thin[rows])
-        self._scale(d_thin, batch)
-        for slot, rows in parts if d_inputs is not None else ():
-            if keep is None:
-                d_inputs[rows].addmm_(d_thin[rows], self.a[slot])
-            else:
-                d_inputs[rows].addcmul_(d_thin[rows] @ self.a[slot], keep[rows])
-        if weight_R is not None:
-            thin, d_thin = thin * weight_R, d_thin * weight_R
-        d_a, d_b = self.gradients
-        for slot, rows in parts:
-            if d_a is not None:
-                d_a[slot] = d_thin[rows].t() @ dropped[rows]
-            if d_b is not None:
-                d_b[slot] = thin[rows].t() @ gradient[rows]
+    def add_transposed(self, d_inputs: torch.Tensor, gradient: torch.Tensor, batch: list[Segment]) -> None:
+        """Add the gradient of the inputs, from that of the output."""
+        thin = self._thin(gradient[:, self.adapter.columns], self.b, batch)
+        update = d_inputs if not self.adapter.dropout else torch.zeros_like(d_inputs)
+        for slot, rows in self._parts(batch):
+            update[rows].addmm_(thin[rows], self.a[slot])
+        if update is not d_inputs:
+            d_inputs += self._dropped(update, batch)
+
+    def note(self, gradient: torch.Tensor, inputs: torch.Tensor, batch: list[Segment]) -> None:
+        """The gradients of A and B, from that of the output and the inputs."""
+        inputs, gradient = self._dropped(inputs, batch), gradient[:, self.adapter.columns]
+        pairs = (self.b, gradient, inputs), (self.a, inputs, gradient)
+        for noted, (factor, x, y) in zip(self.gradients, pairs, strict=True):
+            if noted is not None:
+                thin = self._thin(x, factor, batch)
+                for slot, rows in self._parts(batch):
+                    noted[slot] = thin[rows].t() @ y[rows]
+
+    def _thin(self, inputs: torch.Tensor, factor: Sequence[torch.Tensor], batch: list[Segment]) -> torch.Tensor:
+        """`s A x` of each row (R, r), 0 where there is no adapter; with B in the place of A, that of the gradient."""
+        thin = inputs.new_zeros(len(inputs), self.adapter.a.shape[1])
+        for slot, rows in self._parts(batch):
+            torch.mm(inputs[rows], factor[slot].t(), out=thin[rows])
+        thin *= self.adapter.scale
+        if self.serves_R is not None:
+            thin *= self.serves_R[batch[0].start : batch[-1].stop]
+        return thin
 
     def _parts(self, batch: list[Segment]) -> list[tuple[int, slice]]:
         """The adapted segments: place in A and B, and rows of the batch."""
         first, slots = batch[0].start, self.slots
         return [(slots[expert], slice(i - first, j - first)) for expert, i, j in batch if expert in slots]
 
-    def _scale(self, thin: torch.Tensor, batch: list[Segment]) -> None:
-        thin *= self.adapter.scale
-        if self.serves_R is not None:
-            thin *= self.serves_R[_rows(batch)]
-
-    def _keep(self, inputs: torch.Tensor, batch: list[Segment]) -> torch.Tensor | None:
-        """What dropout multiplies the inputs with: drawn again, and the same, in backward."""
+    def _dropped(self, inputs: torch.Tensor, batch: list[Segment]) -> torch.Tensor:
+        """After dropout: drawn again, and the same, in backward."""
         if not self.adapter.dropout:
-            return None
+            return inputs
         generator = torch.Generator().manual_seed(self.seed + batch[0].start)
         share = 1 - self.adapter.dropout
-        return torch.empty_like(inputs).bernoulli_(share, generator=generator).div_(share)
-
-
-class _AdaptedProjection:
-    """`x W_e^T + b_e`, frozen, and the adapters beside it."""
-
-    def __init__(self, frozen: Projection, adapters: list[_Products]):
-        self.frozen, self.adapters = frozen, adapters
-
-    def __call__(self, rows: torch.Tensor, batch: list[Segment]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(R, out), and what backward needs of each adapter."""
-        output = self.frozen(rows, batch)
-        return output, [adapter.add(output, rows, batch) for adapter in self.adapters]
-
-    def backward(self, gradient, rows, thins, batch: list[Segment], weight_R=None, needs_rows: bool = True):
-        """The gradient of `rows`, None where not needed; the adapters note theirs."""
-        d_rows = self.frozen.transposed_product(gradient, batch) if needs_rows else None
-        for adapter, thin in zip(self.adapters, thins, strict=True):
-            adapter.backward(gradient, rows, thin, batch, weight_R, d_rows)
-        return d_rows
-
-
-def _rows(batch: list[Segment]) -> slice:
-    return slice(batch[0].start, batch[-1].stop)
-
-
-class _Call:
-    """One call of the experts on the CPU: its routing and its adapters."""
-
-    def __init__(
-        self, experts: Any, top_k_index: torch.Tensor, up: list[LowRank], down: list[LowRank], dtype: torch.dtype
-    ):
-        self.dtype, self.sum_dtype = dtype, torch.promote_types(dtype, torch.float32)
-        self.activation = Activation.of(experts)
-        self.segments = find_segments(top_k_index, experts.num_experts, fill_up=dtype.itemsize == 2, may_skip=True)
-        self.frozen = [self._projection(experts, name) for name in (first_projection(experts), "down_proj")]
-        self.adapters = up, down
-        drops = any(adapter.dropout for adapter in (*up, *down))
-        self.seed = int(torch.randint(2**62, ()).item()) if drops else 0
-
-    def _projection(self, experts: Any, name: str) -> Projection:
-        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        return Projection(getattr(experts, name), bias, self.dtype, experts.is_transposed)
-
-    def projections(self) -> list[_AdaptedProjection]:
-        """The first and the second, with what adapters hold for one direction only."""
-        token_R = self.segments.token_R
-        step = len(token_R) + 1
-        seeds = iter(range(self.seed, self.seed + 2**16 * step, step))
-        products = ([_Products(one, self.dtype, next(seeds), token_R) for one in side] for side in self.adapters)
-        return [_AdaptedProjection(*pair) for pair in zip(self.frozen, products, strict=True)]
-
-    def batches(self, first: _AdaptedProjection) -> list[list[Segment]]:
-        return self.segments.batches(BATCH_BYTES // (first.frozen.out_features * self.dtype.itemsize))
-
-    def row_weights(self, weights_TK: torch.Tensor) -> torch.Tensor:
-        """`(R, 1)`, 0 for rows that only fill up."""
-        weights_P = torch.cat([weights_TK.to(self.dtype).flatten(), weights_TK.new_zeros(1, dtype=self.dtype)])
-        return weights_P[self.segments.pair_R, None]
-
-    def forward(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, keep: bool):
-        """The output (T, H), and of each batch what backward needs."""
-        rows_TH, weights_R = hidden_TH.to(self.dtype), self.row_weights(weights_TK)
-        first, second = self.projections()
-        output_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=self.sum_dtype)
-        kept: list[torch.Tensor] = []
-        for batch in self.batches(first):
-            token_R = self.segments.token_R[_rows(batch)]
-            first_RU, first_thins = first(rows_TH.index_select(0, token_R), batch)
-            second_RH, second_thins = second(self.activation(first_RU).to(self.dtype), batch)
-            second_RH *= weights_R[_rows(batch)]
-            output_TH.index_add_(0, token_R, second_RH.to(self.sum_dtype))
-            if keep:
-                kept += (first_RU, *first_thins, *second_thins)
-        return output_TH.to(hidden_TH.dtype), kept
-
-    def backward(self, needs_hidden: bool, gradient_TH, hidden_TH, weights_TK, kept: list[torch.Tensor]):
-        """The gradients of hidden states (None where not needed), weights and factors."""
-        rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
-        weights_R = self.row_weights(weights_TK)
-        first, second = self.projections()
-        d_hidden_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=self.sum_dtype) if needs_hidden else None
-        d_weights_R = rows_TH.new_zeros(len(weights_R) + 1)  # the last is of the pairs that no expert here serves
-        remaining = iter(kept)
-        for batch in self.batches(first):
-            rows = _rows(batch)
-            token_R = self.segments.token_R[rows]
-            activated_RI, pull = self.activation.differentiate(next(remaining))
-            activated_RI = activated_RI.to(self.dtype)
-            first_thins, second_thins = ([next(remaining) for _ in side.adapters] for side in (first, second))
-            # y = w (W a + ...) and g = dL/dy: dL/dw = g.(W a + ...) = (W^T g + ...).a, so that y need not be kept.
-            gradient_RH = gradient_TH.index_select(0, token_R)
-            gradient_RI = second.backward(gradient_RH, activated_RI, second_thins, batch, weights_R[rows])
-            torch.linalg.vecdot(gradient_RI, activated_RI, out=d_weights_R[rows])
-            second.frozen.add_bias_products(gradient_RH, batch, d_weights_R[rows])
-            gradient_RU, _ = pull(gradient_RI.mul_(weights_R[rows]))
-            rows_RH = rows_TH.index_select(0, token_R)
-            d_rows_RH = first.backward(
-                gradient_RU.to(self.dtype), rows_RH, first_thins, batch, needs_rows=needs_hidden
-            )
-            if d_hidden_TH is not None:
-                d_hidden_TH.index_add_(0, token_R, d_rows_RH.to(self.sum_dtype))
-        d_weights_TK = d_weights_R[self.segments.row_TK].to(weights_TK.dtype)
-        factors = [gradient for side in (first, second) for one in side.adapters for gradient in one.gradients]
-        return None if d_hidden_TH is None else d_hidden_TH.to(hidden_TH.dtype), d_weights_TK, *factors
-
-
-class _LowRankExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, *factors: torch.Tensor):
-        state = torch.get_rng_state()
-        output_TH, kept = call.forward(hidden_TH, weights_TK, keep=any(ctx.needs_input_grad))
-        ctx.call = call
-        # A dropout among the experts' activations must drop the same values when backward computes them again.
-        ctx.random_state = None if torch.equal(state, torch.get_rng_state()) else state
-        ctx.save_for_backward(hidden_TH, weights_TK, *kept)
-        return output_TH
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TH, weights_TK, *kept = ctx.saved_tensors
-        with torch.random.fork_rng(devices=[], enabled=ctx.random_state is not None):
-            if ctx.random_state is not None:
-                torch.set_rng_state(ctx.random_state)
-            return None, *ctx.call.backward(ctx.needs_input_grad[1], gradient_TH, hidden_TH, weights_TK, kept)
+        return inputs * inputs.new_empty(inputs.shape).bernoulli_(share, generator=generator).div_(share)
 
 
 def grouped_low_rank_experts(

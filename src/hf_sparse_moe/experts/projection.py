@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .segments import Segment, Segments
@@ -12,11 +15,18 @@ class Projection:
     y = x W_e^T + b_e, for the rows of each expert e. W (E, out, in), or (E, in, out) if `transposed`; b (E, out).
 
     The products are of `dtype`. A weight of another one is cast expert by expert, into one matrix that the cache still
-    holds when the product reads it.
+    holds when the product reads it. What is `beside` W adds to y, to x's gradient, and notes its own gradient.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, transposed: bool):
-        self.weight, self.bias, self.dtype, self.transposed = weight, bias, dtype, transposed
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        transposed: bool,
+        beside: Sequence[Any] = (),
+    ):
+        self.weight, self.bias, self.dtype, self.transposed, self.beside = weight, bias, dtype, transposed, beside
         self.out_features = weight.shape[2 if transposed else 1]
         self.in_features = weight.shape[1 if transposed else 2]
         self._weight = weight.detach().mT if transposed else weight.detach()
@@ -39,6 +49,8 @@ class Projection:
                 torch.mm(x, self._matrix(expert).t(), out=y)
             else:
                 torch.addmm(self._biases[expert], x, self._matrix(expert).t(), out=y)
+        for one in self.beside:
+            one.add(out, rows, batch)
         return out
 
     def transposed_product(
@@ -49,6 +61,8 @@ class Projection:
             out = gradient.new_empty(len(gradient), self.in_features)
         for (expert, _, _), d_y, d_x in zip(batch, split(gradient, batch), split(out, batch), strict=True):
             torch.mm(d_y, self._matrix(expert), out=d_x)
+        for one in self.beside:
+            one.add_transposed(out, gradient, batch)
         return out
 
     def add_bias_products(self, gradient: torch.Tensor, batch: list[Segment], out: torch.Tensor) -> None:
@@ -62,7 +76,7 @@ class ProjectionGradient:
     """The gradients of a projection's weight and bias, or None where not needed; experts without a row get zeros."""
 
     def __init__(self, projection: Projection, need_weight: bool, need_bias: bool, segments: Segments):
-        self._transposed = projection.transposed
+        self._transposed, self._beside = projection.transposed, projection.beside
         unused = set(range(len(projection.weight))).difference(segment.expert for segment in segments.segments)
         self.weight = _zero_at(unused, projection.weight) if need_weight else None
         self.bias = _zero_at(unused, projection.bias) if need_bias and projection.bias is not None else None
@@ -70,6 +84,8 @@ class ProjectionGradient:
 
     def set(self, gradient: torch.Tensor, rows: torch.Tensor, batch: list[Segment]) -> None:
         """From the gradient of y (R, out) and x (R, in)."""
+        for one in self._beside:
+            one.note(gradient, rows, batch)
         if self.weight is not None:
             left, right = (rows, gradient) if self._transposed else (gradient, rows)
             for (expert, _, _), a, b in zip(batch, split(left, batch), split(right, batch), strict=True):

@@ -42,7 +42,7 @@ def segment_mm_experts_forward(
     Computes in the dtype of autocast where that is on, else in that of the weights. What it cannot do (other devices,
     a norm after the experts, being traced into one graph) it leaves to `grouped_mm`, and says so once.
     """
-    return _forward(self, hidden_states, top_k_index, top_k_weights, recompute=False)
+    return _forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 def segment_mm_recompute_experts_forward(
@@ -52,22 +52,38 @@ def segment_mm_recompute_experts_forward(
     return _forward(self, hidden_states, top_k_index, top_k_weights, recompute=True)
 
 
-def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool) -> torch.Tensor:
+def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool = False) -> torch.Tensor:
     if (reason := _unsupported(self, hidden_states)) is not None:
         if not torch.compiler.is_compiling():
             logger.warning_once(f"`segment_mm` does not run {reason}: these experts run with `grouped_mm`.")
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return run_segments(self, hidden_states, top_k_index, top_k_weights, recompute)
+
+
+def run_segments(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    recompute: bool = False,
+    adapters: Any = None,
+) -> torch.Tensor:
+    """
+    [`segment_mm_experts_forward`] for what it can run. `adapters`, where given, have `tensors`, which get gradients,
+    and `beside(dtype, segments)`, what they add to either [`Projection`]; pairs with an index of E are then skipped.
+    """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_bias, down_bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     up = getattr(self, up_name)
     dtype = compute_dtype(up)
     activation = Activation.of(self)
     arguments = (hidden_states, top_k_weights, up, up_bias, self.down_proj, down_bias, *activation.parameters)
+    arguments = (*arguments, *(adapters.tensors if adapters else ()))
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
     segments = find_segments(
-        top_k_index, self.num_experts, fill_up=dtype.itemsize == 2, may_skip=self._is_expert_parallel
+        top_k_index, self.num_experts, fill_up=dtype.itemsize == 2, may_skip=self._is_expert_parallel or bool(adapters)
     )
-    call = _Call(segments, activation, dtype, self.is_transposed, keep=learns and not recompute)
+    call = _Call(segments, activation, dtype, self.is_transposed, learns and not recompute, adapters)
     # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
     with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         return _SegmentedExperts.apply(call, *arguments) if learns else call.forward(*arguments)[0]
@@ -97,12 +113,12 @@ class _Call:
     dtype: torch.dtype
     transposed: bool
     keep: bool
+    adapters: Any
 
     def forward(self, hidden_TH, weights_TK, up, up_bias, down, down_bias, *_) -> tuple[torch.Tensor, list]:
         """The output (T, H), and the first projections (R, U) of each batch if they are to be kept."""
         rows_TH = hidden_TH.to(self.dtype)
-        first = Projection(up, up_bias, self.dtype, self.transposed)
-        second = Projection(down, down_bias, self.dtype, self.transposed)
+        first, second = self._projections(up, up_bias, down, down_bias)
         num_rows = len(self.segments.token_R)
         output_RH = rows_TH.new_empty(num_rows + 1, second.out_features)
         output_RH[num_rows] = 0  # of the pairs that no expert here serves
@@ -117,20 +133,19 @@ class _Call:
         )
         return output_TH.to(hidden_TH.dtype), kept
 
-    def backward(self, needs, kept, gradient_TH, hidden_TH, weights_TK, up, up_bias, down, down_bias, *parameters):
+    def backward(self, needs, kept, gradient_TH, hidden_TH, weights_TK, up, up_bias, down, down_bias, *_):
         """The gradients of [`forward`]'s arguments, those that `needs` says."""
-        need_hidden, need_weights, need_up, need_up_bias, need_down, need_down_bias, *need_parameters = needs
-        need_first = need_hidden or need_up or need_up_bias or any(need_parameters)
+        need_hidden, need_weights, need_up, need_up_bias, need_down, need_down_bias, *need_others = needs
+        need_first = need_hidden or need_up or need_up_bias or any(need_others)
         rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
-        first = Projection(up, up_bias, self.dtype, self.transposed)
-        second = Projection(down, down_bias, self.dtype, self.transposed)
+        first, second = self._projections(up, up_bias, down, down_bias)
         d_first = ProjectionGradient(first, need_up, need_up_bias, self.segments)
         d_second = ProjectionGradient(second, need_down, need_down_bias, self.segments)
         num_rows = len(self.segments.token_R)
         d_rows_RH = rows_TH.new_empty(num_rows + 1, rows_TH.shape[1]) if need_hidden else None
         d_weights_R = rows_TH.new_empty(num_rows + 1)
         weights_R = torch.cat([weights_TK.to(self.dtype).flatten(), rows_TH.new_zeros(1)])[self.segments.pair_R]
-        d_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        d_parameters = [torch.zeros_like(parameter) for parameter in self.activation.parameters]
         for number, batch in enumerate(self._batches(first)):
             rows = slice(batch[0].start, batch[-1].stop)
             tokens = self._tokens(batch)
@@ -161,7 +176,15 @@ class _Call:
         if need_weights:
             d_weights_R[num_rows] = 0
             d_weights = d_weights_R[self.segments.row_TK].to(weights_TK.dtype)
+        d_parameters += [gradient for one in (*first.beside, *second.beside) for gradient in one.gradients]
         return (d_hidden, d_weights, d_first.weight, d_first.bias, d_second.weight, d_second.bias, *d_parameters)
+
+    def _projections(self, up, up_bias, down, down_bias) -> tuple[Projection, Projection]:
+        beside = self.adapters.beside(self.dtype, self.segments) if self.adapters else ((), ())
+        return (
+            Projection(up, up_bias, self.dtype, self.transposed, beside[0]),
+            Projection(down, down_bias, self.dtype, self.transposed, beside[1]),
+        )
 
     def _batches(self, first: Projection) -> list[list[Segment]]:
         return self.segments.batches(BATCH_BYTES // (first.out_features * self.dtype.itemsize))

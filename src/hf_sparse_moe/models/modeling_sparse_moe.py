@@ -204,8 +204,8 @@ class SparseMoeEncoderDecoderForConditionalGeneration(SparseMoeEncoderDecoderPre
     labels_are_targets = True
     compute_task_loss = language_model_loss
 
-    def __init__(self, config: SparseMoeEncoderDecoderConfig):
-        super().__init__(config)
+    def __init__(self, config: SparseMoeEncoderDecoderConfig, **dense_arguments):
+        super().__init__(config, **dense_arguments)
         # By its name transformers takes the class for one that shifts its labels, and Trainer would miscount them.
         self.loss_type = "ForMaskedLM"
 

@@ -61,7 +61,7 @@ class SparseMoePreTrainedModel(SavedMixture):
     labels_are_targets: ClassVar[bool] = False  # whether the labels are what a decoder writes that reads an encoder
     family_side: ClassVar[str]
 
-    def __init__(self, config: SparseMoeConfig):
+    def __init__(self, config: SparseMoeConfig, **dense_arguments):
         super().__init__(config)
         config._check_fields()  # they may have been assigned to since
         if type(config.dense_config) not in self.dense_auto_class._model_mapping:
@@ -69,7 +69,8 @@ class SparseMoePreTrainedModel(SavedMixture):
                 f"`{type(self).__name__}` needs a dense architecture with an `{self.dense_auto_class.__name__}` "
                 f"head; transformers has none for `model_type={config.dense_config.model_type!r}`."
             )
-        self.dense = self.dense_auto_class.from_config(config.dense_config, dtype=torch.get_default_dtype())
+        dense_arguments["dtype"] = torch.get_default_dtype()
+        self.dense = self.dense_auto_class.from_config(config.dense_config, **dense_arguments)
         config.dense_config = self.dense.config
         config._attn_implementation_internal = self.dense.config._attn_implementation
         install_sparse_blocks(self.dense, config, self.family_side)
