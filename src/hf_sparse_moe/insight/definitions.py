@@ -200,10 +200,13 @@ def added_loss(ablation: Ablation, layer: int) -> tuple[Array, Array, Array]:
     tokens = np.concatenate([ablation.tokens, ablation.tokens.sum(axis=1, keepdims=True)], axis=1)
     weights = _weights(len(tokens))
     with np.errstate(invalid="ignore", divide="ignore"):
-        resampled = np.einsum("bt,etg->beg", weights, added, optimize=True) / (weights @ tokens)[:, None]
-        low, high = np.quantile(resampled, (0.025, 0.975), axis=0) if len(tokens) >= FEWEST_TEXTS else (np.nan, np.nan)
         point = added.sum(axis=1) / tokens.sum(axis=0)
-    return point, np.broadcast_to(low, point.shape), np.broadcast_to(high, point.shape)
+        resampled = np.einsum("bt,etg->beg", weights, added, optimize=True) / (weights @ tokens)[:, None]
+    low = high = np.full_like(point, np.nan)
+    if len(tokens) >= FEWEST_TEXTS:  # a draw without any text of a small group says nothing of it
+        resampled = np.where((weights @ tokens)[:, None] > 0, resampled, point)
+        low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    return point, low, high
 
 
 def order_by_similarity(similarity: Array) -> Array:

@@ -38,7 +38,7 @@ from hf_sparse_moe.upcycling import upcycle
 
 CHAPTERS = 8
 HELD_OUT_BLOCKS = 64  # a domain
-PIECES, PIECE_CHARACTERS = 32, 400  # of a domain, that the routing page reads
+PIECES, PIECE_CHARACTERS = 16, 400  # of a domain, that the routing page reads
 DENSE_LEARNING_RATE = 3e-3  # for a model that starts from random weights
 
 
@@ -165,7 +165,11 @@ class _Story:
         self.title("See which expert served which domain")
         pieces = [(piece, domain) for domain in held_out for piece in _pieces(corpus.held_out[domain])]
         explained = explain_routing(
-            mixture, tokenizer, *map(list, zip(*pieces, strict=True)), max_length=options.sequence_length
+            mixture,
+            tokenizer,
+            *map(list, zip(*pieces, strict=True)),
+            max_length=options.sequence_length,
+            batch_size=options.batch_size,
         )
         statistics = explained.statistics
         for layer in (statistics.layers[0], statistics.layers[-1]):
