@@ -126,6 +126,7 @@ def test_files_as_squad_has_them():
     assert qa.question_rows(Dataset.from_list([{"version": "v2.0", "data": each} for each in nested["data"]]))[
         "question"
     ] == ["?", "!"]
+    assert qa.question_rows(Dataset.from_list([nested]))["question"] == ["?", "!"]
     assert qa.question_rows(flat) is flat
 
 

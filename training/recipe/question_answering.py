@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ NO_TOKEN = (-1, -1)  # the place in the context of what is no token of it
 
 def question_rows(data: Dataset) -> Dataset:
     """One row a question: what SQuAD's own files nest (articles, paragraphs, questions) is laid out flat."""
-    if "data" in data.column_names and "question" not in data.column_names:  # the whole file as one object
-        data = Dataset.from_list(data["data"])
+    if "data" in data.column_names and "question" not in data.column_names:  # a whole file, in one row or in many
+        files = [row if isinstance(row, list) else [row] for row in data["data"]]
+        data = Dataset.from_list(list(chain(*files)))
     if "paragraphs" not in data.column_names:
         return data
     rows = [
