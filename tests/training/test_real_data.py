@@ -159,7 +159,7 @@ def test_chinese_questions_on_cmrc(call_recipe, data_dir, tmp_path):
         **BRIEF,
     )
     scores = results(tmp_path / "out")
-    assert 0 < scores["eval_f1"] < 100
+    assert 0 <= scores["eval_f1"] < 100
     assert scores["eval_exact_match"] <= scores["eval_f1"]
 
 
