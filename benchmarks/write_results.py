@@ -258,26 +258,39 @@ def tasks_section(folder: Path) -> list[str]:
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not rows:
         return []
+    arms = list(dict.fromkeys(name for row in rows for name in row["arms"]))
     cells = [
         [
             row["task"],
             row["metric"],
-            *(scores(values) for values in row["arms"].values()),
-            f"{row['difference']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]",
-            f"{row['minutes']:.1f}",
-            f"{row['parameters_total'] / 1e6:.1f}, {row['parameters_active'] / 1e6:.1f}",
+            *(scores(row["arms"].get(name, [])) for name in arms),
+            with_ends(row["difference"], row["interval"]),
+            of_arms(row["minutes"], 1),
+            of_arms(row["parameters_total"], 1e6),
+            of_arms(row["parameters_active"], 1e6),
             f"`{row['command']}`",
         ]
         for row in rows
     ]
-    heads = ["task", "metric", *rows[0]["arms"], "difference", "minutes", "M parameters, active", "command"]
+    heads = ["task", "metric", *arms, "difference", "minutes", "M parameters", "active", "command"]
     return ["## Tasks\n", table(heads, cells)]
 
 
 def scores(values: list[float]) -> str:
-    return (
-        f"{fmean(values):.3f}" if len(values) == 1 else f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-    )
+    """Their mean and, of several seeds, the lowest and the highest."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def with_ends(difference: float, ends: list[float] | None) -> str:
+    return f"{difference:+.3f}" + ("" if ends is None else " [{:+.3f}, {:+.3f}]".format(*ends))
+
+
+def of_arms(value: float | dict[str, float], unit: float) -> str:
+    """One number, or one for each arm in their order."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return ", ".join(f"{each / unit:.1f}" for each in values)
 
 
 def draw(found: dict[str, dict[str, Arm]], path: Path) -> None:

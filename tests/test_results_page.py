@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parent.parent
 DOMAINS = ["law"] * 30 + ["verse"] * 6
 ROW = {"task": "sentiment", "command": "python benchmarks/tasks.py sentiment", "metric": "accuracy"}
 ROW |= {"arms": {"dense": [0.7, 0.8], "mixture": [0.75, 0.85]}, "difference": 0.05, "interval": [0.01, 0.09]}
-ROW |= {"minutes": 3.0, "parameters_total": 4_000_000, "parameters_active": 1_500_000}
+ROW |= {"minutes": {"dense": 2.0, "mixture": 3.0}, "parameters_total": {"dense": 1_500_000, "mixture": 4_000_000}}
+ROW |= {"parameters_active": {"dense": 1_500_000, "mixture": 2_000_000}}
 
 
 @pytest.fixture
@@ -112,4 +113,4 @@ def test_page_without_results_and_with_a_task(writer, configuration, tmp_path):
     assert (
         "| sentiment | accuracy | 0.750 (0.700 to 0.800) | 0.800 (0.750 to 0.850) | +0.050 [+0.010, +0.090] |" in page
     )
-    assert f"| `{ROW['command']}` |" in page
+    assert f"| 2.0, 3.0 | 1.5, 4.0 | 1.5, 2.0 | `{ROW['command']}` |" in page
