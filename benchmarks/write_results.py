@@ -44,7 +44,8 @@ Loss is nats a token of a held-out document, averaged over the documents of a do
 is the same document's loss minus that of D from the same checkpoint; [{LEVEL} % intervals] are from a bootstrap over
 seeds and, in each domain, over documents: with one seed, over documents alone, and AA shows what chance does beside
 them. Rates are chosen on a tuning split with seed 0, three for each arm. CPU seconds are one thread's, of the training
-steps alone; peak memory is what a training adds to the process. "D needs" is how many tokens D trains for, or D+ where it has run, until its loss is the arm's.
+steps alone; peak memory is what a training adds to the process. "D needs" is how many tokens D trains for,
+or D+ where it has run, until its loss is the arm's.
 """
 FAMILIES = {
     "decoder": "Decoder",
