@@ -38,7 +38,6 @@ def base(checkpoints, files):
         ("run_clm.py", {"upcycling_method": "magic"}, "`method='magic'` is not allowed"),
         ("run_clm.py", {"max_length": 4096}, "`--max_length=4096` is more than the 128 tokens"),
         ("run_clm.py", {"max_length": 128, "max_train_samples": 1}, "fill no block of 128 tokens"),
-        ("run_clm.py", {"label_smoothing_factor": 0.1}, "`--label_smoothing_factor=0.1` replaces the model's loss"),
         ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
         ("run_mlm.py", {}, "which has no `AutoModelForMaskedLM`"),
         ("run_seq2seq.py", {"source_column": "text.en"}, "`--source_column=text.en` is no column"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -23,6 +24,31 @@ TASKS = {
     "run_seq2seq.py": ("encoder_decoder", "docs.jsonl", {"source_column": "text", "target_column": "first"}),
     "run_classification.py": ("encoder", "docs.jsonl", {"dataloader_num_workers": 0}),
 }
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_label_smoothing_leaves_the_balance_loss(script, checkpoints, files, call_recipe, tmp_path):
+    """Trainer's smoothed loss is one from outside: of copies only the balance loss moves a router."""
+    family, rows, arguments = TASKS[script]
+    routers = {}
+    for coefficient in (0, 1):
+        call_recipe(
+            script,
+            model_name_or_path=checkpoints[family],
+            train_file=files[rows],
+            label_smoothing_factor=0.1,
+            router_aux_loss_coef=coefficient,
+            freeze=["experts"],
+            learning_rate=0.1,
+            optim="sgd",
+            max_steps=2,
+            save_strategy="no",
+            output_dir=tmp_path / str(coefficient),
+            **arguments,
+        )
+        tensors = load_file(tmp_path / str(coefficient) / "model.safetensors")
+        routers[coefficient] = torch.cat([value.flatten() for name, value in tensors.items() if "gate.weight" in name])
+    assert (routers[0] - routers[1]).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("script", TASKS)

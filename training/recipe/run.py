@@ -62,12 +62,6 @@ def parse_arguments(description: str, *classes: type) -> tuple:
     else:
         arguments = parser.parse_args_into_dataclasses(look_for_args_file=False)
     args: TrainingArguments = arguments[-1]
-    mixture = arguments[0]
-    if args.label_smoothing_factor > 0 and not mixture.dense and mixture.router_aux_loss_coef != 0:
-        raise ValueError(
-            f"`--label_smoothing_factor={args.label_smoothing_factor}` replaces the model's loss, and with it the "
-            "balance loss. Leave it at 0, or pass `--router_aux_loss_coef 0`."
-        )
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(args.get_process_log_level())
     output = Path(args.output_dir)
