@@ -72,3 +72,8 @@ def test_commands_run(page, stand_ins, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_docs_stay_short():
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in PAGES if page.parent.name == "docs"}
+    assert sum(words.values()) <= 20_000, f"Say a thing once and link to it: {words}"
