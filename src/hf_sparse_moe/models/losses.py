@@ -170,6 +170,8 @@ class BalanceLosses:
         self.aux_loss = self.losses_L.mean()
         self.z_loss: torch.Tensor | None = None
         self._step, self._num_sequences = step, events[-1].num_sequences
+        self._share: Callable[[], float] | None = None
+        self._carrying: list[torch.Tensor] = []
         self._coefficients = [settings.router_aux_loss_coef, settings.router_z_loss_coef]
         self._weights = [settings.router_aux_loss_coef * aux_weight]
         if settings.router_z_loss_coef > 0:
@@ -193,7 +195,7 @@ class BalanceLosses:
         """
         Have every output that a loss can be computed from carry the balance losses: in backward, each of them that no
         other gradient reaches gets the one of its coefficient and of the pass's share of the optimizer step. Values
-        do not change.
+        do not change. Outputs of the body, then of its head: what carries them already is left alone.
 
         Args:
             outputs (`ModelOutput` or `tuple`): Changed in place, if it is no tuple.
@@ -202,15 +204,17 @@ class BalanceLosses:
             The outputs.
         """
         step, parts = self._step, self._losses
-        together = step.join(self._num_sequences)
-        tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs)}
+        known = {id(tensor) for tensor in self._carrying}
+        tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs) if id(tensor) not in known}
+        if self._share is None:
+            self._share = partial(step.share, self._num_sequences, step.join(self._num_sequences))
         if not tensors or not any(part.requires_grad for part in parts):
             return outputs
         weights = self._weights if step.weight is None else self._coefficients[: len(parts)]
-        share = partial(step.share, self._num_sequences, together)
         asks = step.weight is None and _computes_in_half(parts[0].device.type)
-        carried = _Carried.apply(share, weights, asks, *parts, *tensors.values())
+        carried = _Carried.apply(self._share, weights, asks, *parts, *tensors.values())
         self.aux_loss, self.z_loss = carried[0], (None if self.z_loss is None else carried[1])
+        self._carrying += carried[len(parts) :]
         return _replaced(outputs, dict(zip(tensors, carried[len(parts) :], strict=True)))
 
 
@@ -247,6 +251,22 @@ def balance_when_alone(part: nn.Module, step: OptimizerStep) -> None:
     parameters = tuple(inspect.signature(part.forward).parameters)
     part.register_forward_pre_hook(partial(_before_part, step, parameters), with_kwargs=True)
     part.register_forward_hook(partial(_after_part, step), always_call=True)
+
+
+def carry_from(body: nn.Module, step: OptimizerStep) -> None:
+    """
+    Have the outputs of a model's body carry what the model gives its record to attach. The head computes from them,
+    so that a last hidden state which is asked for lies on the way of every loss.
+    """
+    body.register_forward_hook(partial(_after_body, step))
+
+
+def _after_body(step: OptimizerStep, body: nn.Module, args: tuple, outputs: Any) -> Any:
+    record = active_record()
+    if record is None or record.owner is not step or record.attach is None:
+        return outputs
+    attach, record.attach = record.attach, None
+    return attach(outputs)
 
 
 def _before_part(

@@ -17,7 +17,14 @@ from transformers.utils import ModelOutput
 
 from .balancing import OptimizerStep, listen_to_trainers
 from .configuration_sparse_moe import SparseMoeConfig
-from .losses import BalanceLosses, at_least_one, balance_when_alone, has_balance_loss, loss_of_step
+from .losses import (
+    BalanceLosses,
+    at_least_one,
+    balance_when_alone,
+    carry_from,
+    has_balance_loss,
+    loss_of_step,
+)
 from .masks import tokens_by_side
 from .moe_block import SparseMoeBlock, install_sparse_blocks
 from .routers import router_probabilities
@@ -85,6 +92,9 @@ class SparseMoePreTrainedModel(SavedMixture):
         balance_when_alone(self.base_model, self.optimizer_step)
         if config.is_encoder_decoder:
             balance_when_alone(self.dense.get_encoder(), self.optimizer_step)
+        if self.compute_task_loss is not None:
+            around = self.base_model is self.dense  # T5: its head has no body but two stacks
+            carry_from(self.dense.get_decoder() if around else self.base_model, self.optimizer_step)
         self.post_init()
         # T5 keeps its `wo` in float32; where that became experts, the name fits nothing and transformers would say so.
         # And a selection bias is a sigmoid router's alone.
@@ -176,26 +186,27 @@ class SparseMoePreTrainedModel(SavedMixture):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "past_key_values" in inputs and "cache" in self._further_inputs:  # its name from transformers 5.24 on
             inputs["cache"] = inputs.pop("past_key_values")
+        counted = labels if labels is None or shift_labels is not None else self.counted_labels(labels)
+        balance: BalanceLosses | None = None
+
+        def attach(outputs: Any) -> Any:
+            nonlocal balance
+            balance = balance or self._balance_losses(record, counted, num_items_in_batch)
+            return outputs if balance is None else balance.attach_to(outputs)
+
+        # The graph of a model that computes its own loss is not broken by what only other losses need.
+        carries = balances and not (labels is not None and torch.compiler.is_compiling())
+        record.attach = attach if carries else None
         record.open()
         try:
             outputs = self.dense(**inputs, return_dict=True)
         finally:
             record.close()
+        if carries:
+            outputs = attach(outputs)
+        else:
+            balance = self._balance_losses(record, counted, num_items_in_batch)
 
-        counted = labels if labels is None or shift_labels is not None else self.counted_labels(labels)
-        balance = None
-        if record.events:
-            balance = BalanceLosses(
-                record.events,
-                [router_probabilities(event.routing.router_logits, config.scoring_func) for event in record.events],
-                self.optimizer_step,
-                trains=self.training and torch.is_grad_enabled(),
-                labels=counted,
-                num_items_in_batch=num_items_in_batch,
-            )
-            # The graph of a model that computes its own loss is not broken by what only other losses need.
-            if balances and not (labels is not None and torch.compiler.is_compiling()):
-                outputs = balance.attach_to(outputs)
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             further = {name: value for name, value in kwargs.items() if name not in self._further_inputs}
@@ -210,6 +221,19 @@ class SparseMoePreTrainedModel(SavedMixture):
         result = self.output_class(**fields)
         return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _balance_losses(self, record: RoutingRecord, labels: Any, num_items_in_batch: Any) -> BalanceLosses | None:
+        if not record.events:
+            return None
+        scoring_func = self.config.scoring_func
+        return BalanceLosses(
+            record.events,
+            [router_probabilities(event.routing.router_logits, scoring_func) for event in record.events],
+            self.optimizer_step,
+            trains=self.training and torch.is_grad_enabled(),
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
+        )
 
     def _name_inputs(self) -> None:
         """

@@ -123,6 +123,7 @@ class RoutingRecord:
     gives_logits: bool = False
     inputs: dict[str, Any] = field(default_factory=dict)
     events: list[RoutingEvent] = field(default_factory=list)
+    attach: Callable[[Any], Any] | None = None  # called once, with the outputs of the body
     opened: Any = None  # what takes it off the context again
 
     def context(self, side: str, num_tokens: int) -> TokenContext:
