@@ -15,6 +15,7 @@ from recipe.launch import join_deepspeed
 ZERO2 = {
     "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,  # Accelerate clips at 1 otherwise
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }

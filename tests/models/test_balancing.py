@@ -17,6 +17,7 @@ from hf_sparse_moe.models.balancing import (
     sequence_balancing_loss,
     sequence_counts,
 )
+from hf_sparse_moe.models.masks import tokens_by_side
 from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
 
 
@@ -165,11 +166,10 @@ def test_coefficients_of_zero_cost_nothing(family, capsys):
         module._forward_hooks.clear()
 
     def dense_alone():
-        labels.ne(-100)  # or that of the mask: the tokens that count, which some routers ask for
         if model.config.is_encoder_decoder:
-            inputs["attention_mask"].ne(0)  # the encoder's
             dense_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-        return model.compute_task_loss(dense(**dense_inputs), labels, model.config, None)
+        tokens_by_side(model, dense_inputs)  # the tokens that count, which some routers ask for
+        return model.compute_task_loss(dense(**dense_inputs), labels, None)
 
     with_zero = operations(model, lambda: model(**inputs).loss)
     outputs = model(**inputs)

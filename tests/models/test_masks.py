@@ -40,11 +40,11 @@ DECODER = {
     "its own mask first": ({"decoder_attention_mask": MASK, "labels": LABELS, "decoder_input_ids": IDS}, MASK),
     "neither an end nor before a pad": ({"decoder_input_ids": IDS}, torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])),
     "the only one": ({"decoder_input_ids": IDS[:, :1]}, torch.tensor([[1], [1]])),
-    "those made of labels": ({"labels": LABELS}, torch.tensor([[1, 1, 1], [0, 1, 1]])),
-    "ids, given labels": ({"labels": LABELS, "decoder_input_ids": IDS[:, :3]}, torch.tensor([[1, 1, 0], [1, 0, 0]])),
+    "labels": ({"labels": LABELS}, LABELS.ne(-100)),
+    "labels before ids": ({"labels": LABELS, "decoder_input_ids": IDS[:, :3]}, LABELS.ne(-100)),
     "the source": ({}, MASK),
     "nothing": ({"decoder_inputs_embeds": torch.zeros(2, 3, 4)}, None),
-    "nothing, given labels": ({"decoder_inputs_embeds": torch.zeros(2, 3, 4), "labels": LABELS}, None),
+    "labels beside embeddings": ({"decoder_inputs_embeds": torch.zeros(2, 3, 4), "labels": LABELS}, LABELS.ne(-100)),
 }
 
 
@@ -58,7 +58,7 @@ def test_of_a_decoder_with_an_encoder_the_first_of_these_tells(case):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart", "switch"])
-def test_labels_change_nothing(name):
+def test_of_sequences_that_end_labels_say_no_more_than_ids(name):
     """What the model makes of them is what a collator makes of them, with whatever pads."""
     mixture = stock("Switch", top_k=1) if name == "switch" else tiny_sparse(name)
     ends = mixture.config.eos_token_id

@@ -110,10 +110,10 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
     The tokens of the encoder's and of the decoder's side; in a model of one side both are the same.
 
     In an encoder-decoder, the decoder's tokens that count are those of `decoder_attention_mask`; without one, those
-    that have something to predict, of the ids that the decoder reads (`decoder_input_ids`, or what the model makes of
-    labels): no end of a sequence, nor one before a pad. Without any, those of the source, which heads of BART feed to
-    the decoder. A mask is `(B, S)`, with several choices for each row `(B, C, S)`, or over pairs of tokens
-    `(B, 1, S, S)`, where one that no token sees is a pad. Any other says nothing.
+    that have something to predict. Labels say so; without them the ids that the decoder reads, where that is no end of
+    a sequence nor a token before a pad: the same tokens, if sequences end. Without any, those of the source, which
+    heads of BART feed to the decoder. A mask is `(B, S)`, with several choices for each row `(B, C, S)`, or over pairs
+    of tokens `(B, 1, S, S)`, where one that no token sees is a pad. Any other says nothing.
 
     Args:
         model (`PreTrainedModel`): Its config says how many sides there are, and which id is the pad.
@@ -125,14 +125,16 @@ def tokens_by_side(model: Any, inputs: Mapping[str, Any]) -> dict[str, SideToken
         return {"encoder": source, "decoder": source}
     mask, ids = _mask(inputs.get("decoder_attention_mask")), inputs.get("decoder_input_ids")
     embeds, labels, pad = inputs.get("decoder_inputs_embeds"), inputs.get("labels"), config.pad_token_id
-    read, is_target = ids, getattr(model, "labels_are_targets", True)
-    if ids is None and embeds is None and pad is not None and labels is not None and labels.dim() == 2 and is_target:
-        read = labels.masked_fill(labels == IGNORED_LABEL, pad).roll(1, dims=-1)
-    if mask is None and read is not None and pad is not None:
-        ends, is_pad = getattr(config, "eos_token_id", None), read.eq(pad)
-        is_end = torch.isin(read, read.new_tensor([] if ends is None else ends))
+    if labels is not None and (labels.dim() != 2 or not getattr(model, "labels_are_targets", True)):
+        labels = None
+    if mask is None and labels is not None:
+        mask = labels.ne(IGNORED_LABEL)
+    elif mask is None and ids is not None and pad is not None:
+        ends, is_pad = getattr(config, "eos_token_id", None), ids.eq(pad)
+        is_end = torch.isin(ids, ids.new_tensor([] if ends is None else ends))
         is_pad[:, 0] = is_end[:, 0] = False  # T5 starts with the pad, BART with the end
         mask = ~is_end & ~torch.cat([is_pad[:, 1:], is_pad[:, -1:]], dim=1)
+    read = labels if ids is None else ids
     sequences = _num_sequences(read, embeds)
     if read is None and embeds is None:
         mask, sequences = source.mask if mask is None else mask, sequences or source.num_sequences

@@ -186,8 +186,9 @@ class SparseMoePreTrainedModel(SavedMixture):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "past_key_values" in inputs and "cache" in self._further_inputs:  # its name from transformers 5.24 on
             inputs["cache"] = inputs.pop("past_key_values")
-        counted = labels if labels is None or shift_labels is not None else self.counted_labels(labels)
-        balance: BalanceLosses | None = None
+        counted, balance = labels, None
+        if record.keep and labels is not None and shift_labels is None:
+            counted = self.counted_labels(labels)
 
         def attach(outputs: Any) -> Any:
             nonlocal balance
@@ -206,7 +207,6 @@ class SparseMoePreTrainedModel(SavedMixture):
             outputs = attach(outputs)
         else:
             balance = self._balance_losses(record, counted, num_items_in_batch)
-
         fields = {name: outputs.get(name) for name in self.output_class.__dataclass_fields__}
         if labels is not None:
             further = {name: value for name, value in kwargs.items() if name not in self._further_inputs}

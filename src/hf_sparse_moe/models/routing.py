@@ -138,6 +138,7 @@ class RoutingRecord:
     def close(self) -> None:
         """End what [`open`] began."""
         _active_record.reset(self.opened)
+        self.attach = None
 
 
 # `capture_outputs` of transformers ends at a nested `PreTrainedModel`, so the blocks report to this instead. Its
