@@ -130,7 +130,7 @@ def train_with_other_versions(folder: Path) -> None:
 
 def train_with_other_configs(folder: Path) -> None:
     args = TrainingArguments(str(folder), use_cpu=True, report_to=[])
-    config = tiny_sparse("decoder", num_experts_per_tok=1 + rank()).config
+    config = tiny_sparse("decoder", num_experts_per_tok=2 + rank()).config
     tell(folder, check_same_everywhere, args, model=config)
 
 
@@ -138,7 +138,7 @@ def train_with_other_configs(folder: Path) -> None:
     ("function", "sentence"),
     [
         (train_with_other_versions, rf"The ranks differ in `version of peft`: {version('peft')} on rank 0, 99.0 on"),
-        (train_with_other_configs, r"The ranks differ in `model.num_experts_per_tok`: 1 on rank 0, 2 on rank 1"),
+        (train_with_other_configs, r"The ranks differ in `model.num_experts_per_tok`: 2 on rank 0, 3 on rank 1"),
     ],
 )
 def test_ranks_that_differ_are_all_told(function, sentence, tmp_path):

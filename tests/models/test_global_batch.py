@@ -157,15 +157,13 @@ def test_every_trainer_tells_of_steps(tmp_path):
 
 
 def test_counts_of_another_shape_begin_anew():
-    load = OptimizerStep(None)
-    load.start()
-    load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
-    counts, tokens, labels = load.add(torch.ones(2, 4), torch.ones(2), torch.tensor(3))
-    assert counts.tolist() == [[2.0] * 4] * 2
-    assert tokens.tolist() == [1.0, 1.0]  # of the micro-batch alone
-    assert labels == 3
-    counts, *_ = load.add(torch.ones(1, 4), torch.ones(1), torch.tensor(3))
-    assert counts.tolist() == [[1.0] * 4]
+    step = OptimizerStep(None)
+    step.start()
+    seen = []
+    for layers in (2, 2, 1):
+        step.global_losses([torch.ones(4)] * layers, [torch.full((4,), 0.25)] * layers, [2] * layers, None, None)
+        seen.append(step.earlier_LE.tolist())
+    assert seen == [[[1.0] * 4] * 2, [[2.0] * 4] * 2, [[1.0] * 4]]
 
 
 @pytest.mark.parametrize("scope", SCOPES)

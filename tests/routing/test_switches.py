@@ -42,7 +42,8 @@ def same(first: list, second: list) -> bool:
 
 @pytest.mark.parametrize("kind", TOP_K)
 def test_top_k_is_that_of_a_model_made_with_it(kind):
-    model, other = routed_model("llama", kind), routed_model("llama", kind, num_experts_per_tok=1)
+    model = routed_model("llama", kind)  # one expert of two keeps the weight that two would share
+    other = routed_model("llama", kind, num_experts_per_tok=1, norm_topk_prob=model.config.norm_topk_prob)
     other.load_state_dict(model.state_dict())
     before = logits(model)
     with use_top_k(model, 1):
@@ -90,7 +91,13 @@ def test_training_with_another_top_k_is_that_of_a_model_made_with_it(family, fie
             config.update({"num_experts_per_tok": top_k, "output_router_logits": True, "router_aux_loss_coef": 1.0})
         model, other = (hf.AutoModelForCausalLM.from_config(config).train() for config in configs)
     else:
-        fields = {**fields, "num_experts": 4, "router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1}
+        fields = {
+            **fields,
+            "num_experts": 4,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 1.0,
+            "router_z_loss_coef": 0.1,
+        }
         models = (tiny_sparse(family, num_experts_per_tok=top_k, **fields) for top_k in (2, 1))
         model, other = (without_dropout(model).train() for model in models)
     other.load_state_dict(model.state_dict())
