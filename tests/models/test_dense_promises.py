@@ -179,15 +179,22 @@ def test_peft_learns_a_prompt(name, kind):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.prompt_encoder.parameters())
 
 
+@pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_hidden_states_and_inputs_have_gradients(name):
+def test_hidden_states_and_inputs_have_gradients(name, labels):
+    """Of the model's own loss, and of one that somebody computes from its logits."""
     model = tiny_sparse(name).train()
     model.enable_input_require_grads()
-    outputs = model(**tiny_inputs(model), output_hidden_states=True)
+    inputs = tiny_inputs(model)
+    if not labels:
+        given = inputs.pop("labels")
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(given)
+    outputs = model(**inputs, output_hidden_states=True)
     states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
     for state in states:
         state.retain_grad()
-    outputs.loss.backward()
+    (outputs.loss if labels else outputs.logits.square().mean()).backward()
     assert all(state.grad is not None and state.grad.abs().sum() > 0 for state in states)
 
 
