@@ -168,7 +168,7 @@ def test_coefficients_of_zero_cost_nothing(family, capsys):
     def dense_alone():
         if model.config.is_encoder_decoder:
             dense_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-        tokens_by_side(model, dense_inputs)  # the tokens that count, which some routers ask for
+        tokens_by_side(model, {**dense_inputs, "labels": labels})  # the tokens that count, which some routers ask for
         return model.compute_task_loss(dense(**dense_inputs), labels, None)
 
     with_zero = operations(model, lambda: model(**inputs).loss)
