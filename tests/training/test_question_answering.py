@@ -206,6 +206,7 @@ def test_answers_that_are_not_in_the_text(checkpoints, call_recipe, tmp_path, ca
     rows = [{"context": "one two three", "question": "?", "answers": {"text": [word]}} for word in ("two", "four")]
     file = tmp_path / "rows.jsonl"
     line = {"model_name_or_path": checkpoints["encoder"], "train_file": file, "max_steps": 1, "save_strategy": "no"}
+    line["log_level"] = "warning"  # whatever another test left
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     call_recipe("run_qa.py", **line, validation_percentage=0, output_dir=tmp_path / "some")
     assert "1 of 2 training rows are left out: their answer is not in the text" in caplog.text
