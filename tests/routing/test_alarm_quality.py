@@ -19,7 +19,7 @@ def _marked(place: int) -> tuple:
 def test_a_healthy_training_raises_no_alarm(run, tmp_path, warnings_of_ours):
     kind, experts, top_k, logging_steps, seed = run
     train(kind, experts, top_k, seed, tmp_path, logging_steps=logging_steps)
-    assert warnings_of_ours() == []
+    assert [message for message in warnings_of_ours() if "num_experts_per_tok=1" not in message] == []  # of `upcycle`
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, marks=_marked(i)) for i, run in enumerate(RUNS)])

@@ -80,7 +80,10 @@ def _sentence(error: Exception) -> str | None:
         return f"Out of memory. {told}".strip()
     if isinstance(error, ImportError):
         return told if error.name is None else None  # a missing extra is reported by us, without a `name`
-    return told if isinstance(error, ValueError | OSError) else None
+    from huggingface_hub.errors import StrictDataclassError  # only now: `--help` starts without it
+
+    # The last: settings of a config that transformers takes apart and not together.
+    return told if isinstance(error, ValueError | OSError | StrictDataclassError) else None
 
 
 def leave_on_signal(number: int, _: Any) -> None:
