@@ -22,8 +22,7 @@ from hf_sparse_moe.distributed.resume import ResumableTrainer
 
 
 @dataclass
-class MaskedTextArguments(recipe.DataArguments):
-    text_column: str = field(default="text", metadata={"help": "The column with the text."})
+class MaskedTextArguments(recipe.TextArguments):
     mlm_probability: float = field(default=0.15, metadata={"help": "The share of tokens that is masked."})
 
 
@@ -49,7 +48,7 @@ def main() -> None:
         length = recipe.sequence_length(data_args, tokenizer, config)
         mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability)
         with args.main_process_first(desc="packing"):
-            blocks = recipe.pack(data, data_args, tokenizer, data_args.text_column, length, lines=False)
+            blocks, groups = recipe.pack(data, data_args, tokenizer, length, lines=False)
             if "validation" in blocks:
                 blocks["validation"] = masked_once(blocks["validation"], tokenizer, data_args.mlm_probability)
         model = recipe.load_model(model_args, AutoModelForMaskedLM, config, tokenizer, args.seed)
@@ -65,7 +64,7 @@ def main() -> None:
         eval_dataset=blocks.get("validation"),
         data_collator=collate,
         processing_class=tokenizer,
-        compute_metrics=recipe.perplexity,
+        compute_metrics=partial(recipe.perplexity, groups=groups),
         preprocess_logits_for_metrics=partial(recipe.token_losses, shift=False),
     )
     recipe.train_and_evaluate(trainer, data_args, "perplexity is over the predicted tokens")

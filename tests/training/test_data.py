@@ -81,14 +81,33 @@ def test_nested_columns(recipe):
 
 def test_packing_keeps_the_text(recipe, tokenizer, texts):
     data = DatasetDict(train=Dataset.from_dict({"text": texts[:40]}))
-    arguments = recipe.DataArguments(train_file=["x.jsonl"])
-    blocks = recipe.pack(data, arguments, tokenizer, "text", 16, lines=False)["train"]["input_ids"]
+    arguments = recipe.TextArguments(train_file=["x.jsonl"])
+    packed, groups = recipe.pack(data, arguments, tokenizer, 16, lines=False)
+    blocks = packed["train"]["input_ids"]
+    assert groups is None
     assert {len(block) for block in blocks} == {16}
     stream = tokenizer.decode([token for block in blocks for token in block])
     assert "</s>".join(texts[:40]).startswith(stream)
     # Lines of a running text: the line breaks are there, and no special tokens.
-    blocks = recipe.pack(data, arguments, tokenizer, "text", 16, lines=True)["train"]["input_ids"]
+    blocks = recipe.pack(data, arguments, tokenizer, 16, lines=True)[0]["train"]["input_ids"]
     assert "\n".join(texts[:40]).startswith(tokenizer.decode([token for block in blocks for token in block]))
+
+
+def test_blocks_and_perplexity_by_group(recipe, tokenizer, texts):
+    kinds = ["even" if place % 2 == 0 else "odd" for place in range(40)]
+    data = DatasetDict(validation=Dataset.from_dict({"text": texts[:40], "kind": kinds}))
+    arguments = recipe.TextArguments(validation_file=["x.jsonl"], group_by="kind")
+    packed, groups = recipe.pack(data, arguments, tokenizer, 16, lines=False)
+    assert packed["validation"].column_names == ["input_ids"]
+    for kind, first in (("even", 0), ("odd", 1)):
+        own = [block for block, group in zip(packed["validation"]["input_ids"], groups, strict=True) if group == kind]
+        assert "</s>".join(texts[first:40:2]).startswith(tokenizer.decode([token for block in own for token in block]))
+    losses = torch.arange(1.0, len(groups) + 1)
+    rows = torch.stack([losses, torch.full_like(losses, 4)], dim=1).numpy()
+    scores = recipe.perplexity(EvalPrediction(predictions=rows, label_ids=rows), groups)
+    even = [loss for loss, group in zip(losses.tolist(), groups, strict=True) if group == "even"]
+    assert scores["perplexity_even"] == pytest.approx(math.exp(sum(even) / len(even) / 4), rel=1e-5)
+    assert set(scores) == {"perplexity", "perplexity_even", "perplexity_odd"}
 
 
 def test_perplexity_is_that_of_the_labelled_tokens(recipe):

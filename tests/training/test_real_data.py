@@ -1,5 +1,6 @@
 """The recipes on real public data and a real dense checkpoint, briefly."""
 
+import json
 import math
 
 import pytest
@@ -19,7 +20,9 @@ def test_stories260k_on_domains(call_recipe, data_dir, tmp_path):
         "run_clm.py",
         model_name_or_path=data_dir / "stories260k" / "hf",
         train_file=data_dir / "domains" / "train" / "d*.jsonl.gz",
-        validation_file=data_dir / "domains" / "valid" / "drama.jsonl.gz",
+        validation_file=data_dir / "domains" / "valid" / "d*.jsonl.gz",
+        group_by="file",
+        prompts=["Once upon a time", "The king"],
         max_length=64,
         max_steps=20,
         learning_rate=3e-3,
@@ -29,6 +32,11 @@ def test_stories260k_on_domains(call_recipe, data_dir, tmp_path):
         **BRIEF,
     )
     scores = results(tmp_path)
+    assert scores["eval_perplexity_drama"] == scores["eval_perplexity"]
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert samples[0].startswith("Once upon a time")
+    assert samples[1].startswith("The king")
+    assert all(len(sample) > 20 for sample in samples)
     assert scores["eval_loss"] == pytest.approx(math.log(scores["eval_perplexity"]), rel=1e-3)
     before = history(tmp_path)[0]["eval_loss"]
     assert scores["eval_loss"] < before - 0.1

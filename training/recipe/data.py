@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ READERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+FILE = "file"  # what rows are grouped by, where not by a column of theirs
 
 
 @dataclass
@@ -139,7 +140,11 @@ def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
         if Path(path).stat().st_size == 0:
             raise ValueError(f"`{argument}={path}` is empty. Leave it out, or write rows to it.")
     try:
-        return load_dataset(reader, data_files=paths, split="train", **options)
+        if getattr(args, "group_by", None) != FILE:
+            return load_dataset(reader, data_files=paths, split="train", **options)
+        by_path = [(path, load_dataset(reader, data_files=path, split="train", **options)) for path in paths]
+        named = [rows.add_column(FILE, [Path(path).name.partition(".")[0]] * len(rows)) for path, rows in by_path]
+        return concatenate_datasets(named)
     except DatasetsError as error:
         reason = error.__cause__ or error
         raise ValueError(f"`{argument}={' '.join(names)}` cannot be read as {reader}: {reason}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,34 +14,45 @@ from . import metrics
 from .data import DataArguments, column, require_columns
 
 
+@dataclass
+class TextArguments(DataArguments):
+    text_column: str = field(default="text", metadata={"help": "The column with the text."})
+    group_by: str | None = field(
+        default=None, metadata={"help": "Perplexity for each value of this column too; `file` is the file's name."}
+    )
+
+
 def pack(
-    data: DatasetDict,
-    args: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    text_column: str,
-    length: int,
-    lines: bool,
-) -> DatasetDict:
+    data: DatasetDict, args: TextArguments, tokenizer: PreTrainedTokenizerBase, length: int, lines: bool
+) -> tuple[DatasetDict, list[str] | None]:
     """
-    The texts as blocks of `length` tokens without padding; the rest of every thousand rows is left out.
+    The texts as blocks of `length` tokens without padding; of every thousand rows, and of each group among them, the
+    rest is left out. And with `--group_by` the group of each validation block.
 
     Args:
         lines (`bool`): Whether a row is a line of a running text. Otherwise it is a document, and gets the tokenizer's
             special tokens and an end token, where there is one.
     """
-    require_columns(data, text_column=text_column)
+    require_columns(data, text_column=args.text_column, group_by=args.group_by)
     end = tokenizer.eos_token_id
 
     def to_blocks(rows: dict[str, list]) -> dict[str, list]:
-        texts = [text or "" for text in column(rows, text_column)]
+        texts = [text or "" for text in column(rows, args.text_column)]
         if lines:
             texts = [text + "\n" for text in texts]
-        stream: list[int] = []
-        for ids in tokenizer(texts, add_special_tokens=not lines, verbose=False)["input_ids"]:
+        groups = column(rows, args.group_by) if args.group_by else [""] * len(texts)
+        streams: dict[str, list[int]] = {str(group): [] for group in groups}
+        all_ids = tokenizer(texts, add_special_tokens=not lines, verbose=False)["input_ids"]
+        for ids, group in zip(all_ids, groups, strict=True):
+            stream = streams[str(group)]
             stream += ids
             if not lines and end is not None and ids and ids[-1] != end:
                 stream.append(end)
-        return {"input_ids": [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]}
+        starts = [
+            (group, start) for group, stream in streams.items() for start in range(0, len(stream) - length + 1, length)
+        ]
+        blocks = {"input_ids": [streams[group][start : start + length] for group, start in starts]}
+        return blocks | ({"group": [group for group, _ in starts]} if args.group_by else {})
 
     blocks = DatasetDict()
     for split, dataset in data.items():
@@ -52,7 +65,10 @@ def pack(
         )
         if len(blocks[split]) == 0:
             raise ValueError(f"The {split} data fill no block of {length} tokens. Lower `--max_length`, or add text.")
-    return blocks
+    if not args.group_by:
+        return blocks, None
+    groups = list(blocks["validation"]["group"]) if "validation" in blocks else None
+    return blocks.remove_columns("group"), groups
 
 
 def token_losses(outputs: Any, labels: torch.Tensor, shift: bool) -> torch.Tensor:
@@ -69,7 +85,11 @@ def token_losses(outputs: Any, labels: torch.Tensor, shift: bool) -> torch.Tenso
     return torch.stack([losses.double().sum(dim=1), labels.ne(-100).sum(dim=1)], dim=1)
 
 
-def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """The metric of what [`token_losses`] left."""
+def perplexity(prediction: EvalPrediction, groups: Sequence[str] | None = None) -> dict[str, float]:
+    """The metric of what [`token_losses`] left, of all rows and of each group of them."""
     losses, counts = prediction.predictions.T
-    return metrics.perplexity(losses, counts.astype(int))
+    found = metrics.perplexity(losses, counts.astype(int))
+    for group in sorted(set(groups or ())):
+        rows = [place for place, each in enumerate(groups or ()) if each == group]
+        found[f"perplexity_{group}"] = metrics.perplexity(losses[rows], counts[rows].astype(int))["perplexity"]
+    return found
