@@ -73,19 +73,13 @@ def train(
     return _train(model, STEPS, seed + 1, 5e-4, folder, monitor, logging_steps, trainer_class)
 
 
-def final_loads(trainer: hf.Trainer, seed: int) -> list[dict[str, float]]:
-    """Of each layer on text that it was not trained on; `lowest` is the least load over an even one."""
+def final_loads(trainer: hf.Trainer, seed: int) -> list[tuple[float, float]]:
+    """The evenness and the dominance of each layer's load, on text that the model was not trained on."""
     rows = _rows(trainer.model, 32, 1000 + seed)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     statistics = routing_statistics(trainer.model, [batch])
-    return [
-        {
-            "evenness": evenness(layer.load, statistics.num_experts_per_tok),
-            "dominance": dominance(layer.load, statistics.num_experts_per_tok),
-            "lowest": layer.load.min().item() * statistics.num_experts,
-        }
-        for layer in statistics.layers
-    ]
+    top_k = statistics.num_experts_per_tok
+    return [(evenness(layer.load, top_k), dominance(layer.load, top_k)) for layer in statistics.layers]
 
 
 class Rewarding(hf.Trainer):
