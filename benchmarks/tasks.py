@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import hf_sparse_moe
-from hf_sparse_moe.insight.anatomy import model_without_weights
+from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.models.size import count_parameters
 from measuring import RESULTS, device_name
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from adapted_models import STOCK, stock_mixture
-from hf_sparse_moe.hub.fingerprint import is_wanted, take_fingerprint
-from hf_sparse_moe.hub.loading import compute_in_float32, load_whole
+from hf_sparse_moe.checkpoints.loading import load_whole
+from hf_sparse_moe.hub.fingerprint import compute_in_float32, is_wanted, take_fingerprint
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from tiny_models import tiny_sparse
 

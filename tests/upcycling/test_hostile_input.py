@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli_client import run_cli
-from hf_sparse_moe.checkpoints.source import find_source, load_dense
+from hf_sparse_moe.checkpoints.loading import load_dense
+from hf_sparse_moe.checkpoints.source import find_source
 from hf_sparse_moe.upcycling import upcycle
 from tiny_models import tiny_dense
 

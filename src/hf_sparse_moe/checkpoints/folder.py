@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
@@ -24,6 +25,10 @@ from .files import is_own, read_json
 
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and a distributed save pass on the system's error as text, torch.save names no number.
+_WRITE_FAILED = re.compile(
+    rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({'|'.join(map(str, _DISK_IS_FULL))})\b"
+)
 _JOURNAL = "journal.json"
 
 
@@ -70,13 +75,16 @@ def new_folder(
     """
     path = check_target(output)
     missing = [folder for folder in path.parents if not folder.exists()]
+    advice = (
+        "and run the same again: what is there is kept" if keep_failed else "or choose another; nothing was written"
+    )
     try:
-        with _full_disk_told(output, keep_failed), _lock(path, output):
+        with full_disk_told(output, f"Free some space, {advice}."), _lock(path, output):
             check_target(output)  # another call may have finished in the meantime
             with _content(path, output, journal, keep_failed) as folder:
                 check_free_space(folder, needed_bytes, output)
                 yield folder
-                _flush(folder)
+                flush(folder)
                 os.replace(folder, path)
     finally:
         for parent in missing:
@@ -99,6 +107,27 @@ def check_free_space(folder: Path, needed_bytes: int, output: str | Path) -> Non
             f"`{output}` needs {needed_bytes / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB left. Free some "
             "space, or choose another disk."
         )
+
+
+@contextmanager
+def full_disk_told(output: str | Path, advice: str) -> Iterator[None]:
+    """Tell a full disk from other errors of a write, whatever library made it, in one sentence that ends in `advice`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if not _WRITE_FAILED.search(str(error)):
+            raise
+        raise OSError(f"The disk of `{output}` is full. {advice}") from error
+
+
+def flush(folder: Path) -> None:
+    """Have the disk hold what is in a folder, and the folder's entry: a full disk may show only now."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -209,24 +238,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.suffix != ".safetensors":
             path.unlink()
-
-
-@contextmanager
-def _full_disk_told(output: str | Path, kept: bool) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors passes on the number of the system's error in its text alone.
-        numbers = [getattr(error, "errno", None), *map(int, re.findall(r"\(os error (\d+)\)", str(error)))]
-        if not set(numbers) & set(_DISK_IS_FULL):
-            raise
-        advice = "and run the same again: what is there is kept" if kept else "or choose another; nothing was written"
-        raise OSError(f"The disk of `{output}` is full. Free some space, {advice}.") from error
-
-
-def _flush(folder: Path) -> None:
-    """Have the disk hold the files before the folder gets its name: a full disk may show only now."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

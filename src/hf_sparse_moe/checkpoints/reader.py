@@ -132,7 +132,7 @@ class DenseTensors:
         computed = dense._keys_to_ignore_on_load_missing or []
         for key in missing:
             if not any(re.search(pattern, key) for pattern in computed):
-                raise missing_weight(source, dense, key)
+                raise missing_weight(source.name, dense, key)
         if missing:
             raise NotStreamableError(f"`{missing[0]}` is not stored but computed")
         for key, name in self._names.items():

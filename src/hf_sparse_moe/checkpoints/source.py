@@ -6,12 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .config import fetch, read_config, sensible_config
-from .families import sparse_class
+from .config import fetch
 from .files import COMPANIONS, check_own, read_json, tensor_names
 
 
@@ -52,36 +50,16 @@ def find_source(
     return found
 
 
-def load_dense(source: Source, dtype: str | torch.dtype = "auto", allow_pickle: bool = False) -> PreTrainedModel:
-    """
-    The dense model of a checkpoint, with its own head. Raises a `ValueError` for a mixture, for what is no text model,
-    and for an incomplete checkpoint.
-    """
-    config = read_config(source)
-    with sensible_config(source):
-        model, info = sparse_class(config, named_architecture(config)).dense_auto_class.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    if info["missing_keys"]:
-        raise missing_weight(source, model, sorted(info["missing_keys"])[0])
-    return model
-
-
 def named_architecture(config: PreTrainedConfig) -> str | None:
     """The class that a checkpoint's config names, if it names one."""
     names = config.architectures
     return names[0] if isinstance(names, list) and names else None
 
 
-def missing_weight(source: Source, model: PreTrainedModel, key: str) -> ValueError:
+def missing_weight(name: str, model: PreTrainedModel, key: str) -> ValueError:
     """The error for a checkpoint without a tensor that the model needs."""
     return ValueError(
-        f"`{source.name}` lacks weights that `{type(model).__name__}` needs, such as `{key}`. Pass a complete "
-        "checkpoint."
+        f"`{name}` lacks weights that `{type(model).__name__}` needs, such as `{key}`. Pass a complete checkpoint."
     )
 
 

@@ -56,16 +56,16 @@ def look(
     into the mixture's own folder, it leaves the routing's statistics and picture there too, for the model card.
     """
     from hf_sparse_moe.checkpoints.hashes import source_files
+    from hf_sparse_moe.checkpoints.loading import load_whole
     from hf_sparse_moe.checkpoints.source import find_source
     from hf_sparse_moe.hub.checkpoint import save_routing_statistics
-    from hf_sparse_moe.hub.loading import load_whole
     from hf_sparse_moe.insight import explain_routing
     from hf_sparse_moe.quickstart.examples import load_tokenizer
     from hf_sparse_moe.routing import find_mixture_layers
 
     texts, groups = _read(data, group_by, max_texts)
     found = find_source(source, revision)
-    model, tokenizer = load_whole(found.folder, "auto"), load_tokenizer(found.folder)
+    model, tokenizer = load_whole(found.folder), load_tokenizer(found.folder)
     layers = find_mixture_layers(model)
     if ablate:
         passes = sum(layer.num_experts for layer in layers)

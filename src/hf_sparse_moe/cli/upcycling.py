@@ -190,10 +190,10 @@ def expand(
 ) -> None:
     """Make a mixture with more experts of a mixture, whose tokens use as many more. Loads the model."""
     from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
+    from hf_sparse_moe.checkpoints.loading import load_sparse
     from hf_sparse_moe.checkpoints.source import find_source
     from hf_sparse_moe.upcycling import UpcycleReport
     from hf_sparse_moe.upcycling import expand as make_larger
-    from hf_sparse_moe.upcycling.verification import load_sparse
 
     check_target(output)
     found = find_source(source, revision)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from hf_sparse_moe.checkpoints.files import tensor_names
+from hf_sparse_moe.checkpoints.folder import flush, full_disk_told
 
 
 logger = logging.get_logger(__name__)
@@ -45,9 +40,9 @@ _STATES = {
     "the scheduler's state": ("scheduler.pt", "latest"),
     "the random state": ("rng_state*.pth",),
 }
-_FULL_DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-# torch.save names no number, and a distributed save wraps its error as text.
-_WRITE_FAILED = re.compile(rf"inline_container|PytorchStreamWriter|iostream error|\b(os error|Errno) ({_FULL_DISK})\b")
+_FULL_DISK = (
+    "This checkpoint is incomplete; earlier ones are as they were. Free some space, and start the same command again."
+)
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
@@ -168,11 +163,12 @@ def _save_whole(trainer: Trainer, save: Any, model: nn.Module, trial: Any) -> No
     trainer.accelerator.wait_for_everyone()  # no rank writes before the mark is there
     args.save_total_limit = None  # nothing older goes before this one is whole
     try:
-        with _full_disk_explained(folder):
+        # What is left of the checkpoint is marked, and goes when its step is saved again.
+        with full_disk_told(folder, _FULL_DISK):
             save(model, trial)
             if args.should_save:
                 _save_config(trainer, folder)
-            _flush(folder)
+            flush(folder)
             trainer.accelerator.wait_for_everyone()
     finally:
         args.save_total_limit = limit
@@ -194,27 +190,3 @@ def _save_config(trainer: Trainer, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
-
-
-@contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    """What is left of the checkpoint is marked, and goes when its step is saved again."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        if not _WRITE_FAILED.search(str(error)):
-            raise
-        raise OSError(
-            f"The disk of `{folder}` is full, so that this checkpoint is incomplete; earlier ones are as they were. "
-            "Free some space, and start the same command again."
-        ) from error
-
-
-def _flush(folder: Path) -> None:
-    """Have the disk hold what this rank may have written, and the folder's entries."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

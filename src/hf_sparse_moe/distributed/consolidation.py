@@ -15,10 +15,10 @@ from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config, read_mixture_config
 from hf_sparse_moe.checkpoints.files import copy_own, read_json
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
+from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.checkpoints.reader import loaded_dtypes
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.hub import write_model_card
-from hf_sparse_moe.insight.anatomy import model_without_weights
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.upcycling.recipe import check_dtype
 

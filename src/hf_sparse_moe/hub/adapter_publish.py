@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.checkpoints.source import find_source
 
 from .adapter_base import (
@@ -25,7 +26,6 @@ from .adapter_loading import attach, refuse_other_base
 from .download import read_head
 from .errors import check_repo_id, raise_hub_error
 from .fingerprint import FINGERPRINT_NAME, is_wanted, take_fingerprint, write_fingerprint
-from .loading import load_whole
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_sparse_moe.checkpoints.config import read_mixture_config
 from hf_sparse_moe.checkpoints.files import read_json, write_whole
-from hf_sparse_moe.insight.anatomy import model_without_weights
+from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.insight.pictures import plot_expert_load
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.routing.statistics import RoutingStatistics

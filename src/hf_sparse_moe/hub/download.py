@@ -6,7 +6,7 @@ import glob
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +83,10 @@ def pull(
         wanted = _wanted(hashes, repo_id)
         with new_folder(output, journal={"pull": repo_id}, keep_failed=True) as folder:
             check_free_space(folder, sum(sizes[name] for name in wanted if not (folder / name).is_file()), output)
-            fetch = partial(_download, repo_id, commit, token, wanted, folder)
-            _fetch_whole(fetch, {folder / name: hashes[name] for name in wanted}, repo_id)
+            with warnings.catch_warnings(action="ignore"):  # of a full disk, which is an error of ours
+                patterns = [glob.escape(name) for name in wanted]
+                snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
+            _remove_damaged({folder / name: hashes[name] for name in wanted}, repo_id)
             shutil.rmtree(folder / CLIENT_FOLDER, ignore_errors=True)
             for path in folder.rglob("*"):  # of another commit, which an earlier call fetched
                 if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
@@ -115,9 +117,8 @@ def _wanted(names: Collection[str], repo_id: str) -> list[str]:
     return sorted(name for name in names if not is_pickle(name) and name not in (".gitattributes", ".gitignore"))
 
 
-def _fetch_whole(fetch: Callable[[], None], hashes: Mapping[Path, str], repo_id: str) -> None:
-    """Fetch files; those without the hash that was announced are removed, and a [`HubUnavailableError`] raised."""
-    fetch()
+def _remove_damaged(hashes: Mapping[Path, str], repo_id: str) -> None:
+    """Remove the files without the hash that was announced; a [`HubUnavailableError`] where there are any."""
     damaged = [path for path, announced in hashes.items() if not _has_hash(path, announced)]
     for path in damaged:
         path.unlink()
@@ -126,12 +127,6 @@ def _fetch_whole(fetch: Callable[[], None], hashes: Mapping[Path, str], repo_id:
             f"`{damaged[0].name}` of `{repo_id}` arrived damaged: its hash is not the one that the Hub announces. "
             "It was removed. Run the same command again."
         )
-
-
-def _download(repo_id: str, commit: str, token: bool | str | None, wanted: list[str], folder: Path) -> None:
-    patterns = [glob.escape(name) for name in wanted]
-    with warnings.catch_warnings(action="ignore"):  # of a full disk, which is an error of ours
-        snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
 
 
 def _has_hash(path: Path, announced: str) -> bool:

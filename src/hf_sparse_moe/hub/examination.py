@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import hf_sparse_moe
 from hf_sparse_moe import models
 from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.loading import fresh_tensors, load_checkpoint, load_whole
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles
 from hf_sparse_moe.checkpoints.source import Source, weight_files
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
@@ -27,13 +28,13 @@ from .adapter_loading import attach
 from .checkpoint import mapping
 from .fingerprint import (
     TOLERANCE,
+    compute_in_float32,
     fingerprint_difference,
     fixed_inputs,
     probe_output,
     read_fingerprint,
     take_fingerprint,
 )
-from .loading import compute_in_float32, fresh_tensors, load_checkpoint, load_whole
 from .publishable import code_files
 
 

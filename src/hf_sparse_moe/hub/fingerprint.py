@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.config import sensible_config
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.hashes import source_files
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
+from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.upcycling.receipt import probe_inputs
 
-from .adapter_base import without_adapter
-from .loading import compute_in_float32, load_whole
+from .adapter_base import is_mixture, without_adapter
 
 
 if TYPE_CHECKING:
@@ -66,6 +69,29 @@ def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[s
     }
 
 
+@torch.no_grad()
+def compute_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Have a model compute in float32 while its experts, nearly all of its size, stay as they are stored: those of a
+    layer are widened while that layer runs. Changes `model`, which can then be used for inference only.
+    """
+    stored: set[int] = set()
+    for layer in find_mixture_layers(model) if is_mixture(model) else ():
+        weights = list(layer.experts.parameters())
+        stored |= {id(weight) for weight in weights}
+        layer.experts.register_forward_pre_hook(partial(_convert, torch.float32))
+        layer.experts.register_forward_hook(partial(_convert, weights[0].dtype), always_call=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in stored:
+            tensor.data = tensor.float()
+    return model
+
+
+def _convert(dtype: torch.dtype, module: nn.Module, *_: Any) -> None:
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)  # back again without a loss: it was stored so
+
+
 def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
     """
     Write the fingerprint of a checkpoint to the file `target`: that in the folder, if it is of these very files, or
@@ -77,7 +103,7 @@ def make_fingerprint(folder: Path, target: Path, take: bool = True) -> bool:
         if not take:
             return False
         with sensible_config(folder):
-            fingerprint = take_fingerprint(compute_in_float32(load_whole(folder, "auto")), folder)
+            fingerprint = take_fingerprint(compute_in_float32(load_whole(folder)), folder)
     write_fingerprint(fingerprint, target, folder)
     return True
 

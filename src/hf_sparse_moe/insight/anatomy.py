@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
+from hf_sparse_moe.checkpoints.config import read_mixture_config
 from hf_sparse_moe.checkpoints.files import read_json
-from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
-from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
+from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
-from hf_sparse_moe.models.size import count_flops_per_token, count_parameters, meta_model
+from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 
 
 PARTS = ("embeddings and head", "attention", "experts", "shared experts", "router", "rest")
@@ -119,13 +117,3 @@ def parameters_by_part(model: SparseMoePreTrainedModel) -> dict[str, dict[str, i
 def _claim(part_of: dict[int, str], module: nn.Module, part: str) -> None:
     for parameter in module.parameters():
         part_of.setdefault(id(parameter), part)
-
-
-def model_without_weights(config: SparseMoeConfig) -> SparseMoePreTrainedModel:
-    """With the checkpoint's own head, where its config names one of the family's classes."""
-    named = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
-    with sensible_config(str(config.name_or_path)), torch.device("meta"):
-        for architecture in config.architectures or []:
-            if architecture in named:
-                return named[architecture](config)
-        return meta_model(config)

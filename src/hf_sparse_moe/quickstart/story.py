@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
-from hf_sparse_moe.checkpoints.source import find_source, load_dense
+from hf_sparse_moe.checkpoints.loading import load_dense
+from hf_sparse_moe.checkpoints.source import find_source
 from hf_sparse_moe.hub import doctor, push, render_model_card
 from hf_sparse_moe.hub.checkpoint import save_routing_statistics
 from hf_sparse_moe.insight import expert_load_table, explain_routing, plot_expert_load

@@ -16,8 +16,9 @@ from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.journal import WatchedSource
+from hf_sparse_moe.checkpoints.loading import load_dense
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
-from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense
+from hf_sparse_moe.checkpoints.source import Source, find_source
 
 from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_config
 from hf_sparse_moe.checkpoints.hashes import source_files
-from hf_sparse_moe.checkpoints.source import Source, find_source, load_dense, named_architecture
-from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
-from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
-from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.checkpoints.loading import load_dense, load_sparse
+from hf_sparse_moe.checkpoints.source import find_source
 
 from .initialization import INITIALIZATION_METHODS
 from .measuring import as_batches, labelled, task_losses
@@ -127,7 +124,7 @@ def verify(
         dtype = getattr(torch, str(recorded.get("dtype")), None)
         if not all(isinstance(number, int | float) for number in numbers) or not isinstance(dtype, torch.dtype):
             raise ValueError(f"The `equality` in the receipt of `{source}` is no measurement. Fetch it again.")
-    promised = method.is_exact(cast(SparseMoeConfig, sparse.config))
+    promised = method.is_exact(sparse.config)
     findings = [
         _equality(exactly, promised, method.exact, stored_dtype),
         _reproduction(as_stored, recorded),
@@ -146,17 +143,6 @@ def verify(
         recorded=recorded,
         loss=loss,
     )
-
-
-def load_sparse(source: Source) -> SparseMoePreTrainedModel:
-    """The mixture of a checkpoint; raises a `ValueError` where that is none."""
-    config = read_mixture_config(source)
-    classes = {model_class.__name__: model_class for model_class in AUTO_CLASSES[type(config)].values()}
-    architecture = named_architecture(config)
-    if architecture not in classes:
-        raise ValueError(f"`{source.name}` names no class of its family in `architectures`: {architecture!r}.")
-    with sensible_config(source):
-        return classes[architecture].from_pretrained(source.folder, dtype="auto", use_safetensors=True)
 
 
 def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: torch.dtype) -> tuple[bool, str]:
