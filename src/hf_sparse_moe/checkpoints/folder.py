@@ -111,7 +111,7 @@ def check_free_space(folder: Path, needed_bytes: int, output: str | Path) -> Non
 
 @contextmanager
 def full_disk_told(output: str | Path, advice: str) -> Iterator[None]:
-    """Tell a full disk from other errors of a write, whatever library made it, in one sentence that ends in `advice`."""
+    """Say in one sentence, which ends in `advice`, that the disk is full, whatever library noticed it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
