@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapted_models import adapted
-from hf_sparse_moe.hub.adapter_base import record_base
+from hf_sparse_moe.hub.adapter_files import record_base
 from tiny_models import tiny_sparse
 
 

@@ -12,10 +12,8 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.adapters import load_expert_lora
-from hf_sparse_moe.checkpoints.files import read_json
 
-from .adapter_base import base_difference, identify_base, read_base
-from .adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from .adapter_files import ADAPTER_WEIGHTS, Adapter, base_difference, check_weights, identify_base, read_adapter
 from .errors import check_repo_id, raise_hub_error
 
 
@@ -64,11 +62,10 @@ def load_adapter(
         with raise_hub_error(name, revision):
             wanted = ["*.json", ADAPTER_WEIGHTS]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, token=token))
-    check_adapter(folder, name)
+    found = read_adapter(folder, name)
     if check_base:
-        recorded = read_base(folder)
-        refuse_other_base(recorded, identify_base(model)["sha256"], name, f"this `{type(model).__name__}`")
-    return attach(model, folder, **kwargs)
+        refuse_other_base(found.base, identify_base(model)["sha256"], name, f"this `{type(model).__name__}`")
+    return attach(model, found, **kwargs)
 
 
 def refuse_other_base(recorded: Mapping[str, Any], sha256: Mapping[str, str], adapter: str, base: str) -> None:
@@ -82,24 +79,25 @@ def refuse_other_base(recorded: Mapping[str, Any], sha256: Mapping[str, str], ad
         )
 
 
-def attach(model: PreTrainedModel, folder: Path, *, plain: bool = False, **kwargs: Any) -> PeftModel:
+def attach(model: PreTrainedModel, adapter: Adapter, *, plain: bool = False, **kwargs: Any) -> PeftModel:
     """
-    Put the adapter in a folder on a model, which is changed in place. With `plain`, PEFT's own layers are used instead
+    Put an adapter on a model, which is changed in place. With `plain`, PEFT's own layers are used instead
     of this package's. Raises a `ValueError` where it does not fit, or lacks a tensor.
     """
     if find_spec("peft") is None:
         raise ValueError('An adapter needs PEFT. Run: pip install "hf-sparse-moe[peft]"')
     from peft import PeftModel
 
-    is_lora = read_json(folder / ADAPTER_CONFIG).get("peft_type") == "LORA"
+    check_weights(adapter)
+    is_lora = adapter.config.get("peft_type") == "LORA"
     load = load_expert_lora if is_lora and not plain else PeftModel.from_pretrained
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 still asks for it
-            return load(model, str(folder), **kwargs)
+            return load(model, str(adapter.folder), **kwargs)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, UserWarning) as error:
         reason = " ".join(str(error).split())[:500].rstrip(".")
         raise ValueError(
-            f"`{folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load its own base."
+            f"`{adapter.folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load its own base."
         ) from error

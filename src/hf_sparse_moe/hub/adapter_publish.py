@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.checkpoints.source import find_source
 
-from .adapter_base import (
-    BASE_NAME,
-    file_hashes,
-    public_name,
-    read_base,
-    record_base,
-)
-from .adapter_folder import ADAPTER_CONFIG
+from .adapter_files import ADAPTER_CONFIG, BASE_NAME, Adapter, file_hashes, public_name, read_adapter, record_base
 from .adapter_loading import attach, refuse_other_base
 from .download import read_head
 from .errors import check_repo_id, raise_hub_error
@@ -60,19 +52,20 @@ def stage_adapter(
     for name, path in files.items():
         (staged / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, staged / name)
-    folder = files[ADAPTER_CONFIG].parent
-    name, revision = named_base(folder, base)
+    adapter = read_adapter(files[ADAPTER_CONFIG].parent)
+    name, revision = named_base(adapter, base)
     found, weight_bytes = _found_base(name, revision, token)
-    recorded, public = read_base(staged), found["name_or_path"]
-    refuse_other_base(recorded, found["sha256"], folder.name, f"`{public}`")
-    config = {**read_json(staged / ADAPTER_CONFIG), "base_model_name_or_path": public, "revision": found["revision"]}
+    public = found["name_or_path"]
+    refuse_other_base(adapter.base, found["sha256"], adapter.folder.name, f"`{public}`")
+    config = {**adapter.config, "base_model_name_or_path": public, "revision": found["revision"]}
     (staged / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (staged / FINGERPRINT_NAME).unlink(missing_ok=True)
     if is_wanted(fingerprint, weight_bytes):
         model = load_whole(find_source(name, found["revision"], token=token).folder, torch.float32)
         found["architecture"] = type(model).__name__
-        write_fingerprint(take_fingerprint(attach(model, staged), staged), staged / FINGERPRINT_NAME, folder)
-    (staged / BASE_NAME).write_text(json.dumps({**recorded, **found}, indent=1) + "\n", encoding="utf-8")
+        adapted = attach(model, read_adapter(staged))
+        write_fingerprint(take_fingerprint(adapted, staged), staged / FINGERPRINT_NAME, adapter.folder)
+    (staged / BASE_NAME).write_text(json.dumps({**adapter.base, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _found_base(name: str, revision: str | None, token: bool | str | None) -> tuple[dict[str, Any], int]:
@@ -89,19 +82,18 @@ def _found_base(name: str, revision: str | None, token: bool | str | None) -> tu
     return {"name_or_path": name, "revision": head.sha, "sha256": hashes}, sum(file.size or 0 for file in weights)
 
 
-def named_base(folder: Path, base: str | Path | None, *, from_hub: bool = False) -> tuple[str, str | None]:
+def named_base(adapter: Adapter, base: str | Path | None, *, from_hub: bool = False) -> tuple[str, str | None]:
     """
-    Folder or Hub id, and the revision, of the base of the adapter in `folder`: `base`, or what the adapter names. One
-    that came `from_hub`, so that somebody else wrote its files, may not name a folder here.
+    Folder or Hub id, and the revision, of an adapter's base: `base`, or what the adapter names. One that came
+    `from_hub`, so that somebody else wrote its files, may not name a folder here.
     """
-    config, recorded = read_json(folder / ADAPTER_CONFIG), read_base(folder)
-    named = recorded.get("name_or_path") if recorded.get("revision") else config.get("base_model_name_or_path")
-    revision = recorded.get("revision") or config.get("revision")
-    revision = revision if isinstance(revision, str) else None
+    named, revision = adapter.base_name, adapter.base_revision
     if base is not None:
         return str(base), revision if str(base) == named else None
-    if not isinstance(named, str) or not named:
-        raise ValueError(f"`{folder.name}` does not name its base. Give it: `base=` (`--base`), a folder or a Hub id.")
+    if named is None:
+        raise ValueError(
+            f"`{adapter.folder.name}` does not name its base. Give it: `base=` (`--base`), a folder or a Hub id."
+        )
     if from_hub and Path(named).exists():
         raise ValueError(
             f"The adapter names `{named}` as its base, a folder here and not a Hub id. Give the base: `base=` "

@@ -15,8 +15,7 @@ from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.stock import explain_export
 
-from .adapter_base import public_name
-from .adapter_folder import Adapter
+from .adapter_files import Adapter, public_name
 from .checkpoint import Checkpoint, mapping
 from .escaping import as_code
 
@@ -75,14 +74,12 @@ def variant_of(architecture: str) -> str | None:
 
 def base_id(published: Checkpoint | Adapter) -> str | None:
     """The Hub id of the dense source or the adapter's base; None for a folder, or where nobody named it."""
-    is_adapter = isinstance(published, Adapter)
-    recorded = published.base if isinstance(published, Adapter) else mapping(published.receipt.get("source"))
-    # A base without a revision was a folder, or is not known to be on the Hub.
-    name = recorded.get("name_or_path") if recorded.get("revision") else None
-    if isinstance(published, Adapter) and name is None:
-        name = published.config.get("base_model_name_or_path")
-    is_folder = is_adapter and isinstance(name, str) and ("/" not in name or Path(name).exists())
-    return name if isinstance(name, str) and is_repo_id(name) and not is_folder else None
+    if isinstance(published, Adapter):
+        name = published.base_name
+        return name if is_repo_id(name) and "/" in str(name) and not Path(str(name)).exists() else None
+    source = mapping(published.receipt.get("source"))
+    name = source.get("name_or_path") if source.get("revision") else None  # else it was a folder
+    return name if is_repo_id(name) else None
 
 
 def is_repo_id(name: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .adapter_folder import Adapter
+from .adapter_files import Adapter
 from .card_facts import architecture_of, auto_class_of, base_id, is_repo_id, variant_of
 from .checkpoint import Checkpoint, mapping
 from .evaluation_results import hub_data

@@ -22,8 +22,7 @@ from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, observe_routing
 from hf_sparse_moe.stock.targets import EXPORT_TARGETS
 
-from .adapter_base import base_difference, file_hashes, is_mixture, read_base
-from .adapter_folder import ADAPTER_WEIGHTS, check_adapter
+from .adapter_files import ADAPTER_WEIGHTS, base_difference, file_hashes, is_mixture, read_adapter
 from .adapter_loading import attach
 from .checkpoint import mapping
 from .fingerprint import (
@@ -99,11 +98,11 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
 def examine_adapter(folder: Path, base: Path) -> list[Finding]:
     """Load an adapter onto the base in another folder, and check everything that can be seen of both."""
     try:
-        check_adapter(folder, folder.name)
+        adapter = read_adapter(folder, folder.name)
         model = load_whole(base, torch.float32)
-        alone, recorded = probe_output(model), read_base(folder)
-        difference = base_difference(recorded, file_hashes(base))
-        adapted = attach(model, folder)
+        alone = probe_output(model)
+        difference = base_difference(adapter.base, file_hashes(base))
+        adapted = attach(model, adapter)
     except _LOADING_FAILS as error:
         return _findings({"loads": (FAILED, str(error))})
     taken = take_fingerprint(adapted, folder)
@@ -115,10 +114,10 @@ def examine_adapter(folder: Path, base: Path) -> list[Finding]:
         "outputs change": (FAILED if share <= ROUNDING else PASSED, f"By up to {share:.1e} of the base's largest."),
         "outputs equal the fingerprint": _fingerprint(folder, taken),
     }
-    if not recorded:
+    if not adapter.base:
         outcomes["base is its own"] = NOT_CHECKED, "It has no adapter_base.json; a push writes it."
     try:
-        plain = attach(adapted.unload(), folder, plain=True)  # last: the adapter is taken off the model
+        plain = attach(adapted.unload(), adapter, plain=True)  # last: the adapter is taken off the model
         outcome = compare_outputs(take_fingerprint(plain, folder), taken, "to this package")
     except ValueError as error:
         outcome = WARNING, str(error)

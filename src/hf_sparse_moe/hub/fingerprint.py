@@ -20,7 +20,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultiple
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.upcycling.receipt import probe_inputs
 
-from .adapter_base import is_mixture, without_adapter
+from .adapter_files import is_mixture, without_adapter
 
 
 if TYPE_CHECKING:

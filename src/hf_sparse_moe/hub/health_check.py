@@ -16,7 +16,7 @@ from transformers.utils import HF_MODULES_CACHE
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.source import find_source
 
-from .adapter_folder import is_adapter
+from .adapter_files import is_adapter, read_adapter
 from .adapter_publish import named_base
 from .download import pull
 from .examination import FAILED, NOT_CHECKED, Finding, Outcome, compare_outputs, examine, examine_adapter
@@ -93,7 +93,7 @@ def doctor(
             commit = pull(str(source), folder, revision=revision, token=token).revision
         folder = folder.resolve()
         if is_adapter(folder):
-            named = named_base(folder, base, from_hub=not is_here)
+            named = named_base(read_adapter(folder, folder.name), base, from_hub=not is_here)
             findings = examine_adapter(folder, find_source(*named, token=token).folder.resolve())
             return DoctorReport(str(source), commit, findings)
         if base is not None:

@@ -17,7 +17,7 @@ from transformers import TrainerState
 from hf_sparse_moe.checkpoints.files import read_text, write_whole
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .adapter_folder import Adapter, is_adapter, read_adapter
+from .adapter_files import Adapter, is_adapter, read_adapter
 from .card_facts import FILTERS, card_facts
 from .card_metadata import derived_metadata, merged_metadata
 from .card_words import join, read_words

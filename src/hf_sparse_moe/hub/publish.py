@@ -18,7 +18,7 @@ from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 
-from .adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
+from .adapter_files import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import save_adapter, stage_adapter
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import NOT_DONE, PASSING, raise_hub_error, retried

@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_sparse_moe.checkpoints.files import COMPANIONS, is_own, read_json, read_text, tensor_names
 from hf_sparse_moe.checkpoints.source import Source, weight_files
 
-from .adapter_folder import ADAPTER_WEIGHTS, is_adapter
+from .adapter_files import ADAPTER_WEIGHTS, is_adapter
 from .checkpoint import mapping
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_sparse_moe.checkpoints.files import is_own
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .adapter_base import is_mixture, record_base
+from .adapter_files import is_mixture, record_base
 from .checkpoint import PICTURE_NAME, ROUTING_NAME
 from .publish import PushReport, hub_model_id, push
 from .training_record import ModelCardCallback

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import hf_sparse_moe
 from hf_sparse_moe.checkpoints.files import read_json, write_whole
 
-from .adapter_base import record_base
+from .adapter_files import record_base
 from .checkpoint import RECORD_NAME, mapping
 
 

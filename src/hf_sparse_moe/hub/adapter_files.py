@@ -1,9 +1,10 @@
-"""Which mixture an adapter was trained on: its name, and the hashes of its weight files."""
+"""What the files of a PEFT adapter say, and which mixture it was trained on, by name and by hashes of weight files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,68 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 
-from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.adapters.expert_lora import FILE as SETTINGS_NAME
+from hf_sparse_moe.checkpoints.files import read_json, tensor_names
 from hf_sparse_moe.checkpoints.hashes import sha256_of
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 
-from .checkpoint import mapping
+from .checkpoint import RECORD_NAME, mapping
 
 
-BASE_NAME = "adapter_base.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 
 
-def read_base(folder: Path) -> Mapping[str, Any]:
-    """What [`record_base`] wrote beside an adapter; empty where there is nothing."""
-    return read_json(folder / BASE_NAME, optional=True)
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's files but for the weights. They may come from someone else's repository, and be anything."""
+
+    folder: Path
+    config: Mapping[str, Any]  # adapter_config.json
+    settings: Mapping[str, Any]  # expert_lora.json, which PEFT does not read
+    base: Mapping[str, Any]  # adapter_base.json, see `record_base`
+    record: Mapping[str, Any]  # training_record.json, which `ModelCardCallback` writes
+
+    @property
+    def base_name(self) -> str | None:
+        """The Hub id of its base, or what PEFT names: a base that is recorded without a revision was a folder."""
+        recorded = self.base.get("name_or_path") if self.base.get("revision") else None
+        name = recorded or self.config.get("base_model_name_or_path")
+        return name if name and isinstance(name, str) else None
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of that base, where it is known."""
+        revision = self.base.get("revision") or self.config.get("revision")
+        return revision if isinstance(revision, str) else None
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    folder = Path(folder)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_adapter(folder: str | Path, name: str | None = None) -> Adapter:
+    """The adapter in a folder, or of a `name`. Raises a `ValueError` for none, or damaged files."""
+    folder = Path(folder)
+    if not is_adapter(folder):
+        raise _no_adapter(name or folder)
+    beside = (read_json(folder / file, optional=True) for file in (SETTINGS_NAME, BASE_NAME, RECORD_NAME))
+    return Adapter(folder, read_json(folder / ADAPTER_CONFIG), *beside)
+
+
+def check_weights(adapter: Adapter) -> None:
+    """Raise a `ValueError` unless the adapter's weights are there, whole and in safetensors."""
+    if not (adapter.folder / ADAPTER_WEIGHTS).is_file():
+        raise _no_adapter(adapter.folder)
+    tensor_names(adapter.folder / ADAPTER_WEIGHTS)
+
+
+def _no_adapter(name: object) -> ValueError:
+    return ValueError(
+        f"`{name}` is not an adapter: it needs `{ADAPTER_CONFIG}` and `{ADAPTER_WEIGHTS}`. Pass what "
+        "`save_pretrained` of a PeftModel wrote."
+    )
 
 
 def record_base(model: Any, folder: str | Path) -> None:
@@ -51,7 +101,7 @@ def identify_base(model: Any) -> dict[str, Any]:
 
 def base_difference(recorded: Mapping[str, Any], sha256: Mapping[str, str]) -> str | None:
     """
-    How weight files with these hashes differ from those of the base that [`read_base`] returned: the first one of the
+    How weight files with these hashes differ from those of the base that an adapter recorded: the first one of the
     same name with another hash, in words. None where nothing tells them apart.
     """
     there = mapping(recorded.get("sha256"))

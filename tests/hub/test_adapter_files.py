@@ -1,13 +1,11 @@
 """The record of an adapter's base tells that base from others by the hashes of its files."""
 
-import json
-
 import pytest
 import torch
 
 from adapted_models import adapted, stock_mixture
 from hf_sparse_moe import SparseMoeDecoderForCausalLM
-from hf_sparse_moe.hub.adapter_base import base_difference, identify_base, read_base, record_base
+from hf_sparse_moe.hub.adapter_files import base_difference, identify_base, record_base
 from tiny_models import tiny_dense, tiny_sparse
 
 
@@ -42,13 +40,12 @@ def test_a_folder_s_path_is_not_recorded(tmp_path):
     assert identify_base(model)["name_or_path"] == "user/name"
 
 
-def test_a_record_of_version_0_1_is_read(tmp_path):
+def test_a_record_of_version_0_1_is_read():
     """It holds shapes and samples of weights, which are not compared any more; hashes are."""
     shapes = {"model.layers.0.mlp": {"down_proj": {"shape": [4, 2, 3], "samples": "AAAA"}}}
     told = {"name_or_path": "base", "sha256": {"model.safetensors": "0" * 64}, "layers": shapes}
-    (tmp_path / "adapter_base.json").write_text(json.dumps(told))
-    assert base_difference(read_base(tmp_path), {"model.safetensors": "0" * 64}) is None
-    assert base_difference(read_base(tmp_path), {"model.safetensors": "1" * 64}) == OTHER_FILE
+    assert base_difference(told, {"model.safetensors": "0" * 64}) is None
+    assert base_difference(told, {"model.safetensors": "1" * 64}) == OTHER_FILE
 
 
 def test_a_dense_base_has_no_record(tmp_path):
@@ -57,6 +54,5 @@ def test_a_dense_base_has_no_record(tmp_path):
 
 
 @pytest.mark.parametrize("told", [{"sha256": 3}, {"sha256": {"model.safetensors": 4}}, {"layers": {"x": 3}}])
-def test_a_record_of_somebody_else_may_hold_anything(tmp_path, told):
-    (tmp_path / "adapter_base.json").write_text(json.dumps(told))
-    base_difference(read_base(tmp_path), {"model.safetensors": "0" * 64})
+def test_a_record_of_somebody_else_may_hold_anything(told):
+    base_difference(told, {"model.safetensors": "0" * 64})
