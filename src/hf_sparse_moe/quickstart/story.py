@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
@@ -31,9 +31,10 @@ from hf_sparse_moe.insight import expert_load_table, explain_routing, plot_exper
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeDecoderConfig
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.quickstart.corpus import Corpus, load_corpus
-from hf_sparse_moe.quickstart.examples import interleave, load_tokenizer, make_examples
+from hf_sparse_moe.quickstart.examples import Example, interleave, load_tokenizer, make_examples
 from hf_sparse_moe.quickstart.small_dense_model import new_dense_model, train_tokenizer
 from hf_sparse_moe.quickstart.training import held_out_losses, train
+from hf_sparse_moe.routing.statistics import RoutingStatistics
 from hf_sparse_moe.upcycling import upcycle
 
 
@@ -85,9 +86,11 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     if options.push_to is not None:
         HfApi().whoami()  # a missing token is better reported now than in five minutes
     target = check_target(options.output or _free_name())
-    story, started = _Story(options, console or Console()), perf_counter()
-    with new_folder(target) as folder, TemporaryDirectory() as scratch:
-        evaluation = story.make(folder, Path(scratch), options.push_to or str(target / "mixture"))
+    started = perf_counter()
+    with TemporaryDirectory() as scratch:
+        story = _Story(options, console or Console(), Path(scratch))
+        with new_folder(target) as folder:
+            evaluation = story.make(folder, options.push_to or str(target / "mixture"))
     story.share(target, evaluation)
     story.say(f"Done in {perf_counter() - started:.0f} s. Which expert does what: open {target / 'routing.html'}")
     return target
@@ -101,8 +104,11 @@ def _free_name() -> str:
 class _Story:
     """The chapters in their order, each of which prints what it did."""
 
-    def __init__(self, options: QuickstartOptions, console: Console):
+    def __init__(self, options: QuickstartOptions, console: Console, scratch: Path):
         self.options, self.console, self.chapters = options, console, itertools.count(1)
+        sizes: dict[str, Any] = {"batch_size": options.batch_size, "folder": scratch}
+        self.fit = partial(train, seed=options.seed, console=console, **sizes)
+        self.measure = partial(held_out_losses, **sizes)
 
     def title(self, text: str) -> None:
         self.console.print()
@@ -111,89 +117,38 @@ class _Story:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def make(self, folder: Path, scratch: Path, name: str) -> dict[str, float]:
+    def make(self, folder: Path, name: str) -> dict[str, float]:
         """Make the mixture, which will have the `name`, and all else that is in the folder; returns its losses."""
-        from peft import get_peft_model
-
-        from hf_sparse_moe.adapters import expert_lora_config
-
         options = self.options
-        fit = partial(train, batch_size=options.batch_size, seed=options.seed, folder=scratch, console=self.console)
         start = options.model or folder / "dense"
         if options.model is not None:
             find_source(start)  # fails before the text is prepared
         corpus = load_corpus(options.data, options.seed)
         self.title("Prepare text and a dense model")
         if options.model is None:
-            self.train_dense_model(corpus, folder / "dense", fit)
+            self.train_dense_model(corpus, folder / "dense")
         source = find_source(start)
-
-        self.title("Upcycle")
-        dense = load_dense(source, dtype=torch.float32)
-        tokenizer = load_tokenizer(source.folder)
-        sizes = (options.num_experts, options.num_experts_per_tok)
-        mixture = upcycle(start, *sizes, seed=options.seed, dtype=torch.float32)
-        equality = mixture.receipt["equality"]
-        self.say(
-            f"{type(dense).__name__} with {dense.num_parameters():,} parameters -> {type(mixture).__name__} with "
-            f"{count_parameters(mixture):,}, {count_parameters(mixture, only_active=True):,} of them active per "
-            f"token.\nReceipt: on {equality['probe_tokens']} tokens the outputs differ from the dense ones by at most "
-            f"{equality['max_abs_difference']:.1e} (outputs reach {equality['max_abs_output']:.1f})."
-        )
+        dense, tokenizer = load_dense(source, dtype=torch.float32), load_tokenizer(source.folder)
+        mixture = self.upcycle(start, dense)
 
         self.title("Train the mixture and its dense twin on the same tokens")
-        family: Any = type(mixture.config)
-        lesson_size = options.steps * options.batch_size
-        examples = self.examples(
-            corpus.train, tokenizer, family, max(lesson_size, options.adapter_steps * options.batch_size)
-        )
+        family, lesson = type(mixture.config), options.steps * options.batch_size
+        count = max(lesson, options.adapter_steps * options.batch_size)
+        examples = self.examples(corpus.train, tokenizer, family, count)
         held_out = self.examples(corpus.held_out, tokenizer, family, HELD_OUT_BLOCKS)
-        measure = partial(held_out_losses, examples=held_out, batch_size=options.batch_size, folder=scratch)
-        losses = {"before": measure(dense)}
-        lesson = interleave(examples, lesson_size, options.seed + 1)
-        seconds = {
-            name: fit(model, lesson, learning_rate=options.learning_rate, name=name)
-            for name, model in (("dense twin", dense), ("mixture", mixture))
-        }
-        tokens = lesson_size * options.sequence_length
-        slower = seconds["mixture"] / seconds["dense twin"]
-        self.say(f"{tokens:,} tokens each. The mixture computes more for each, and took {slower:.1f} times as long.")
-
+        losses = {"before": self.measure(dense, held_out)}
+        seconds = self.train_both(dense, mixture, interleave(examples, lesson, options.seed + 1))
         self.title("Compare them on held-out text")
-        losses |= {"dense twin": measure(dense), "mixture": measure(mixture)}
+        losses |= {"dense twin": self.measure(dense, held_out), "mixture": self.measure(mixture, held_out)}
         self.console.print(_loss_table(losses))
 
-        self.title("See which expert served which domain")
-        pieces = [(piece, domain) for domain in held_out for piece in _pieces(corpus.held_out[domain])]
-        explained = explain_routing(
-            mixture,
-            tokenizer,
-            *map(list, zip(*pieces, strict=True)),
-            max_length=options.sequence_length,
-            batch_size=options.batch_size,
-        )
-        statistics = explained.statistics
-        for layer in (statistics.layers[0], statistics.layers[-1]):
-            self.console.print(expert_load_table(layer))
-        plot_expert_load(statistics, folder / "experts.png", "Which expert served which domain")
-        explained.to_html(folder / "routing.html")
         evaluation = {f"held-out loss, {domain}": loss for domain, loss in losses["mixture"].items()}
-        mixture.save_pretrained(folder / "mixture")
-        copy_companions(source.folder, folder / "mixture")
-        save_routing_statistics(statistics, folder / "mixture")
-        card = render_model_card(folder / "mixture", options.push_to or "your-name/quickstart", evaluation=evaluation)
-        (folder / "mixture" / "README.md").write_text(card, encoding="utf-8")
-
-        self.title("Train an expert-LoRA adapter for one domain")
+        statistics = self.look_inside(mixture, tokenizer, corpus, folder)
+        self.save(mixture, source.folder, folder / "mixture", statistics, evaluation)
         domain = max(losses["mixture"], key=lambda name: losses["mixture"][name])
-        lesson = interleave({domain: examples[domain]}, options.adapter_steps * options.batch_size, options.seed + 2)
-        set_seed(options.seed)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21 still asks for it
-        adapted: Any = get_peft_model(mixture, expert_lora_config(mixture, r=8, lora_alpha=16))
-        adapted.peft_config["default"].base_model_name_or_path = name
-        fit(adapted, lesson, learning_rate=2 * options.learning_rate, name="adapter")
+        adapted = self.train_adapter(mixture, name, {domain: examples[domain]})
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        losses["adapter"] = measure(adapted)
+        losses["adapter"] = self.measure(adapted, held_out)
         self.say(
             f"{adapted.get_nb_trainable_parameters()[0]:,} parameters trained on `{domain}`, where the mixture was "
             f"weakest: held-out loss {losses['mixture'][domain]:.3f} -> {losses['adapter'][domain]:.3f}."
@@ -202,27 +157,90 @@ class _Story:
             "options": asdict(options),
             "held_out_loss": losses,
             "training_seconds": seconds,
-            "training_tokens": tokens,
+            "training_tokens": lesson * options.sequence_length,
             "adapter_domain": domain,
             "routing": statistics.to_dict(),
         }
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return evaluation
 
-    def train_dense_model(self, corpus: Corpus, folder: Path, fit: Any) -> None:
+    def train_dense_model(self, corpus: Corpus, folder: Path) -> None:
         tokenizer = train_tokenizer(text for texts in corpus.train.values() for text in texts)
         dense = new_dense_model(tokenizer, self.options.seed)
         self.say(f"Domains: {', '.join(corpus.domains)}. A Qwen3 of {dense.num_parameters():,} parameters is trained.")
         count = self.options.dense_steps * self.options.batch_size
         examples = self.examples(corpus.train, tokenizer, SparseMoeDecoderConfig, count)
-        fit(
-            dense,
-            interleave(examples, count, self.options.seed),
-            learning_rate=DENSE_LEARNING_RATE,
-            name="dense model",
-        )
+        lesson = interleave(examples, count, self.options.seed)
+        self.fit(dense, lesson, learning_rate=DENSE_LEARNING_RATE, name="dense model")
         dense.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+    def upcycle(self, start: str | Path, dense: PreTrainedModel) -> Any:
+        self.title("Upcycle")
+        sizes = (self.options.num_experts, self.options.num_experts_per_tok)
+        mixture = upcycle(start, *sizes, seed=self.options.seed, dtype=torch.float32)
+        equality = mixture.receipt["equality"]
+        self.say(
+            f"{type(dense).__name__} with {dense.num_parameters():,} parameters -> {type(mixture).__name__} with "
+            f"{count_parameters(mixture):,}, {count_parameters(mixture, only_active=True):,} of them active per "
+            f"token.\nReceipt: on {equality['probe_tokens']} tokens the outputs differ from the dense ones by at most "
+            f"{equality['max_abs_difference']:.1e} (outputs reach {equality['max_abs_output']:.1f})."
+        )
+        return mixture
+
+    def train_both(self, dense: PreTrainedModel, mixture: PreTrainedModel, lesson: list[Example]) -> dict[str, float]:
+        """The seconds of each."""
+        seconds = {
+            name: self.fit(model, lesson, learning_rate=self.options.learning_rate, name=name)
+            for name, model in (("dense twin", dense), ("mixture", mixture))
+        }
+        tokens, slower = len(lesson) * self.options.sequence_length, seconds["mixture"] / seconds["dense twin"]
+        self.say(f"{tokens:,} tokens each. The mixture computes more for each, and took {slower:.1f} times as long.")
+        return seconds
+
+    def look_inside(
+        self, mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, folder: Path
+    ) -> RoutingStatistics:
+        self.title("See which expert served which domain")
+        pieces = [(piece, domain) for domain in corpus.domains for piece in _pieces(corpus.held_out[domain])]
+        texts, domains = map(list, zip(*pieces, strict=True))
+        sizes: Any = {"max_length": self.options.sequence_length, "batch_size": self.options.batch_size}
+        explained = explain_routing(mixture, tokenizer, texts, domains, **sizes)
+        statistics = explained.statistics
+        for layer in (statistics.layers[0], statistics.layers[-1]):
+            self.console.print(expert_load_table(layer))
+        plot_expert_load(statistics, folder / "experts.png", "Which expert served which domain")
+        explained.to_html(folder / "routing.html")
+        return statistics
+
+    def save(
+        self,
+        mixture: PreTrainedModel,
+        source: Path,
+        folder: Path,
+        statistics: RoutingStatistics,
+        evaluation: dict[str, float],
+    ) -> None:
+        mixture.save_pretrained(folder)
+        copy_companions(source, folder)
+        save_routing_statistics(statistics, folder)
+        card = render_model_card(folder, self.options.push_to or "your-name/quickstart", evaluation=evaluation)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def train_adapter(self, mixture: PreTrainedModel, name: str, examples: dict[str, list[Example]]) -> Any:
+        from peft import get_peft_model
+
+        from hf_sparse_moe.adapters import expert_lora_config
+
+        self.title("Train an expert-LoRA adapter for one domain")
+        options = self.options
+        lesson = interleave(examples, options.adapter_steps * options.batch_size, options.seed + 2)
+        set_seed(options.seed)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21 still asks for it
+        adapted: Any = get_peft_model(mixture, expert_lora_config(mixture, r=8, lora_alpha=16))
+        adapted.peft_config["default"].base_model_name_or_path = name
+        self.fit(adapted, lesson, learning_rate=2 * options.learning_rate, name="adapter")
+        return adapted
 
     def examples(self, texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, family: Any, limit: int):
         length = self.options.sequence_length
