@@ -17,6 +17,7 @@ STOREYS = (
     {"_register", "routing"},
     {"insight", "upcycling", "adapters"},
     {"stock"},
+    {"surgery"},
     {"hub"},
     {"quickstart", "distributed"},
     {"cli"},

@@ -85,6 +85,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         export as export,
         import_stock as import_stock,
     )
+    from .surgery import (
+        to_dense as to_dense,
+    )
     from .upcycling import (
         expand as expand,
         plan as plan,
@@ -119,6 +122,7 @@ _HOMES = {
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
     ),
     ".stock": "explain_export export import_stock",
+    ".surgery": "to_dense",
     ".upcycling": "expand plan upcycle verify",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -5,6 +5,7 @@ from .mixture_layers import MixtureLayer, RoutingObservation, find_mixture_layer
 from .optimizer_groups import parameter_groups
 from .routing_monitor import RoutingMonitor, add_leading_callback
 from .selection_bias import SelectionBiasCallback
+from .skipping import skip_experts
 from .statistics import LayerRouting, RoutingStatistics, routing_statistics
 from .switches import disable_experts, record_routing, replay_routing, use_top_k
 
@@ -26,5 +27,6 @@ __all__ = [
     "record_routing",
     "replay_routing",
     "routing_statistics",
+    "skip_experts",
     "use_top_k",
 ]

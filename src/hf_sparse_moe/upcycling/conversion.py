@@ -54,6 +54,12 @@ class SparseLayer:
         names = [name for kind in kinds for part in self._projections(kind) for name in part]
         return names + list(self.activation_keys())
 
+    @property
+    def degree(self) -> int:
+        """See [`FeedForwardWeights`]."""
+        gated = self.feed_forward.layout.gated
+        return 1 if gated else DEGREES.get(type(self.feed_forward.activation), 0)
+
     def weights(self, read: Read) -> FeedForwardWeights:
         """The dense feed-forward, in the experts' layout."""
         ups, downs = self._projections("weight")
@@ -64,12 +70,23 @@ class SparseLayer:
         up_bias, down_bias = None, None
         if self.feed_forward.biased:
             up_bias, down_bias = (read(*names) for names in self._projections("bias"))
-        gated = self.feed_forward.layout.gated
-        degree = 1 if gated else DEGREES.get(type(self.feed_forward.activation), 0)
-        found = FeedForwardWeights(up, down, up_bias, down_bias, gated, degree)
+        found = FeedForwardWeights(up, down, up_bias, down_bias, self.feed_forward.layout.gated, self.degree)
         for matrix in found.matrices.values():
             check_numbers(self.feed_forward.path, matrix)
         return found
+
+    def dense_tensors(self, weights: FeedForwardWeights, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The way back: the dense model's tensors of these weights, given their shapes."""
+        axis = 1 if self.feed_forward.transposed else 0
+        made: dict[str, torch.Tensor] = {}
+        for kind, up, down in (("weight", weights.up, weights.down), ("bias", weights.up_bias, weights.down_bias)):
+            if up is None:
+                continue
+            ups, downs = self._projections(kind)
+            sizes = [shapes[name][axis if kind == "weight" else 0] for name in ups]
+            for name, part in zip(ups + downs, [*up.split(sizes), down], strict=True):
+                made[name] = (part.T if kind == "weight" and self.feed_forward.transposed else part).contiguous()
+        return made
 
     def activation_keys(self) -> dict[str, str]:
         """The dense keys of the activation's own parameters, where it has some (xIELU), and their last names."""
@@ -81,6 +98,12 @@ class SparseLayer:
         ups, down = self.feed_forward.parameter_names(kind)
         path = self.feed_forward.path
         return [f"{path}.{name}" for name in ups], [f"{path}.{down}"]
+
+
+def expert_parameters(gated: bool) -> dict[str, str]:
+    """What the matrices of a [`FeedForwardWeights`] are called in the experts module."""
+    up = "gate_up_proj" if gated else "up_proj"
+    return {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
 
 
 class LoadedTensors:
@@ -162,8 +185,7 @@ class Conversion:
         )
         router = _router_tensors(config, start.router, dense.down.dtype, generator)
         made: Made = {f"gate.{name}": tensor for name, tensor in router.items()}
-        up = "gate_up_proj" if dense.gated else "up_proj"
-        names = {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+        names = expert_parameters(dense.gated)
         experts: dict[str, list[Matrix]] = {}
         for expert in start.experts:
             for name, matrix in expert.matrices.items():
@@ -262,7 +284,7 @@ def check_same_tensors(name: str, missing: set[str], unknown: set[str]) -> None:
 
 
 def load_mixture(
-    target: type[SparseMoePreTrainedModel],
+    target: type[Any],
     config: Any,
     state_dict: dict[str, Any],
     dtype: torch.dtype,

@@ -117,15 +117,22 @@ def as_expert(
 ) -> FeedForwardWeights:
     """
     One of `parts` of a dense feed-forward, with `down` (and `up`, where `evenly`) scaled so that a token's experts
-    together give what it gives: by 1 over the sum of their weights. With normalised weights that sum is
+    together give what it gives.
+    """
+    scale, unsteady = expert_scale(context.config, context.side)  # of the bias, which every part holds whole
+    return part.scale(parts * scale, bias=scale, evenly=evenly and unsteady)
+
+
+def expert_scale(config: SparseMoeConfig, side: str) -> tuple[float, bool]:
+    """
+    1 over the sum of the weights of a token's experts, and whether that is a guess. With normalised weights the sum is
     `routed_scaling_factor`, always; without, or where experts choose their tokens, it is that of an even router, so
     that the output is near, not equal (softmax k/E, sigmoid k/2).
     """
-    config, constant = context.config, has_constant_weights(context.config, context.side)
-    count = config.mean_experts_per_token if context.side == "encoder" else config.num_experts_per_tok
+    constant = has_constant_weights(config, side)
+    count = config.mean_experts_per_token if side == "encoder" else config.num_experts_per_tok
     even = 1.0 if constant else count * (0.5 if config.scoring_func == "sigmoid" else 1 / config.num_experts)
-    scale = 1.0 / (even * config.routed_scaling_factor)  # of the bias, which every part holds whole
-    return part.scale(parts * scale, bias=scale, evenly=evenly and not constant)
+    return 1.0 / (even * config.routed_scaling_factor), not constant
 
 
 def whole_experts(dense: FeedForwardWeights, context: LayerContext) -> LayerStart:

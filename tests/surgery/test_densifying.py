@@ -1,0 +1,121 @@
+"""A mixture that was not trained becomes the dense model that it was made of."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_sparse_moe import export, upcycle
+from hf_sparse_moe.surgery import to_dense
+from tiny_models import ARCHITECTURES, tiny_dense, tiny_inputs, tiny_sparse
+
+
+def fields(config):
+    """Without what saving fills in."""
+    if not isinstance(config, dict):
+        return config
+    return {name: fields(value) for name, value in config.items() if name not in ("architectures", "dtype")}
+
+
+def assert_same(dense, source, exactly=True):
+    assert type(dense) is type(source)
+    before, after = source.state_dict(), dense.state_dict()
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if exactly:
+            assert torch.equal(after[key], tensor), key
+        else:
+            torch.testing.assert_close(after[key], tensor, rtol=1e-6, atol=1e-7)
+    assert dense.all_tied_weights_keys == source.all_tied_weights_keys
+    assert fields(dense.config.to_dict()) == fields(source.config.to_dict())
+    if source.dtype == torch.float32 and exactly:  # `to(bfloat16)` rounds buffers that loading keeps
+        inputs = tiny_inputs(source)
+        assert torch.equal(dense(**inputs).logits, source(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_untrained_copy_becomes_its_source(name):
+    source = tiny_dense(name)
+    assert_same(to_dense(upcycle(source, num_experts=3)), source)
+
+
+CASES = {
+    "slices": {"method": "split", "granularity": 2, "num_experts": 4},
+    "slices in half": {"method": "split", "granularity": 2, "num_experts": 4, "dtype": torch.bfloat16},
+    "graft": {"method": "graft", "num_experts": 4, "rank": 16},
+    "parts": {"method": "partition", "partition": "contiguous", "num_experts": 4, "num_experts_per_tok": 4},
+    "scaled": {"num_experts": 4, "routed_scaling_factor": 2.0},
+    "some layers": {"num_experts": 4, "layers": [1]},
+    "one a token": {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True},
+    "hash": {"num_experts": 4, "router_type": "hash"},
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_of_making_experts_has_a_way_back(name, case):
+    source, options = tiny_dense(name), dict(CASES[case])
+    if name == "bart" and "layers" in options:
+        options["layers"] = {"encoder": [1], "decoder": "none"}
+    if "dtype" in options:
+        source = source.to(options["dtype"])
+    assert_same(to_dense(upcycle(source, **options)), source)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_unnormalised_weights_come_back_up_to_rounding(name):
+    source = tiny_dense(name)
+    options = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    assert_same(to_dense(upcycle(source, **options)), source, exactly=False)
+
+
+def test_parts_with_shared_units_compute_what_the_source_computes():
+    source = tiny_dense("gpt2")
+    options = {"method": "partition", "shared_units": 16, "num_experts": 2, "num_experts_per_tok": 2}
+    inputs = tiny_inputs(source)
+    dense = to_dense(upcycle(source, **options))
+    torch.testing.assert_close(dense(**inputs).logits, source(**inputs).logits)
+
+
+def test_other_heads_keep_theirs():
+    source = tiny_dense("bert", AutoModelForSequenceClassification)
+    assert_same(to_dense(upcycle(source, num_experts=2)), source)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_on_disk_as_in_memory(name, tmp_path):
+    mixture = tiny_sparse(name)
+    mixture.save_pretrained(tmp_path / "mixture", max_shard_size="20KB")
+    report = to_dense(tmp_path / "mixture", method="merge", output=tmp_path / "dense")
+    loaded = type(to_dense(mixture)).from_pretrained(tmp_path / "dense")
+    here = to_dense(mixture, method="merge")
+    assert report.architecture == type(here).__name__
+    for key, tensor in here.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    assert report.receipt["to_dense"]["source"]["sha256"]
+    assert {path.name for path in (tmp_path / "dense").iterdir()} >= {"receipt.json", "README.md", "config.json"}
+
+
+def test_a_stock_mixture_becomes_its_dense_sibling(tmp_path):
+    source = tiny_dense("mistral")
+    export(upcycle(source, num_experts=4), tmp_path / "stock", "mixtral")
+    dense = to_dense(tmp_path / "stock")
+    inputs = tiny_inputs(source)
+    torch.testing.assert_close(dense(**inputs).logits, source(**inputs).logits)
+    again = to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"))
+    torch.testing.assert_close(again(**inputs).logits, source(**inputs).logits)
+
+
+def test_bad_input(tmp_path):
+    mixture = tiny_sparse("llama")
+    with pytest.raises(ValueError, match="`method='sum'` is not allowed"):
+        to_dense(mixture, method="sum")
+    with pytest.raises(ValueError, match="needs `measured`"):
+        to_dense(mixture, method="best")
+    with pytest.raises(ValueError, match="`llama` cannot be read"):
+        to_dense(tiny_dense("llama"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        to_dense(mixture, output=tmp_path)
+    uneven = tiny_sparse("llama", moe_intermediate_size=20, mlp_layer_types=["dense", "sparse"])
+    with pytest.raises(ValueError, match="no dense architecture has both"):
+        to_dense(uneven)
