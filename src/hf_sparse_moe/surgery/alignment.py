@@ -38,7 +38,7 @@ def require_scipy(part: str) -> Any:
 
 def blended(experts: Sequence[FeedForwardWeights], weights: Sequence[float]) -> FeedForwardWeights:
     """The [`mean`] of experts, made when written."""
-    made = {
+    made: dict[str, Any] = {
         name: by_rows(lambda *rows: mean(rows, weights), *(each.matrices[name] for each in experts))
         for name in experts[0].matrices
     }

@@ -195,7 +195,8 @@ class _Plan:
                     yield writer.write(key, tensor)
 
     def _feed_forward(self, layer: SparseLayer, read: Any) -> FeedForwardWeights:
-        config, site = self.sparse.config, layer.feed_forward
+        config: Any = self.sparse.config
+        site = layer.feed_forward
         names = expert_parameters(site.layout.gated)
         names = {name: key for name, key in names.items() if site.biased or not key.endswith("bias")}
         stacked = {name: read(f"{layer.block}.experts.{key}") for name, key in names.items()}
