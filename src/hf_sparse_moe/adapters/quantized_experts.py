@@ -219,6 +219,10 @@ def _choose(weight: QuantizedWeight, dim: int, index: int) -> QuantizedWeight | 
     return weight._with(lambda part: part[index]) if dim == 0 and weight.dim() == 3 else None
 
 
+def _choose_several(weight: QuantizedWeight, dim: int, index: torch.Tensor) -> QuantizedWeight | None:
+    return weight._with(lambda part: part[index]) if dim == 0 and weight.dim() == 3 else None
+
+
 def _transpose(weight: QuantizedWeight, first: int = -1, second: int = -2) -> QuantizedWeight | None:
     last_two = {weight.dim() - 1, weight.dim() - 2}
     is_matrix = {first % weight.dim(), second % weight.dim()} == last_two
@@ -245,6 +249,7 @@ _KEEPS_CODES: dict[Any, Callable[..., QuantizedWeight | None]] = {
     aten._to_copy.default: _cast,
     aten.copy_.default: _write,
     aten.select.int: _choose,
+    aten.index_select.default: _choose_several,
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
 }

@@ -13,10 +13,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
@@ -41,6 +44,21 @@ def write_checkpoint(
         if source is not None:
             copy_companions(source, folder)
     return Path(output)
+
+
+def write_description(model: PreTrainedModel, folder: Path) -> None:
+    """All that `save_pretrained` writes of a model but its weights, which may have no storage."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers shows one even for no weights
+    try:
+        with TemporaryDirectory(dir=folder) as described:
+            model.save_pretrained(described, state_dict={})
+            for path in Path(described).iterdir():
+                if path.name != SAFE_WEIGHTS_NAME:
+                    path.replace(folder / path.name)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def check_target(output: str | Path) -> Path:

@@ -26,17 +26,22 @@ def load_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> tuple[Pr
     """
     source = find_source(folder)
     weight_files(source)  # an index that names files elsewhere is refused
-    config = read_config(source)
-    if (found := _named_class(config)) is None:
-        raise ValueError(
-            f"`{source.name}` names no class of this package or of transformers in `architectures` "
-            f"({named_architecture(config)!r}). Pass a checkpoint that was saved by one."
-        )
+    found = class_of(source, read_config(source))
     # Tensors of other shapes are told as a finding, with the rest.
     told: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with sensible_config(source):
         loaded: Any = found.from_pretrained(folder, dtype=dtype, **told)
     return loaded[0].eval(), loaded[1]
+
+
+def class_of(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint names; raises a `ValueError` where neither this package nor transformers has it."""
+    if (found := _named_class(config)) is None:
+        raise ValueError(
+            f"`{source.name}` names no class of this package or of transformers in `architectures` "
+            f"({named_architecture(config)!r}). Pass a checkpoint that was saved by one."
+        )
+    return found
 
 
 def load_whole(folder: Path, dtype: str | torch.dtype = "auto") -> Any:

@@ -252,6 +252,16 @@ def upcycle(
 
 def check_plain(model: Any) -> None:
     """Raise a `ValueError` unless `model` is a model of transformers without adapters or packed weights."""
+    check_unwrapped(model)
+    name = type(model).__name__
+    check_not_quantised(model.config, name)
+    packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
+    if packed is not None or getattr(model, "is_quantized", False):
+        raise ValueError(f"`{name}` is quantised or sharded (`{packed}`). Pass a whole model with its full weights.")
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raise a `ValueError` unless `model` is a model of transformers in memory, without adapters."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -265,10 +275,6 @@ def check_plain(model: Any) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"`{name}` has weights that are not in memory. Pass one that is loaded without offloading.")
-    check_not_quantised(model.config, name)
-    packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
-    if packed is not None or getattr(model, "is_quantized", False):
-        raise ValueError(f"`{name}` is quantised or sharded (`{packed}`). Pass a whole model with its full weights.")
 
 
 def stream_upcycle(source: str | Path, target: str | Path, *args, **kwargs) -> dict[str, Any]:

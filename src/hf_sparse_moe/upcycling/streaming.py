@@ -8,18 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import distributed
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 import hf_sparse_moe
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
 from hf_sparse_moe.checkpoints.families import sparse_class
+from hf_sparse_moe.checkpoints.folder import write_description
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_files
@@ -94,17 +93,7 @@ def write_mixture(
         show_progress,
     ) as (folder, sha256):
         sparse.receipt = make_receipt(conversion.dense, sparse, source, recipe, fields, sha256)
-        shows_bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # transformers shows one even for no weights
-        try:
-            with TemporaryDirectory(dir=folder) as described:
-                sparse.save_pretrained(described, state_dict={})
-                for path in Path(described).iterdir():
-                    if path.name != SAFE_WEIGHTS_NAME:
-                        path.replace(folder / path.name)
-        finally:
-            if shows_bars:
-                logging.enable_progress_bar()
+        write_description(sparse, folder)
         copy_companions(source.folder, folder)
     return sparse.receipt
 

@@ -1,0 +1,193 @@
+"""A pruned mixture computes what the mixture computes without those experts, in memory and on disk."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sparse_moe import disable_experts, quantize_experts
+from hf_sparse_moe.adapters.quantized_experts import QuantizedWeight
+from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
+from hf_sparse_moe.surgery import prune_experts
+from models.router_kinds import one_each, pairs_with, routed_model
+from processes import in_processes, kill_at_file
+from routing.test_mixture_layers import build, inputs_of
+from tiny_models import enlarge_weights, tiny_dense, tiny_inputs, tiny_sparse
+
+
+STOCK_WORKER = Path(__file__).parents[1] / "stock" / "stock_worker.py"
+DROPPED = [1, 4]  # of the 8 experts of the stock mixtures
+STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "dbrx"]
+
+
+def pairs() -> list:
+    return [pair for pair in pairs_with("bert", "llama", "t5") if "hash" not in pair[1]]
+
+
+def mixture_of(name: str, kind: str, **fields):
+    """A mixture, and experts to leave out: the same number of each group."""
+    if "group" in kind:
+        return routed_model(name, kind, num_experts=16, **fields), [0, 5, 10, 15]
+    return routed_model(name, kind, **fields), [1]
+
+
+@torch.no_grad()
+def outputs(model, inputs) -> torch.Tensor:
+    return model(**inputs)[0]
+
+
+def assert_cut(model, pruned, dropped, inputs) -> None:
+    """Equal but for rounding, and not because nothing depends on these experts."""
+    whole = outputs(model, inputs)
+    with disable_experts(model, dropped):
+        expected = outputs(model, inputs)
+    torch.testing.assert_close(outputs(pruned, inputs), expected, rtol=1e-4, atol=2e-5)
+    assert (whole - expected).abs().max() > 1e-3
+
+
+def stock(name: str):
+    model = enlarge_weights(build(name)).eval()
+    return model, inputs_of(model)
+
+
+@pytest.mark.parametrize(("name", "kind"), one_each(pairs()))
+def test_every_router(name, kind):
+    model, dropped = mixture_of(name, kind)
+    assert_cut(model, prune_experts(model, drop=dropped), dropped, tiny_inputs(model, labels=False, pads=2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm", "segment_mm", "auto"])
+def test_every_backend(backend):
+    model = tiny_sparse("llama")
+    model.set_experts_implementation(backend)
+    pruned = prune_experts(model, drop=[2])
+    assert pruned.config._experts_implementation == backend
+    assert_cut(model, pruned, [2], tiny_inputs(model, labels=False))
+
+
+def test_the_source_stays_as_it_is():
+    model = tiny_sparse("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = prune_experts(model, drop=[0])
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model.config.num_experts, pruned.config.num_experts) == (4, 3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_codes_are_cut(bits):
+    model = quantize_experts(tiny_sparse("llama"), bits=bits)
+    pruned = prune_experts(model, drop=[0])
+    for before, after in zip(model.sparse_blocks, pruned.sparse_blocks, strict=True):
+        assert isinstance(after.experts.down_proj, QuantizedWeight)
+        assert torch.equal(after.experts.down_proj.codes, before.experts.down_proj.codes[1:])
+    assert_cut(model, pruned, [0], tiny_inputs(model, labels=False))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_from_disk_to_disk(name, tmp_path):
+    """Tensor by tensor, bit for bit what is cut in memory."""
+    model = tiny_sparse(name)
+    model.save_pretrained(tmp_path / "mixture")
+    drop = {place: [place % 4] for place in range(len(model.sparse_blocks))}
+    report = prune_experts(tmp_path / "mixture", drop=drop, output=tmp_path / "pruned", max_shard_size="20KB")
+    assert report.architecture == type(model).__name__
+    expected = prune_experts(model, drop=drop).state_dict()
+    loaded = type(model).from_pretrained(tmp_path / "pruned")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
+    receipt = json.loads((tmp_path / "pruned" / RECEIPT_NAME).read_text())["pruned"]
+    assert list(receipt["kept"].values())[:2] == [[1, 2, 3], [0, 2, 3]]
+    assert receipt["parameters"]["after"] == loaded.num_parameters() < receipt["parameters"]["before"]
+    assert loaded.receipt == report.receipt
+
+
+def test_stock_checkpoints_load_without_this_package(tmp_path):
+    """As transformers stores them, expert by expert in most, and as it has them in memory."""
+    jobs, expected = {}, {}
+    for number, name in enumerate(STOCK):
+        model, inputs = stock(name)
+        model.save_pretrained(tmp_path / name, save_original_format=number % 4 < 3, max_shard_size="30KB")
+        prune_experts(tmp_path / name, drop=DROPPED, output=tmp_path / f"{name}-6")
+        folder = str(tmp_path / f"{name}-6")
+        jobs[folder] = {key: value.tolist() for key, value in inputs.items()}
+        expected[folder] = outputs(prune_experts(model, drop=DROPPED), inputs)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    worker = [sys.executable, STOCK_WORKER, tmp_path / "jobs.json", tmp_path / "results"]
+    subprocess.run(worker, check=True, timeout=300)
+    results = torch.load(tmp_path / "results")
+    for folder, logits in expected.items():
+        assert results[folder]["problems"] == {}
+        torch.testing.assert_close(results[folder]["logits"], logits, rtol=1e-4, atol=1e-5)
+
+
+def prune_until_killed(source, target, kill_at=None, **arguments):
+    """To run in a process of its own, killed at the `kill_at`-th file in the folder where it works."""
+    if kill_at is not None:
+        kill_at_file(target.with_name(f".{target.name}."), kill_at)
+    prune_experts(source, keep=3, method="random", output=target, max_shard_size="4KB", **arguments)
+
+
+def test_killed_and_resumed(tmp_path):
+    source, target, whole = tmp_path / "mixture", tmp_path / "out", tmp_path / "whole"
+    tiny_sparse("llama").save_pretrained(source)
+    prune_until_killed(source, whole)
+    for kill_at in (20, 45, 70):
+        assert in_processes(1, prune_until_killed, source, target, kill_at, resume=True) == [-signal.SIGKILL]
+        assert not target.exists()
+    left = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.*/content/*.safetensors")}
+    assert left
+    with pytest.raises(ValueError, match=r"cannot be resumed: .*`seed` was 0 and is 1"):
+        prune_until_killed(source, target, resume=True, seed=1)
+    prune_until_killed(source, target, resume=True)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+    assert left.items() <= {path.name: path.stat().st_mtime_ns for path in target.iterdir()}.items()
+
+
+BAD = {
+    "both": ({"keep": 3, "drop": [0]}, "either `keep`"),
+    "neither": ({}, "either `keep`"),
+    "method": ({"keep": 3, "method": "best"}, "`method='best'` is not allowed"),
+    "too many experts a token": ({"keep": 1, "method": "random"}, "1 experts, but 2 serve each token"),
+    "an emptied layer": ({"drop": {0: [0, 1, 2, 3]}}, "0 experts, but 2 serve each token"),
+    "no expert": ({"keep": 0, "method": "random"}, "layer 0 has 4 experts"),
+    "a share above 1": ({"keep": 1.5, "method": "random"}, "`keep=1.5` is not allowed"),
+    "an unknown layer": ({"drop": {7: [0]}}, "`drop` names layer 7; the sparse layers are 0 to 1"),
+    "an unknown expert": ({"drop": [9]}, "`drop` names expert 9 of layer 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_writes_nothing(case, tmp_path):
+    arguments, message = BAD[case]
+    tiny_sparse("llama").save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ValueError, match=message):
+        prune_experts(tmp_path / "mixture", output=tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture"]
+
+
+def test_an_output_that_exists(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        prune_experts(tiny_sparse("llama"), drop=[0], output=tmp_path / "out")
+
+
+def test_what_cannot_be_cut():
+    with pytest.raises(ValueError, match="the token's id decides"):
+        prune_experts(routed_model("llama", "hash"), drop=[0])
+    with pytest.raises(ValueError, match="no sparse layer was found"):
+        prune_experts(tiny_dense("llama"), drop=[0])
+    with pytest.raises(ValueError, match=r"groups of layer 0 would have \[1, 2, 2, 2\] experts"):
+        prune_experts(routed_model("llama", "groups by their best"), drop=[0])
+    with pytest.raises(ValueError, match="would have 1 expert"):
+        prune_experts(routed_model("llama", "groups by their best"), drop=[0, 2, 4, 6])
+    with pytest.raises(ValueError, match=r"one number of experts for all layers, not \[7, 8\]"):
+        prune_experts(build("mixtral"), drop={0: [0]})
