@@ -165,7 +165,7 @@ def explain_routing(
         batch_size (`int`, defaults to 4): Texts in a forward pass.
         ablate (`bool`, defaults to `False`):
             Also measure the loss without each expert: one more pass for each, which takes that many times as long.
-            For language models of this package.
+            For language models.
         checkpoints (`Iterable[str]` or `Iterable[Path]`, *optional*):
             Earlier checkpoints of the model, oldest first. The log of a [`RoutingMonitor`] is read beside the last.
         about (`dict[str, str]`, *optional*): Lines for the footer, such as the data's name.

@@ -7,12 +7,14 @@ Layers are called by their place among the sparse layers, from 0, as in `model.s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
@@ -88,14 +90,19 @@ def use_top_k(model: nn.Module, top_k: int) -> Iterator[None]:
 @contextmanager
 def disable_experts(model: nn.Module, experts: Sequence[int] | Mapping[int, Sequence[int]]) -> Iterator[None]:
     """
-    Let no token choose these experts; its next best ones take their place. Adds to what is disabled already.
+    Let no token choose these experts: the next best take their place, with the weights that the router would compute
+    if these experts did not exist. Adds to what is disabled already.
+
+    The gates of this package read `disabled_experts`. In a stock mixture, the router's product gives these experts the
+    lowest number of its dtype, so that their score is 0, and their selection bias is -inf.
 
     Args:
-        model (`nn.Module`): A mixture of this package, alone or in a wrapper.
+        model (`nn.Module`): A mixture of this package or of transformers, alone or in a wrapper.
         experts (`Sequence[int]` or `Mapping[int, Sequence[int]]`): Experts of every sparse layer, or of layers.
 
     Raises:
-        ValueError: an unknown expert or layer, too few experts left, hash routing, or a stock mixture.
+        ValueError: an unknown expert or layer, too few experts left, or hash routing. The forward pass of a stock
+            mixture raises it where the router computes its logits otherwise than by `linear`.
 
     Example:
         ```python
@@ -103,14 +110,14 @@ def disable_experts(model: nn.Module, experts: Sequence[int] | Mapping[int, Sequ
             loss = model(**inputs).loss
         ```
     """
-    layers = _own_layers(model, "disable_experts")
+    layers = find_mixture_layers(model)
     by_layer = experts if isinstance(experts, Mapping) else dict.fromkeys(range(len(layers)), experts)
-    chosen: list[tuple[nn.Module, torch.Tensor]] = []
+    chosen: list[tuple[MixtureLayer, torch.Tensor]] = []
     for place, ids in by_layer.items():
         if place not in range(len(layers)):
             raise ValueError(f"`experts` names layer {place!r}; the sparse layers are 0 to {len(layers) - 1}.")
-        layer, gates = layers[place], _gates(layers[place])
-        if isinstance(gates[0], SparseMoeHashRouter):
+        layer = layers[place]
+        if _is_hash(layer):
             raise ValueError(f"`experts` cannot be disabled in layer {place}: the token's id decides its experts.")
         unknown = [e for e in ids if isinstance(e, bool) or e not in range(layer.num_experts)]
         if unknown:
@@ -120,13 +127,16 @@ def disable_experts(model: nn.Module, experts: Sequence[int] | Mapping[int, Sequ
             )
         disabled = _disabled(layer).clone()
         disabled[list(ids)] = True
-        top_k = 1 if isinstance(gates[0], SparseMoeExpertChoiceRouter) else layer.top_k
+        expert_choice = any(isinstance(gate, SparseMoeExpertChoiceRouter) for gate in _gates(layer))
+        top_k = 1 if expert_choice else layer.top_k
         _require_choice(place, layer, top_k, disabled, f"`experts={list(ids)}` is not allowed")
-        chosen += [(gate, disabled) for gate in gates]
+        chosen.append((layer, disabled))
     with ExitStack() as stack:
-        for gate, disabled in chosen:
-            stack.callback(setattr, gate, "disabled_experts", gate.disabled_experts)
-            gate.disabled_experts = disabled
+        for layer, disabled in chosen:
+            for gate in _gates(layer) or [layer.router]:
+                stack.enter_context(_attribute(gate, "disabled_experts", disabled))
+            if not _gates(layer):
+                stack.enter_context(_masked_router(layer, disabled))
         yield
 
 
@@ -262,6 +272,70 @@ class _Replay:
         return self.routings[self.used - 1]
 
 
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """`value` in the place of what the instance has by this name, or of nothing."""
+    had, before = name in vars(module), vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before) if had else delattr(module, name)
+
+
+@contextmanager
+def _masked_router(layer: MixtureLayer, disabled_E: torch.Tensor) -> Iterator[None]:
+    """The router of a stock mixture without these experts."""
+    forward = layer.router.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        with _MaskedLogits(layer.router, disabled_E) as mode:
+            output = forward(*args, **kwargs)
+        if not mode.met:
+            raise ValueError(
+                f"`experts` cannot be disabled: `{layer.name}`, a `{type(layer.block).__name__}`, does not compute "
+                "its router logits by `torch.nn.functional.linear`."
+            )
+        return output
+
+    bias = None if layer.selection_bias is None else layer.selection_bias.data  # of shape (E,) or (1, E)
+    before = None if bias is None else bias.clone()
+    with _attribute(layer.router, "forward", masked):
+        try:
+            if bias is not None:
+                bias[..., disabled_E.to(bias.device)] = -torch.inf
+            yield
+        finally:
+            if bias is not None:
+                bias.copy_(before)
+
+
+class _MaskedLogits(TorchFunctionMode):
+    """Inside a router's forward, the logits of disabled experts are the lowest number of their dtype."""
+
+    def __init__(self, router: nn.Module, disabled_E: torch.Tensor):
+        super().__init__()
+        self.router, self.disabled, self.met = router, disabled_E, False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear or not self._makes_logits(args[1]):
+            return output
+        self.met = True
+        others = output.shape[-1] - len(self.disabled)  # shared experts that the router weighs too (Inkling)
+        mask = nn.functional.pad(self.disabled.to(output.device), (0, others))
+        return output.masked_fill(mask, torch.finfo(output.dtype).min)
+
+    def _makes_logits(self, weight: torch.Tensor) -> bool:
+        """Whether it is the router's weight or computed from that (a cast, an adapter), and no adapter's own."""
+        rows = [parameter for parameter in self.router.parameters() if parameter.dim() == 2]
+        own = next((p for p in rows if len(p) == len(self.disabled)), None)
+        own = next((p for p in rows if len(p) > len(self.disabled)), None) if own is None else own
+        return own is not None and (
+            weight is own or (weight.shape == own.shape and not isinstance(weight, nn.Parameter))
+        )
+
+
 def _own_layers(model: nn.Module, switch: str) -> list[MixtureLayer]:
     layers = find_mixture_layers(model)
     for layer in layers:
@@ -271,6 +345,13 @@ def _own_layers(model: nn.Module, switch: str) -> list[MixtureLayer]:
                 "`import_stock` makes such a mixture of a stock checkpoint."
             )
     return layers
+
+
+def _is_hash(layer: MixtureLayer) -> bool:
+    """Whether the token's id chooses: ours, or a stock router that is called with the ids (DeepSeek-V4)."""
+    if gates := _gates(layer):
+        return any(isinstance(gate, SparseMoeHashRouter) for gate in gates)
+    return "input_ids" in inspect.signature(without_wrapper(layer.router).forward).parameters
 
 
 def _gates(layer: MixtureLayer) -> list[Any]:
@@ -289,7 +370,7 @@ def _counts_loads(module: nn.Module, name: str) -> bool:
 
 
 def _disabled(layer: MixtureLayer) -> torch.Tensor:
-    for gate in _gates(layer):
+    for gate in (*_gates(layer), layer.router):
         if getattr(gate, "disabled_experts", None) is not None:
             return gate.disabled_experts
     device = next((parameter.device for parameter in layer.router.parameters()), None)
