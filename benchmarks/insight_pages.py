@@ -73,10 +73,10 @@ def main() -> None:
     if not (folder / "stock").is_dir():
         export(folder / "mixture", folder / "stock")
     files = [f"--data={path}" for path in sorted((Path(options.data) / "valid").glob("*.jsonl.gz"))]
-    common = [*files, "--group-by=domain", "--max-texts=120", "--max-length=96", "--batch-size=24"]
+    common = [*files, "--group-by=domain", "--max-texts=120", "--max-length=96", "--batch-size=24", "--ablate"]
     run = f"--checkpoints={folder / 'run'}"
     for arguments in (
-        [str(folder / "mixture"), *common, run, "--ablate", f"--output={folder / 'mixture.html'}"],
+        [str(folder / "mixture"), *common, run, f"--output={folder / 'mixture.html'}"],
         [str(folder / "stock"), *common, f"--output={folder / 'stock.html'}"],
     ):
         app(["look", *arguments], standalone_mode=False)
