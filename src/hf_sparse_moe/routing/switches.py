@@ -298,16 +298,13 @@ def _masked_router(layer: MixtureLayer, disabled_E: torch.Tensor) -> Iterator[No
             )
         return output
 
-    bias = None if layer.selection_bias is None else layer.selection_bias.data  # of shape (E,) or (1, E)
-    before = None if bias is None else bias.clone()
-    with _attribute(layer.router, "forward", masked):
-        try:
-            if bias is not None:
-                bias[..., disabled_E.to(bias.device)] = -torch.inf
-            yield
-        finally:
-            if bias is not None:
-                bias.copy_(before)
+    with ExitStack() as stack:
+        stack.enter_context(_attribute(layer.router, "forward", masked))
+        if layer.selection_bias is not None:
+            bias = layer.selection_bias.data  # of shape (E,) or (1, E)
+            stack.callback(bias.copy_, bias.clone())
+            bias[..., disabled_E.to(bias.device)] = -torch.inf
+        yield
 
 
 class _MaskedLogits(TorchFunctionMode):
