@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ class Skipped:
 
 @contextmanager
 def skip_experts(
-    model: nn.Module, beta: float | str, batches: Iterable[Mapping[str, Any]] | None = None
+    model: nn.Module, beta: float | Sequence[float] | str, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> Iterator[Skipped]:
     """
     Leave out, token by token, each expert whose weight is below `beta` times that of the token's best expert.
@@ -50,8 +50,9 @@ def skip_experts(
 
     Args:
         model (`nn.Module`): A mixture of this package or of transformers.
-        beta (`float` or `str`): From 0, which skips nothing, to 1, which leaves the best expert alone; or `"median"`:
-            of each layer the median ratio of the second weight to the first, so that half of the tokens skip theirs.
+        beta (`float`, `list[float]` or `str`): From 0, which skips nothing, to 1, which leaves the best expert alone,
+            one for all sparse layers or one for each; or `"median"`: of each layer the median ratio of the second
+            weight to the first, so that half of the tokens skip theirs.
         batches (`Iterable`, *optional*): Model inputs to measure the median on.
 
     Returns:
@@ -84,11 +85,10 @@ def skip_experts(
     if beta == "median":
         if batches is None:
             raise ValueError('`beta="median"` is measured: pass `batches`, model inputs of the text to come.')
-        betas = _median_ratios(model, layers, batches)
-    elif isinstance(beta, int | float) and 0 <= beta <= 1:
-        betas = [float(beta)] * len(layers)
-    else:
-        raise ValueError(f'`beta={beta!r}` is not allowed: it must be from 0 to 1, or "median".')
+        beta = _median_ratios(model, layers, batches)
+    betas = [beta] * len(layers) if isinstance(beta, int | float) else list(beta)
+    if len(betas) != len(layers) or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in betas):
+        raise ValueError(f'`beta={beta!r}` is not allowed: it must be from 0 to 1, one a layer, or "median".')
     skipped = Skipped(tuple(betas))
     with ExitStack() as stack:
         for layer, limit in zip(layers, betas, strict=True):
