@@ -43,7 +43,7 @@ ARM, SEED, RATE = "M2", 0, 0.004  # the rate that benchmarks/quality.py chose
 SEEDS, KEPT, OF = 5, (6, 4, 2), 8
 PRUNING, MERGING = ("reap", "ean", "frequency", "naee", "random"), ("hc", "m-smoe", "ream")
 CALIBRATION_ROWS, TEST_ROWS = 64, 16  # windows of 128 tokens; the second of each domain
-HEALING_STEPS, HEALING_ROWS, HEALING_RATE, RANK = 100, 8, 2e-3, 8
+HEALING_STEPS, HEALING_ROWS, HEALING_RATE, RANK = 100, 4, 2e-3, 8
 BETAS = (0.25, 0.5, 0.75, "median")
 
 # What is expected, written before the first run: the sign of the first loss minus the second, at a share of experts
@@ -165,8 +165,11 @@ class Surgery:
         for domain in self.domains:
             yield from (case(method, 4, 0, domain=domain) for method in ("reap", "hc"))
 
-    def run(self) -> None:
+    def run(self, methods: list[str] | None) -> None:
+        """All cases, or those of some methods."""
         for told, make in self.cases():
+            if methods is not None and told["method"].split()[0] not in methods:
+                continue
             name = "-".join(str(value).replace(" ", "_") for value in told.values())
             path = self.output / f"{name}.json"
             if path.is_file():
@@ -347,13 +350,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--output", type=Path, default=RESULTS / "surgery")
+    parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--page", action="store_true", help="write the tables and the picture of docs/surgery.md")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if not options.page:
-        Surgery(options.cache, options.data, options.output).run()
+        Surgery(options.cache, options.data, options.output).run(options.methods)
         return
     page, results = HERE.parent / "docs" / "surgery.md", Results(options.output)
     before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- results -->\n")

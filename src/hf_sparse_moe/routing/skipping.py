@@ -86,7 +86,7 @@ def skip_experts(
         if batches is None:
             raise ValueError('`beta="median"` is measured: pass `batches`, model inputs of the text to come.')
         beta = _median_ratios(model, layers, batches)
-    betas = [beta] * len(layers) if isinstance(beta, int | float) else list(beta)
+    betas: list[Any] = [beta] * len(layers) if isinstance(beta, int | float) else list(beta)
     if len(betas) != len(layers) or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in betas):
         raise ValueError(f'`beta={beta!r}` is not allowed: it must be from 0 to 1, one a layer, or "median".')
     skipped = Skipped(tuple(betas))
