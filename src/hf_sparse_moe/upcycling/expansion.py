@@ -1,16 +1,19 @@
-"""`expand`: a mixture with E experts becomes one with a multiple of E."""
+"""A mixture grows: `expand` gives it a multiple of its experts, `upcycle` of a mixture more sparse layers."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .conversion import load_mixture
-from .recipe import check_argument
+from .conversion import Conversion, LoadedTensors, Read, SparseLayer, load_mixture
+from .receipt import check_equality, output_difference
+from .recipe import Layers, Recipe, check_argument, layer_types
 
 
 @torch.no_grad()
@@ -63,3 +66,61 @@ def expand(
     asked_for = {"factor": factor, "seed": seed, "router_noise": router_noise}
     expanded.receipt = {"expanded": {**asked_for, "from": model.receipt}}
     return expanded
+
+
+@torch.no_grad()
+def upcycle_more_layers(model: SparseMoePreTrainedModel, layers: Layers, seed: int) -> SparseMoePreTrainedModel:
+    """
+    Copy the feed-forwards that are still dense in `layers` into experts, as many as the mixture's other layers have.
+    Raises a `ValueError` where there is none, and where experts are no whole feed-forwards.
+    """
+    recipe = Recipe("copy", seed, {})
+    config: Any = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        dense = model.dense_auto_class.from_config(config.dense_config, dtype=model.dtype)
+    before = [layer.block_path for layer, _ in sparse_feed_forwards(dense, config, model.family_side)]
+    every = copy.deepcopy(config)
+    for field in config._layer_type_fields:
+        setattr(every, field, None)
+    sides = [side for _, side in sparse_feed_forwards(dense, every, model.family_side)]
+    for field, side in config._layer_type_fields.items():
+        chosen = layers.get(side, "none") if isinstance(layers, dict) else layers
+        wanted, now = layer_types(chosen, sides.count(side)), getattr(config, field) or ["sparse"] * sides.count(side)
+        setattr(config, field, ["sparse" if "sparse" in pair else "dense" for pair in zip(wanted, now, strict=True)])
+    found = sparse_feed_forwards(dense, config, model.family_side)
+    new = [SparseLayer(place, *each) for place, each in enumerate(found) if each[0].block_path not in before]
+    if not new:
+        raise ValueError(f"`layers={layers!r}` names no dense layer: all of them are those of a mixture already.")
+    fields = {name: getattr(config, name) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    recipe.initialization.sizes(fields, new[0].feed_forward.intermediate_size, {})
+    if config.num_shared_experts:
+        raise ValueError("A mixture with shared experts gets no more sparse layers: copies have none.")
+    with torch.device("meta"):
+        sparse = type(model)._from_config(config, dtype=model.dtype)
+    conversion = Conversion(dense, sparse, recipe, {}, new, _Inside(LoadedTensors(model).reader()))
+    tied = model.all_tied_weights_keys
+    made = {key: tensor.clone() for key, tensor in model.state_dict().items() if key not in tied}
+    for layer in new:
+        for name in layer.sources:
+            del made[f"dense.{name}"]
+        for key, matrices in conversion.make(layer).items():
+            parts = [each[0 : each.shape[0]] for each in matrices] if isinstance(matrices, list) else matrices
+            made[key] = torch.stack(parts) if isinstance(parts, list) else parts
+    generation_config = getattr(model, "generation_config", None)
+    grown: Any = load_mixture(type(model), config, made, model.dtype, generation_config)
+    grown = grown.to(model.device)
+    equality = output_difference(model, grown)
+    check_equality(equality, recipe.initialization.is_exact(config), model.dtype)
+    named = [layer.block for layer in new]
+    grown.receipt = {"more_layers": {"layers": named, "seed": seed, "equality": equality, "from": model.receipt}}
+    return grown
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """The tensors of the dense model inside a mixture."""
+
+    read: Read
+
+    def reader(self, reuse: bool = False) -> Read:
+        return lambda *names: self.read(*(f"dense.{name}" for name in names))

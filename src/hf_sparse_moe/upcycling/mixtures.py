@@ -19,9 +19,11 @@ from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.loading import load_dense
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion
+from .expansion import upcycle_more_layers
 from .measuring import as_batches, inputs_of, labelled, task_losses
 from .receipt import describe_source, make_receipt, name_of
 from .recipe import Layers, check_dtype, make_recipe
@@ -84,8 +86,9 @@ def upcycle(
     memory, on disk and in shards.
 
     Args:
-        source (`PreTrainedModel`, `str` or `Path`): A dense text model, or the folder or Hub id of one. With
-            `method="branches"`, the model that the branches were fine-tuned from; optional.
+        source (`PreTrainedModel`, `str` or `Path`): A dense text model, or the folder or Hub id of one; or a mixture
+            in memory, whose dense `layers` become sparse too. With `method="branches"`, the model that the branches
+            were fine-tuned from; optional.
         num_experts (`int`, *optional*): Routed experts of a layer. Defaults to 8, or to the number of `sources`.
         num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
         method (`str`, defaults to `"copy"`): How the experts start: a key of `INITIALIZATION_METHODS`.
@@ -149,6 +152,13 @@ def upcycle(
         raise ValueError(f"`prompts` has {len(prompts)} entries for {len(sources)} `sources`. Give one each.")
     if source is None and method != "branches":
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
+    if isinstance(source, SparseMoePreTrainedModel):
+        asked = (num_experts, num_experts_per_tok, method, output, distributed_config, data, evaluation)
+        if asked != (None, 2, "copy", None, None, None, None) or sources or options_and_fields:
+            raise ValueError(
+                "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
+            )
+        return upcycle_more_layers(source, layers, seed)
     if output is not None and distributed_config is not None:
         raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
     if output is not None:
