@@ -33,6 +33,7 @@ from transformers.dynamic_module_utils import custom_object_save, get_relative_i
 from transformers.integrations import moe
 from transformers.loss import loss_utils
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -384,13 +385,27 @@ def test_torch_s_groups_of_processes_take_another_timeout():
     assert isinstance(distributed_c10d._world.pg_map, dict)
 
 
-def test_fsdp_makes_a_class_of_torch_s_own():
-    """Else `save_pretrained` no longer knows it, and its name stands in `auto_map`, its code beside the weights."""
-    module = nn.Linear(2, 2)
+def sharded_class(module: nn.Module) -> type[nn.Module]:
     distributed_c10d.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
-        wrapped = type(fully_shard(module, mesh=init_device_mesh("cpu", (1,))))
+        return type(fully_shard(module, mesh=init_device_mesh("cpu", (1,))))
     finally:
         distributed_c10d.destroy_process_group()
+
+
+def test_fsdp_makes_a_class_of_torch_s_own():
+    """Else `save_pretrained` no longer knows it, and its name stands in `auto_map`, its code beside the weights."""
+    wrapped = sharded_class(nn.Linear(2, 2))
     assert wrapped.__name__ == "FSDPLinear"
     assert wrapped.__module__.startswith("torch.")
+
+
+def test_trainer_does_not_know_a_causal_model_under_fsdp():
+    """Its label smoothing shifts no labels then, of a stock model as of ours: a sentence of docs/balance.md."""
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()" in inspect.getsource(Trainer.compute_loss)
+    model = MixtralForCausalLM(MixtralConfig(**TINY_MIXTRAL))
+    assert model._get_name() in known
+    sharded_class(model)
+    assert model._get_name() == "FSDPMixtralForCausalLM"
+    assert model._get_name() not in known

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,31 @@ def test_they_share_it_by_their_sequences_however_they_go_backward():
     for loss in apart:
         loss.backward()
     torch.testing.assert_close(gate_gradient(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_pass_that_is_not_used_has_no_share(family):
+    """Such as one of a metric, with gradients that nobody asks for."""
+    model = training_model(family)
+    inputs = without_labels(model, tiny_inputs(model))
+    model(**inputs).logits.square().mean().backward()
+    expected = gate_gradient(model)
+    model(**inputs)
+    loss = model(**inputs).logits.square().mean()
+    model(**inputs).logits.argmax(dim=-1)
+    loss.backward()
+    torch.testing.assert_close(gate_gradient(model), expected)
+
+
+def test_a_model_that_was_run_can_be_pickled():
+    model = training_model("decoder")
+    inputs = without_labels(model, tiny_inputs(model))
+    outputs = model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.optimizer_step.settings is again.config
+    torch.testing.assert_close(again(**inputs).logits, outputs.logits)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

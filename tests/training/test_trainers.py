@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from sentence_transformers.sentence_transformer import losses
 
-from outside_trainers import ROWS, TRAINERS, VARIANTS, Run, gradients_of_a_rank, sentences, stock_mixture
+from outside_trainers import ROWS, SIZES, TRAINERS, VARIANTS, Run, gradients_of_a_rank, sentences, stock_mixture
 from processes import in_processes
 
 
@@ -42,6 +43,24 @@ def test_the_balance_loss_reaches_the_routers(trainer, family, variant, tmp_path
     make = TRAINERS[trainer, family]
     without, balanced = (Run(tmp_path / str(c), c, variant).gradient(make) for c in (0.0, 1.0))
     assert (balanced - without).norm() > 1e-3
+
+
+@pytest.mark.parametrize("trainer", ["`DPOTrainer`", "`KTOTrainer`"])
+@pytest.mark.parametrize("kind", ["stock", "mixture"])
+def test_a_reference_model_is_loaded_by_name_as_a_stock_model_s_is(kind, trainer, tmp_path):
+    """One in memory has none, and TRL wants `ref_model=`; one from a folder needs nothing."""
+    run = Run(tmp_path, 1.0, "from `upcycle`")
+    model = run.model() if kind == "mixture" else hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, num_key_value_heads=2))
+    run.reference = dict
+    run.model = lambda: model
+    with pytest.raises(OSError, match="Repo id"):
+        TRAINERS[trainer, "decoder"](run)
+    model.save_pretrained(tmp_path / "model")
+    run.model = lambda: hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    reference = TRAINERS[trainer, "decoder"](run).ref_model
+    assert type(reference) is type(model)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
 
 
 SPLIT = [("`SFTTrainer`", "decoder"), ("`DPOTrainer`", "decoder"), ("`MultipleNegativesRankingLoss`", "encoder")]

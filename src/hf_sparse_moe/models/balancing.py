@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -140,6 +143,16 @@ class BalanceSettings(Protocol):
     balance_scope: str
 
 
+class _ForwardPass:
+    """Its sequences and, from the first backward pass on, those of all passes of its loss."""
+
+    def __init__(self, num_sequences: int):
+        self.num_sequences, self.of_loss = num_sequences, 0
+
+
+_Passes = list[Callable[[], "_ForwardPass | None"]]
+
+
 class OptimizerStep:
     """
     What a mixture is told of the optimizer step under way. Trainer tells it by a callback ([`listen_to_trainers`]), a
@@ -162,37 +175,47 @@ class OptimizerStep:
         """Nothing is known of optimizer steps."""
         self.weight: float | None = None  # of a micro-batch
         self.earlier_LE: torch.Tensor | None = None  # of this step's micro-batches, all ranks
-        # The sequences of each forward pass: that waits for a backward pass; that ran without gradients; and that a
-        # loss which embeds in parts runs again, within the backward pass of this number.
-        self._waiting: list[int] = []
-        self._without_grad: list[int] = []
-        self._repeated: tuple[int, list[int]] = (-1, [])
+        # Where to find each forward pass: that waits for a backward pass; that ran without gradients; and that a loss
+        # which embeds in parts runs again, within the backward pass of this number.
+        self._waiting: _Passes = []
+        self._without_grad: _Passes = []
+        self._repeated: tuple[int, _Passes] = (-1, [])
         self._was_used = False
+
+    def __reduce__(self) -> tuple:
+        return OptimizerStep, (self.settings,)  # a copy of the model waits for no backward pass
 
     def start(self, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """The next micro-batch is the first of `micro_batches`, whose loss is multiplied by `loss_scale`."""
         self.weight, self.earlier_LE = loss_scale / micro_batches, None
         self._waiting, self._without_grad = [], []
 
-    def join(self, num_sequences: int) -> list[int]:
+    def join(self, num_sequences: int) -> Callable[[], float]:
         """
-        Called in a forward pass: the sequences of each of those that share one weight with it. A contrastive loss has
-        several; one that embeds in parts (GradCache) runs them without gradients first, and again in backward.
+        Called in a forward pass, it returns what tells its backward pass the weight, a share of that of the loss. A
+        contrastive loss has several passes; one that embeds in parts (GradCache) runs them without gradients first,
+        and again in backward. A pass whose graph is gone by then was of no loss.
         """
-        backward = torch._C._current_graph_task_id()
-        if torch.is_grad_enabled() and backward != -1:
-            if backward != self._repeated[0]:
-                self._repeated, self._without_grad = (backward, self._without_grad), []
-            return self._repeated[1]
-        together = self._waiting if torch.is_grad_enabled() else self._without_grad
-        together.append(num_sequences)
-        return together
+        this, backward = _ForwardPass(num_sequences), torch._C._current_graph_task_id()
+        if not torch.is_grad_enabled():
+            self._without_grad.append(lambda: this)
+            return partial(self._share, this, self._without_grad)
+        if backward == -1:
+            self._waiting.append(weakref.ref(this))
+            return partial(self._share, this, self._waiting)
+        if backward != self._repeated[0]:
+            self._repeated, self._without_grad = (backward, self._without_grad), []
+        return partial(self._share, this, self._repeated[1])
 
-    def share(self, num_sequences: int, together: list[int]) -> float:
-        """Called in a backward pass: the weight of a forward pass among those `together` with it."""
+    def _share(self, this: _ForwardPass, together: _Passes) -> float:
         if together is self._waiting:  # those to come are of another loss
             self._waiting, self._without_grad = [], []
-        return (1.0 if self.weight is None else self.weight) * num_sequences / (sum(together) or num_sequences)
+        if not this.of_loss:
+            living = [one for find in together if (one := find()) is not None]
+            total = sum(one.num_sequences for one in living) or this.num_sequences
+            for one in (this, *living):
+                one.of_loss = total
+        return (1.0 if self.weight is None else self.weight) * this.num_sequences / this.of_loss
 
     def global_losses(
         self,

@@ -207,7 +207,7 @@ class BalanceLosses:
         known = {id(tensor) for tensor in self._carrying}
         tensors = {id(tensor): tensor for tensor in _trained_tensors(outputs) if id(tensor) not in known}
         if self._share is None:
-            self._share = partial(step.share, self._num_sequences, step.join(self._num_sequences))
+            self._share = step.join(self._num_sequences)
         if not tensors or not any(part.requires_grad for part in parts):
             return outputs
         weights = self._weights if step.weight is None else self._coefficients[: len(parts)]
