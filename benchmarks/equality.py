@@ -47,7 +47,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from recipe.launch import check_engine, join_deepspeed
 
 
-STEPS, QUICK_STEPS, SEQUENCES, VOCABULARY = 20, 5, 8, 96
+STEPS, QUICK_STEPS, SEQUENCES, VOCABULARY = 20, 3, 8, 96
 ROOT = Path(__file__).parents[1]
 PATIENCE = 1800.0  # seconds for the trainings of one engine
 # Ranks are forked from a process that has imported these and started no thread, so that it alone pays for the imports.

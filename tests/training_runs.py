@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
+
+from processes import run_script
 
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -29,13 +31,20 @@ def command_line(arguments: dict) -> list[str]:
     return line
 
 
-def run_recipe(script: str, *line: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    """A recipe in a process of its own, as a person runs it; `line` as from [`command_line`], or one file."""
+def run_recipe(script: str, *line: str) -> str:
+    """A recipe as the main script of a process of its own, forked from one that has imported torch; its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        code, output = run_script(TRAINING / script, line, Path(folder) / "output")
+    assert code == 0, output[-4000:]
+    return output
+
+
+def launch_recipe(script: str, *line: str, launcher: tuple[str, ...]) -> None:
+    """A recipe as a person launches it on several processes; `line` as from [`command_line`], or one file."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*launcher, str(TRAINING / script), *line]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
-    return result
 
 
 def results(folder: Path) -> dict:

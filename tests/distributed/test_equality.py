@@ -27,7 +27,8 @@ needs_deepspeed = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("engines", "processes"),
     [
-        pytest.param(["ddp", "fsdp2", "fsdp2_native", "ep2"], 2, id="torch"),
+        pytest.param(["ddp", "fsdp2", "ep2"], 2, id="torch"),
+        pytest.param(["fsdp2_native"], 2, id="fsdp2_native", marks=pytest.mark.conformance),
         pytest.param(["zero2", "zero3"], 2, id="deepspeed", marks=needs_deepspeed),
         pytest.param(["ep4", "tp"], 4, id="four_processes", marks=pytest.mark.conformance),
     ],

@@ -7,7 +7,6 @@ from tiny_models import BACKBONES, FAMILIES, tiny_inputs, tiny_sparse
 
 
 ONE_A_FAMILY = [names[0] for names in FAMILIES.values()]
-OTHERS = [name for name in BACKBONES if name not in ONE_A_FAMILY]
 # One layer, since tracing takes seconds a layer; no dropout, since compiled code draws other masks.
 SMALL = {
     "bert": {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -59,22 +58,27 @@ def assert_training_step_is_the_same(name: str, backend: str) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_evaluation(name):
-    assert_evaluation_is_the_same(name, "grouped_mm")
-
-
-@pytest.mark.conformance
+# The graph of a training step holds that of an evaluation: one family is evaluated here, the others take a step.
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "grouped_mm") for name in OTHERS), *((name, "batched_mm") for name in ONE_A_FAMILY)],
+    [
+        ("bert", "grouped_mm"),
+        *(
+            pytest.param(name, implementation, marks=pytest.mark.conformance)
+            for implementation, names in (("grouped_mm", BACKBONES), ("batched_mm", ONE_A_FAMILY))
+            for name in names
+            if (name, implementation) != ("bert", "grouped_mm")
+        ),
+    ],
 )
-def test_evaluation_on_other_architectures_and_backends(name, implementation):
+def test_evaluation(name, implementation):
     assert_evaluation_is_the_same(name, implementation)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.conformance) if name == "bert" else name for name in ONE_A_FAMILY]
+)
 def test_training_step(name):
     assert_training_step_is_the_same(name, "aot_eager")
 

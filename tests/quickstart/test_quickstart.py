@@ -169,8 +169,9 @@ def test_training_keeps_the_order(tmp_path):
 @pytest.mark.needs_data("stories260k", "domains")
 def test_real_checkpoint_on_real_domains(data_dir, tmp_path):
     out = tmp_path / "out"
+    few = ("--steps", 5, "--adapter-steps", 2, "--batch-size", 8, "--sequence-length", 32)
     arguments = ("--model", data_dir / "stories260k" / "hf", "--data", data_dir / "domains", "--output", out)
-    finished = run_cli("quickstart", *arguments, "--steps", 5, "--adapter-steps", 2, "--batch-size", 8)
+    finished = run_cli("quickstart", *arguments, *few)
     assert finished.code == 0, finished.err
     domains = json.loads((out / "report.json").read_text())["held_out_loss"]["mixture"]
     assert len(domains) == 10

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse_moe import upcycle
-from training_runs import TRAINING, command_line, results, run_recipe
+from training_runs import TRAINING, command_line, launch_recipe, results
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -47,7 +47,7 @@ def test_seq2seq_generates_and_writes_its_card(engine, wrapper, checkpoints, fil
         **engine,
     }
     line = command_line(arguments)
-    run_recipe("run_seq2seq.py", *line, launcher=(*TORCHRUN, PROBE, str(tmp_path / "facts.json")))
+    launch_recipe("run_seq2seq.py", *line, launcher=(*TORCHRUN, PROBE, str(tmp_path / "facts.json")))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["world_size"] == 2
     assert facts["wrapper"].startswith(wrapper)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import hf_sparse_moe
-from training_runs import COMMON, TRAINING, command_line, history, results, run_recipe
+from training_runs import COMMON, TRAINING, command_line, history, launch_recipe, results, run_recipe
 
 
 PROBE = Path(__file__).with_name("launch_probe.py")
@@ -82,8 +82,8 @@ def test_the_best_model_is_reloaded_whole(causal_run):
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(causal_run, tmp_path):
     whole, resumed = causal_run["output_dir"], tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")  # all that an interruption leaves
-    result = run_recipe("run_clm.py", *command_line({**causal_run, "output_dir": resumed}))
-    assert "Going on from" in result.stderr
+    output = run_recipe("run_clm.py", *command_line({**causal_run, "output_dir": resumed}))
+    assert "Going on from" in output
     expected, found = (load_file(folder / "checkpoint-10" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     timing = ("runtime", "per_second", "train_loss", "total_flos")
@@ -199,7 +199,7 @@ def test_two_processes_lose_what_one_loses(checkpoints, files, call_recipe, tmp_
         "0",
     )
     line = command_line({**arguments, "output_dir": tmp_path / "two"})
-    run_recipe("run_clm.py", *line, launcher=(*launcher, str(PROBE), str(tmp_path / "facts.json")))
+    launch_recipe("run_clm.py", *line, launcher=(*launcher, str(PROBE), str(tmp_path / "facts.json")))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts == {"world_size": 2, "wrapper": "DistributedDataParallel"}
     call_recipe("run_clm.py", **arguments, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
