@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config, read_mixture_config
 from hf_sparse_moe.checkpoints.files import copy_own, read_json
-from hf_sparse_moe.checkpoints.folder import check_target, new_folder
+from hf_sparse_moe.checkpoints.folder import check_target, write_description
+from hf_sparse_moe.checkpoints.journal import written_shards
 from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.checkpoints.reader import loaded_dtypes
 from hf_sparse_moe.checkpoints.writer import ShardWriter
@@ -95,16 +97,19 @@ def consolidate(
     outputs = {key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta") for key, tensor in tensors.items()}
     parameters = sum(tensor.numel() for tensor in outputs.values())
     size = sum(tensor.nbytes for tensor in outputs.values())
-    with new_folder(output, needed_bytes=size) as folder:
-        _describe(model, described, folder)
-        writer = ShardWriter(folder, outputs, max_shard_size)
-        try:
-            for shard in writer.shards.values():
-                for key in shard.begins:
-                    writer.write(key, tensors[key].read().to(dtypes[key]))
-            writer.close()
-        finally:
-            writer.abandon()
+
+    def write(writer: ShardWriter) -> Generator[int]:
+        for shard in writer.shards.values():
+            for key in shard.begins:
+                yield writer.write(key, tensors[key].read().to(dtypes[key]))
+
+    if model.can_generate() and (generation := read_generation_config(described)):
+        model.generation_config = generation
+    model.receipt = read_json(described / RECEIPT_NAME, optional=True) or None
+    with written_shards(output, outputs, write, None, {}, max_shard_size) as (folder, _):
+        write_description(model, folder)
+        copy_companions(described, folder)
+        copy_own(described, folder, _BESIDE)
         # The title of the card: the folder's name in letters that the Hub allows.
         name = re.sub(r"[^0-9A-Za-z]+", "-", Path(output).resolve().name)[:96].strip("-")
         write_model_card(folder, name or "mixture")
@@ -135,14 +140,3 @@ def _set_dtype(
         dtypes = loaded_dtypes(model, wanted)
     model.config.dtype = model.config.dense_config.dtype = wanted
     return dtypes
-
-
-def _describe(model: SparseMoePreTrainedModel, described: Path, folder: Path) -> None:
-    """Write all but the weights: config, code, receipt, tokenizer, and what the card is made from."""
-    if model.can_generate() and (generation := read_generation_config(described)):
-        model.generation_config = generation
-    model.receipt = read_json(described / RECEIPT_NAME, optional=True) or None
-    model.save_pretrained(folder, state_dict={})
-    (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-    copy_companions(described, folder)
-    copy_own(described, folder, _BESIDE)
