@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
-from hf_sparse_moe.experts.segment_mm import run_segments
+from hf_sparse_moe.experts.segment_mm import compute_dtype, run_segments, unsupported
 from hf_sparse_moe.experts.segments import Segment, Segments
 
 from .expert_modules import first_projection
@@ -83,14 +83,12 @@ def low_rank_experts(
         `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`. Under autocast experts and adapters compute
         in its dtype, otherwise in that of the weights.
     """
-    device, dtype = hidden_states.device.type, experts.down_proj.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and not torch.compiler.is_compiling() and not experts.has_post_expert_norm:
+    if unsupported(experts, hidden_states) is None:
         drops = any(adapter.dropout for adapter in (*up, *down))
         adapters = _Adapters(up, down, seed=int(torch.randint(2**62, ()).item()) if drops else 0)
         return run_segments(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(experts.down_proj)
+    with torch.autocast(hidden_states.device.type, enabled=False):
         return grouped_low_rank_experts(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
 
 

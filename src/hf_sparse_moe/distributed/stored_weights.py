@@ -149,13 +149,9 @@ def check_same_model(model: Any, checkpoint: str | Path) -> None:
 
 def _safetensors(paths: list[Path]) -> dict[str, StoredTensor]:
     files = TensorFiles(paths)
-
-    def read(name: str) -> torch.Tensor:
-        size = prod(files.shape(name)) * files.dtype(name).itemsize
-        return files.read(name, files.dtype(name), torch.empty(size, dtype=torch.uint8))
-
     return {
-        name: StoredTensor(tuple(files.shape(name)), files.dtype(name), partial(read, name)) for name in files.names
+        name: StoredTensor(tuple(files.shape(name)), files.dtype(name), partial(files.read, name))
+        for name in files.names
     }
 
 

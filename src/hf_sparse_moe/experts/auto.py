@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from .segment_mm import compute_dtype, segment_mm_experts_forward
+from .segment_mm import compute_dtype, segment_mm_experts_forward, unsupported
 from .segments import require_experts
 
 
@@ -27,8 +27,7 @@ def auto_experts_forward(
     benchmarks/generate.py). Takes what [`segment_mm_experts_forward`] takes.
     """
     arguments = (self, hidden_states, top_k_index, top_k_weights)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if hidden_states.device.type != "cpu" or traced or self.has_post_expert_norm:
+    if unsupported(self, hidden_states) is not None:
         return grouped_mm_experts_forward(*arguments)
     # In training, a reentrant checkpoint runs without gradients first, and has to draw the same dropout later.
     if self.training or not _few_rows_suit_grouped_mm(self, top_k_index):

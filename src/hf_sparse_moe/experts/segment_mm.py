@@ -53,7 +53,7 @@ def segment_mm_recompute_experts_forward(
 
 
 def _forward(self, hidden_states, top_k_index, top_k_weights, recompute: bool = False) -> torch.Tensor:
-    if (reason := _unsupported(self, hidden_states)) is not None:
+    if (reason := unsupported(self, hidden_states)) is not None:
         if not torch.compiler.is_compiling():
             logger.warning_once(f"`segment_mm` does not run {reason}: these experts run with `grouped_mm`.")
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -89,7 +89,8 @@ def run_segments(
         return _SegmentedExperts.apply(call, *arguments) if learns else call.forward(*arguments)[0]
 
 
-def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
+def unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
+    """What keeps [`run_segments`] from running, in words; None where nothing does."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "while being traced"
     if hidden_states.device.type != "cpu":
@@ -99,8 +100,9 @@ def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """What autocast would choose for a product with this weight: it leaves float64 alone."""
-    if torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return weight.dtype
 
 
