@@ -232,7 +232,7 @@ def interrupted(dense, tmp_path, monkeypatch):
     folder, target = dense("llama"), tmp_path / "out"
 
     def interrupt():
-        monkeypatch.setattr("hf_sparse_moe.checkpoints.folder.copy_companions", stop)
+        monkeypatch.setattr("hf_sparse_moe.upcycling.streaming.copy_companions", stop)
         with pytest.raises(KeyboardInterrupt):
             upcycle(folder, 4, output=target, max_shard_size="20KB")
         monkeypatch.undo()
