@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
 import torch
@@ -75,6 +75,7 @@ def _main(script: Path, line: Sequence[str], output: Path) -> None:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     gc.freeze()
+    current_process().name = "MainProcess"  # by which libraries tell a script from a worker
     sys.argv, sys.path[:0] = [str(script), *line], [str(script.parent)]
     runpy.run_path(str(script), run_name="__main__")
 
