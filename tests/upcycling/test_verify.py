@@ -117,3 +117,12 @@ def test_nothing_to_verify(dense, mixture, tmp_path):
     (mixture / "receipt.json").unlink()
     with pytest.raises(ValueError, match="no receipt"):
         verify(mixture, dense)
+
+
+def test_a_mixture_with_missing_weights_is_refused(dense, mixture):
+    """`from_pretrained` would draw them at random, and the promise would seem broken."""
+    state = load_file(mixture / "model.safetensors")
+    state.pop(next(key for key in state if "experts" in key))
+    save_file(state, mixture / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="`mixture` lacks weights that `SparseMoeDecoderForCausalLM` needs"):
+        verify(mixture, dense)
