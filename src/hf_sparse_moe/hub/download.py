@@ -6,14 +6,13 @@ import glob
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from hf_sparse_moe.checkpoints.folder import check_free_space, check_target, new_folder
 
@@ -77,21 +76,16 @@ def pull(
     with raise_hub_error(repo_id, revision):
         check_target(output)
         head = read_head(repo_id, revision, token)
-        commit, files = str(head.sha), head.siblings or ()
-        sizes = {file.rfilename: file.size or 0 for file in files}
-        hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in files}
-        wanted = _wanted(hashes, repo_id)
+        commit, sizes = str(head.sha), {file.rfilename: file.size or 0 for file in head.siblings or ()}
+        wanted = _wanted(sizes, repo_id)
         with new_folder(output, journal={"pull": repo_id}, keep_failed=True) as folder:
             check_free_space(folder, sum(sizes[name] for name in wanted if not (folder / name).is_file()), output)
             with warnings.catch_warnings(action="ignore"):  # of a full disk, which is an error of ours
                 patterns = [glob.escape(name) for name in wanted]
                 snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=patterns, token=token)
-            _remove_damaged({folder / name: hashes[name] for name in wanted}, repo_id)
+            _check_hashes(folder, wanted, repo_id, commit, token)
             shutil.rmtree(folder / CLIENT_FOLDER, ignore_errors=True)
-            for path in folder.rglob("*"):  # of another commit, which an earlier call fetched
-                if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
-                    path.unlink()
-    return PullReport(Path(output), commit, wanted, sorted(filter(is_pickle, hashes)))
+    return PullReport(Path(output), commit, wanted, sorted(filter(is_pickle, sizes)))
 
 
 def read_head(repo_id: str, revision: str | None, token: bool | str | None) -> ModelInfo:
@@ -117,19 +111,16 @@ def _wanted(names: Collection[str], repo_id: str) -> list[str]:
     return sorted(name for name in names if not is_pickle(name) and name not in (".gitattributes", ".gitignore"))
 
 
-def _remove_damaged(hashes: Mapping[Path, str], repo_id: str) -> None:
-    """Remove the files without the hash that was announced; a [`HubUnavailableError`] where there are any."""
-    damaged = [path for path, announced in hashes.items() if not _has_hash(path, announced)]
-    for path in damaged:
-        path.unlink()
+def _check_hashes(folder: Path, wanted: list[str], repo_id: str, commit: str, token: bool | str | None) -> None:
+    """Remove what is not of the commit; a [`HubUnavailableError`] for a file without the hash that the Hub names."""
+    verify = partial(HfApi(token=token).verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
+    verified = retried(verify)
+    damaged = [mismatch["path"] for mismatch in verified.mismatches]
+    damaged += sorted({*wanted} & {*verified.missing_paths, *verified.extra_paths})
+    for name in (*damaged, *verified.extra_paths):  # an earlier call may have fetched another commit
+        (folder / name).unlink(missing_ok=True)
     if damaged:
         raise HubUnavailableError(
-            f"`{damaged[0].name}` of `{repo_id}` arrived damaged: its hash is not the one that the Hub announces. "
+            f"`{damaged[0]}` of `{repo_id}` arrived damaged: its hash is not the one that the Hub announces. "
             "It was removed. Run the same command again."
         )
-
-
-def _has_hash(path: Path, announced: str) -> bool:
-    """Whether a file is as announced: by the sha256 of a large one, by git's hash of another."""
-    with path.open("rb") as file:
-        return announced == (sha_fileobj(file).hex() if len(announced) == 64 else git_hash(file.read()))
