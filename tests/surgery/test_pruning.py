@@ -107,6 +107,12 @@ def test_from_disk_to_disk(name, tmp_path):
     assert loaded.receipt == report.receipt
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_mixtures(name):
+    model, inputs = stock(name)
+    assert_cut(model, prune_experts(model, drop=DROPPED), DROPPED, inputs)
+
+
 def test_stock_checkpoints_load_without_this_package(tmp_path):
     """As transformers stores them, expert by expert in most, and as it has them in memory."""
     jobs, expected = {}, {}
@@ -152,6 +158,7 @@ def test_killed_and_resumed(tmp_path):
 
 
 BAD = {
+    "no measurements": ({"keep": 3}, "`method='reap'` needs `measured`"),
     "both": ({"keep": 3, "drop": [0]}, "either `keep`"),
     "neither": ({}, "either `keep`"),
     "method": ({"keep": 3, "method": "best"}, "`method='best'` is not allowed"),

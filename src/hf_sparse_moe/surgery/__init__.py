@@ -1,8 +1,9 @@
-"""Smaller mixtures, and the way back to a dense model."""
+"""Mixtures with other experts: measured, pruned, merged; and the way back to a dense model."""
 
 from .densifying import DenseReport, to_dense
+from .measuring import ExpertMeasurements, measure_experts
 from .pruning import prune_experts
 from .rewriting import SurgeryReport
 
 
-__all__ = ["DenseReport", "SurgeryReport", "prune_experts", "to_dense"]
+__all__ = ["DenseReport", "ExpertMeasurements", "SurgeryReport", "measure_experts", "prune_experts", "to_dense"]

@@ -37,6 +37,7 @@ from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
+from .measuring import ExpertMeasurements
 
 
 METHODS = ("mean", "best", "merge")
@@ -274,7 +275,11 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
             sparse.generation_config = read_generation_config(source.folder) or sparse.generation_config
         tensors = DenseTensors(source, sparse, dtype)
     dense, layers = _empty_dense(sparse, dtype)
-    salience = None if measured is None else measured.salience("reap", layers)
+    salience = (
+        None
+        if measured is None
+        else ExpertMeasurements.of(measured).salience("reap", [layer.block for layer in layers])
+    )
     return _Plan(sparse, dense, layers, tensors, method, salience, dtype)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,40 @@ from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
-from hf_sparse_moe.models.routers import SparseMoeHashRouter
+from hf_sparse_moe.models.routers import (
+    SparseMoeExpertChoiceRouter,
+    SparseMoeHashRouter,
+    mask_lower_groups,
+    router_scores,
+)
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
+from .measuring import MOST_PAIRED_EXPERTS, ExpertMeasurements, LayerMeasurements
 from .rewriting import (
     ExpertRows,
     Mixture,
     open_mixture,
     rewrite_in_memory,
     rewrite_on_disk,
+    router_tensors,
     save_rewritten,
 )
 
 
 logger = logging.get_logger(__name__)
 
-METHODS = ("random",)
+METHODS = ("reap", "ean", "frequency", "random", "naee")
+MOST_SUBSETS = 20_000  # of the experts of a layer, that `method="naee"` tries
 Keep = int | float | Mapping[int, int | float]
 
 
 def prune_experts(
     source: PreTrainedModel | str | Path,
+    measured: ExpertMeasurements | str | Path | None = None,
     keep: Keep | None = None,
     drop: Mapping[int, Sequence[int]] | Sequence[int] | None = None,
-    method: str = "random",
+    method: str = "reap",
     output: str | Path | None = None,
     seed: int = 0,
     *,
@@ -55,11 +66,16 @@ def prune_experts(
 
     Args:
         source (`PreTrainedModel`, `str` or `Path`): A mixture, which is left as it is, or the folder or Hub id of one.
+        measured ([`ExpertMeasurements`], `str` or `Path`, *optional*): What [`measure_experts`] found, or its file, by
+            which all methods but `"random"` choose.
         keep (`int`, `float` or `dict`, *optional*): How many experts of a layer stay, or which share of them, such as
             0.75; a `dict` says so for some layers, by their places from 0.
         drop (`dict` or `list[int]`, *optional*): Instead of `keep`, the experts to leave out, `{layer: [3, 7]}`, or
             the same of all layers.
-        method (`str`, defaults to `"random"`): Which experts stay.
+        method (`str`, defaults to `"reap"`): Which experts stay: those with the highest router-weighted norm of their
+            outputs (`"reap"`, arXiv 2510.13999), norm of their outputs (`"ean"`) or `"frequency"`; the subset that
+            changes the layer's output least on sampled tokens (`"naee"`, arXiv 2402.14800, of few experts); or any
+            (`"random"`).
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the mixture to,
             tensor by tensor where `source` is a folder or Hub id: neither mixture is then in memory.
         seed (`int`, defaults to 0): Of `method="random"`.
@@ -74,12 +90,14 @@ def prune_experts(
 
     Raises:
         ValueError: not a mixture, hash routing, an unknown layer, expert or method, more experts a token than stay,
-            groups of experts that lose different numbers, or numbers that the architecture cannot hold.
+            groups of experts that lose different numbers, numbers that the architecture cannot hold, or measurements
+            of another model.
         OSError: `output` is taken, or its disk is too small.
 
     Example:
         ```python
-        pruned = prune_experts(model, drop={0: [3, 7]})
+        measured = measure_experts(model, batches)
+        pruned = prune_experts(model, measured, keep=0.75)
         ```
     """
     if output is not None:
@@ -89,8 +107,12 @@ def prune_experts(
     if method not in METHODS:
         raise ValueError(f"`method={method!r}` is not allowed: it must be one of {METHODS}.")
 
+    if keep is not None and method != "random" and measured is None:
+        raise ValueError(f"`method={method!r}` needs `measured`: what `measure_experts` finds on some text.")
+    known = None if measured is None else ExpertMeasurements.of(measured)
+
     def cut(mixture: Mixture) -> tuple[dict[int, ExpertRows], dict[str, Any]]:
-        kept = _kept(mixture, keep, drop, method, seed)
+        kept = _kept(mixture, known, keep, drop, method, seed)
         chosen_by = "drop" if keep is None else method
         arguments = {"method": chosen_by, **({"seed": seed} if chosen_by == "random" else {})}
         told = {**arguments, "kept": {mixture.layers[place].name: ids for place, ids in kept.items()}}
@@ -141,7 +163,9 @@ def _bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _kept(mixture: Mixture, keep: Keep | None, drop: Any, method: str, seed: int) -> dict[int, list[int]]:
+def _kept(
+    mixture: Mixture, measured: ExpertMeasurements | None, keep: Keep | None, drop: Any, method: str, seed: int
+) -> dict[int, list[int]]:
     """The experts that stay in each layer that loses some, in their order."""
     layers = mixture.layers
     kept: dict[int, list[int]] = {}
@@ -159,7 +183,15 @@ def _kept(mixture: Mixture, keep: Keep | None, drop: Any, method: str, seed: int
     else:
         by_layer = keep if isinstance(keep, Mapping) else dict.fromkeys(range(len(layers)), keep)
         counts = {place: _count(_layer(layers, place, "keep"), place, wanted) for place, wanted in by_layer.items()}
-        kept = {place: _best(layers[place], place, count, seed) for place, count in counts.items()}
+        for place, count in counts.items():
+            layer = layers[place]
+            _check_count(layer, place, count)
+            found = None if measured is None else measured.check(layer, router_tensors(mixture, layer))
+            if method == "naee":
+                assert found is not None
+                kept[place] = _least_changed(layer, place, found, count)
+            else:
+                kept[place] = _best(layer, _scores(layer, place, found, method, seed), count)
     for place, ids in kept.items():
         _check_rest(layers[place], place, ids)
     return {place: ids for place, ids in kept.items() if len(ids) < layers[place].num_experts}
@@ -182,19 +214,77 @@ def _count(layer: MixtureLayer, place: int, wanted: Any) -> int:
     return count
 
 
-def _best(layer: MixtureLayer, place: int, count: int, seed: int) -> list[int]:
-    """The `count` experts with the highest scores, as many of each group that the router chooses by."""
-    generator = torch.Generator().manual_seed(seed * 4096 + place)
-    scores_E = torch.rand(layer.num_experts, generator=generator)
+def _check_count(layer: MixtureLayer, place: int, count: int) -> None:
     groups, _ = router_groups(layer)
     if count % groups:
         raise ValueError(
             f"`keep` leaves layer {place} {count} experts, which its router's {groups} groups cannot share evenly. "
             f"Keep a multiple of {groups}."
         )
+
+
+def _scores(layer: MixtureLayer, place: int, found: LayerMeasurements | None, method: str, seed: int) -> torch.Tensor:
+    """`(E,)`."""
+    if method == "random":
+        return torch.rand(layer.num_experts, generator=torch.Generator().manual_seed(seed * 4096 + place))
+    assert found is not None
+    return found.score(method)
+
+
+def _best(layer: MixtureLayer, scores_E: torch.Tensor, count: int) -> list[int]:
+    """The `count` experts with the highest scores, as many of each group that the router chooses by."""
+    groups, _ = router_groups(layer)
     best = scores_E.reshape(groups, -1).topk(count // groups, dim=-1).indices
     first = torch.arange(groups)[:, None] * (layer.num_experts // groups)
     return sorted((best + first).flatten().tolist())
+
+
+def _least_changed(layer: MixtureLayer, place: int, found: LayerMeasurements, count: int) -> list[int]:
+    """The subset of experts whose weighted outputs on the sampled tokens are closest to those of all experts."""
+    groups, _ = router_groups(layer)
+    size = layer.num_experts // groups
+    of_group = [range(first, first + size) for first in range(0, layer.num_experts, size)]
+    subsets = comb(size, count // groups) ** groups
+    if "products" not in found.tensors or subsets > MOST_SUBSETS:
+        raise ValueError(
+            f'`method="naee"` would try {subsets:,} subsets of the {layer.num_experts} experts of layer {place}; it '
+            f'tries at most {MOST_SUBSETS:,} of {MOST_PAIRED_EXPERTS} experts. Take `method="reap"`.'
+        )
+    if any(isinstance(module, SparseMoeExpertChoiceRouter) for module in layer.router.modules()):
+        raise ValueError(f'`method="naee"` needs tokens that choose their experts; in layer {place} experts choose.')
+    weights_SE, products_SEE = found.tensors["sampled_weights"], found.tensors["products"]
+
+    def change(kept: list[int]) -> float:
+        less_SE = weights_SE - _weights_among(layer, found, kept)
+        return float(torch.einsum("si,sij,sj->", less_SE, products_SEE, less_SE))
+
+    every = product(*(combinations(group, count // groups) for group in of_group))
+    return min(([expert for part in parts for expert in part] for parts in every), key=change)
+
+
+def _weights_among(layer: MixtureLayer, found: LayerMeasurements, kept: list[int]) -> torch.Tensor:
+    """`(S, E)`: the weights that the router would give the sampled tokens' experts if there were only these."""
+    logits_SE, weights_SE = found.tensors["logits"], found.tensors["sampled_weights"]
+
+    def choose(kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        gone_E = torch.ones(layer.num_experts, dtype=torch.bool)
+        gone_E[kept] = False
+        scores_SE = router_scores(logits_SE.masked_fill(gone_E, -torch.inf), layer.scoring_func)
+        values_SE = (scores_SE + found.tensors["selection_bias"]).masked_fill(gone_E, -torch.inf)
+        groups, chosen = router_groups(layer)
+        if chosen < groups:
+            best = 2 if layer.scoring_func == "sigmoid" else 1
+            values_SE = mask_lower_groups(values_SE, groups, chosen, best)
+        index_SK = values_SE.topk(layer.top_k, dim=-1).indices
+        return torch.zeros_like(scores_SE).scatter(1, index_SK, scores_SE.gather(1, index_SK)), index_SK
+
+    # The router multiplies scores by one number, or by one that makes the weights of every token sum to another.
+    whole_SE, index_SK = choose(list(range(layer.num_experts)))
+    ratio_SK = weights_SE.gather(1, index_SK) / whole_SE.gather(1, index_SK).clamp(min=1e-20)
+    weights = choose(kept)[0]
+    if (ratio_SK - ratio_SK.mean()).abs().max() < 1e-3 * ratio_SK.abs().mean():
+        return weights * ratio_SK.mean()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20) * weights_SE.sum(dim=-1, keepdim=True)
 
 
 def router_groups(layer: MixtureLayer) -> tuple[int, int]:

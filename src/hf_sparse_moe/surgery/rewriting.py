@@ -114,6 +114,18 @@ def open_mixture(
     return Mixture(model, find_mixture_layers(model), found, _receipt_of(found))
 
 
+def router_tensors(mixture: Mixture, layer: MixtureLayer) -> Tensors:
+    """The tensors of a layer's router, read from the files where the model has no storage."""
+    state = layer.router.state_dict()
+    if mixture.source is None or not any(tensor.is_meta for tensor in state.values()):
+        return state
+    files = TensorFiles(weight_files(mixture.source))
+    path = next(name for name, child in layer.block.named_modules() if child is layer.router)
+    named = {f"{layer.name}.{path}.{name}": tensor for name, tensor in state.items()}
+    names = {name for form in _forms(mixture.model, named) for name in form}
+    return {name: files.read(name) for name in names & set(files.names)}
+
+
 @torch.no_grad()
 def rewrite_in_memory(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTrainedModel:
     """A new model in evaluation mode, that shares no memory with `mixture`, whose layer `place` has `rows[place]`."""
