@@ -42,7 +42,7 @@ from quality import CACHE, DATA, HERE, Comparison
 ARM, SEED, RATE = "M2", 0, 0.004  # the rate that benchmarks/quality.py chose
 SEEDS, KEPT, OF = 5, (6, 4, 2), 8
 PRUNING, MERGING = ("reap", "ean", "frequency", "naee", "random"), ("hc", "m-smoe", "ream")
-CALIBRATION_ROWS, TEST_ROWS = 64, 16  # windows of 128 tokens; the second of each domain
+CALIBRATION_ROWS, TEST_ROWS = 64, 10  # windows of 128 tokens; the second of each domain
 HEALING_STEPS, HEALING_ROWS, HEALING_RATE, RANK = 100, 4, 2e-3, 8
 BETAS = (0.25, 0.5, 0.75, "median")
 
