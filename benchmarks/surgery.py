@@ -283,7 +283,8 @@ def verdict(results: Results, first: str, second: str, share: float, sign: str) 
 
 def tables(results: Results) -> str:
     """What stands in docs/surgery.md between its two marks."""
-    lines = [f"All experts: {results.whole['loss']:.3f}, healed {told(results.losses('none, healed', OF))}.", ""]
+    lines = ["![Loss against the share of experts left](surgery.png)", ""]
+    lines += [f"All experts: {results.whole['loss']:.3f}, healed {told(results.losses('none, healed', OF))}.", ""]
     lines += ["| | 75 % left | 50 % | 25 % | 50 %, healed | 25 %, healed |", "| --- | --- | --- | --- | --- | --- |"]
     for method in (*PRUNING, *MERGING):
         cells = [told(results.losses(method, kept)) for kept in KEPT]

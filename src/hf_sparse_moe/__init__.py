@@ -87,6 +87,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     )
     from .surgery import (
         measure_experts as measure_experts,
+        merge_experts as merge_experts,
         prune_experts as prune_experts,
         to_dense as to_dense,
     )
@@ -124,7 +125,7 @@ _HOMES = {
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
     ),
     ".stock": "explain_export export import_stock",
-    ".surgery": "measure_experts prune_experts to_dense",
+    ".surgery": "measure_experts merge_experts prune_experts to_dense",
     ".upcycling": "expand plan upcycle verify",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse_moe import export, upcycle
-from hf_sparse_moe.surgery import to_dense
+from hf_sparse_moe.surgery import measure_experts, to_dense
 from tiny_models import ARCHITECTURES, tiny_dense, tiny_inputs, tiny_sparse
 
 
@@ -103,6 +103,21 @@ def test_a_stock_mixture_becomes_its_dense_sibling(tmp_path):
     torch.testing.assert_close(dense(**inputs).logits, source(**inputs).logits)
     again = to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"))
     torch.testing.assert_close(again(**inputs).logits, source(**inputs).logits)
+
+
+def test_salience_chooses_and_weighs():
+    mixture = tiny_sparse("gpt2")
+    measured = measure_experts(mixture, [tiny_inputs(mixture, batch=8, length=16)])
+    best, average = (to_dense(mixture, measured, method) for method in ("best", "mean"))
+    for layer, block, one, other in zip(
+        measured.layers, mixture.sparse_blocks, best.transformer.h, average.transformer.h, strict=True
+    ):
+        downs = block.experts.down_proj.transpose(1, 2)
+        assert torch.equal(one.mlp.c_proj.weight, downs[layer.reap.argmax()])
+        weights = (layer.reap / layer.reap.sum()).float()
+        torch.testing.assert_close(other.mlp.c_proj.weight, (weights[:, None, None] * downs).sum(dim=0))
+    with pytest.raises(ValueError, match="another model"):
+        to_dense(tiny_sparse("gpt2", num_experts=3), measured)
 
 
 def test_bad_input(tmp_path):

@@ -2,8 +2,17 @@
 
 from .densifying import DenseReport, to_dense
 from .measuring import ExpertMeasurements, measure_experts
+from .merging import merge_experts
 from .pruning import prune_experts
 from .rewriting import SurgeryReport
 
 
-__all__ = ["DenseReport", "ExpertMeasurements", "SurgeryReport", "measure_experts", "prune_experts", "to_dense"]
+__all__ = [
+    "DenseReport",
+    "ExpertMeasurements",
+    "SurgeryReport",
+    "measure_experts",
+    "merge_experts",
+    "prune_experts",
+    "to_dense",
+]

@@ -65,7 +65,7 @@ class DenseReport:
 
 def to_dense(
     source: PreTrainedModel | str | Path,
-    measured: Any = None,
+    measured: ExpertMeasurements | str | Path | None = None,
     method: str = "mean",
     output: str | Path | None = None,
     *,
@@ -85,8 +85,8 @@ def to_dense(
     Args:
         source (`PreTrainedModel`, `str` or `Path`): A mixture, which is left as it is, or the folder or Hub id of one;
             a stock one where [`import_stock`] reads it.
-        measured ([`ExpertMeasurements`], *optional*): Of [`measure_experts`]: the experts count by their REAP
-            salience. Without, they count alike.
+        measured ([`ExpertMeasurements`], `str` or `Path`, *optional*): Of [`measure_experts`], or its file: the
+            experts count by their REAP salience. Without, they count alike.
         method (`str`, defaults to `"mean"`): `"mean"` of the experts; the `"best"` one of each layer, which needs
             `measured`; `"merge"`: the mean after their hidden units were matched to those of the first, or the best.
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the model to
@@ -275,11 +275,12 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
             sparse.generation_config = read_generation_config(source.folder) or sparse.generation_config
         tensors = DenseTensors(source, sparse, dtype)
     dense, layers = _empty_dense(sparse, dtype)
-    salience = (
-        None
-        if measured is None
-        else ExpertMeasurements.of(measured).salience("reap", [layer.block for layer in layers])
-    )
+    salience = None
+    if measured is not None:  # by place: a stock mixture that was imported has layers of other names
+        found = ExpertMeasurements.of(measured).layers
+        if [layer.num_experts for layer in found] != [block.experts.num_experts for block in sparse.sparse_blocks]:
+            raise ValueError("`measured` is of another model: it has other layers, or other numbers of experts.")
+        salience = [layer.reap.tolist() for layer in found]
     return _Plan(sparse, dense, layers, tensors, method, salience, dtype)
 
 

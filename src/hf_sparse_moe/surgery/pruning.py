@@ -128,7 +128,7 @@ def prune_experts(
                 rows,
                 output,  # type: ignore[arg-type]
                 told,
-                lambda new, sha256, _: _receipt(mixture, new, told, sha256),
+                lambda new, sha256, _: receipt_of("pruned", mixture, new, told, sha256),
                 max_shard_size,
                 resume,
                 show_progress,
@@ -138,16 +138,17 @@ def prune_experts(
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
     rows, told = cut(mixture)
     model: Any = rewrite_in_memory(mixture, rows)
-    model.receipt = _receipt(mixture, model, told, None)
+    model.receipt = receipt_of("pruned", mixture, model, told, None)
     return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
 
 
-def _receipt(
-    mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None
+def receipt_of(
+    verb: str, mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None
 ) -> dict[str, Any]:
+    """What was done (`"pruned"`, `"merged"`) to the experts of `mixture`, of which `new` came."""
     old = mixture.model
     return {
-        "pruned": {
+        verb: {
             **told,
             "num_experts_per_tok": mixture.layers[0].top_k,
             "parameters": {"before": old.num_parameters(), "after": new.num_parameters()},
@@ -172,7 +173,7 @@ def _kept(
     if drop is not None:
         by_layer = drop if isinstance(drop, Mapping) else dict.fromkeys(range(len(layers)), drop)
         for place, ids in by_layer.items():
-            layer = _layer(layers, place, "drop")
+            layer = layer_at(layers, place, "drop")
             unknown = [e for e in ids if isinstance(e, bool) or e not in range(layer.num_experts)]
             if unknown:
                 raise ValueError(
@@ -182,7 +183,9 @@ def _kept(
             kept[place] = [expert for expert in range(layer.num_experts) if expert not in ids]
     else:
         by_layer = keep if isinstance(keep, Mapping) else dict.fromkeys(range(len(layers)), keep)
-        counts = {place: _count(_layer(layers, place, "keep"), place, wanted) for place, wanted in by_layer.items()}
+        counts = {
+            place: count_of(layer_at(layers, place, "keep"), place, wanted) for place, wanted in by_layer.items()
+        }
         for place, count in counts.items():
             layer = layers[place]
             _check_count(layer, place, count)
@@ -193,24 +196,26 @@ def _kept(
             else:
                 kept[place] = _best(layer, _scores(layer, place, found, method, seed), count)
     for place, ids in kept.items():
-        _check_rest(layers[place], place, ids)
+        check_rest(layers[place], place, ids)
     return {place: ids for place, ids in kept.items() if len(ids) < layers[place].num_experts}
 
 
-def _layer(layers: list[MixtureLayer], place: Any, argument: str) -> MixtureLayer:
+def layer_at(layers: list[MixtureLayer], place: Any, argument: str) -> MixtureLayer:
     if place not in range(len(layers)):
         raise ValueError(f"`{argument}` names layer {place!r}; the sparse layers are 0 to {len(layers) - 1}.")
     return layers[place]
 
 
-def _count(layer: MixtureLayer, place: int, wanted: Any) -> int:
-    """`keep` of one layer as a number of experts."""
+def count_of(layer: MixtureLayer, place: int, wanted: Any, argument: str = "keep") -> int:
+    """`keep` or `into` of one layer as a number of experts."""
     is_share = isinstance(wanted, float) and 0 < wanted <= 1
     if not is_share and (not isinstance(wanted, int) or isinstance(wanted, bool)):
-        raise ValueError(f"`keep={wanted!r}` is not allowed: it must be a number of experts, or a share such as 0.75.")
+        raise ValueError(
+            f"`{argument}={wanted!r}` is not allowed: it must be a number of experts, or a share such as 0.75."
+        )
     count = round(wanted * layer.num_experts) if is_share else wanted
     if not 1 <= count <= layer.num_experts:
-        raise ValueError(f"`keep={wanted!r}` is not allowed: layer {place} has {layer.num_experts} experts.")
+        raise ValueError(f"`{argument}={wanted!r}` is not allowed: layer {place} has {layer.num_experts} experts.")
     return count
 
 
@@ -297,7 +302,7 @@ def router_groups(layer: MixtureLayer) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _check_rest(layer: MixtureLayer, place: int, kept: list[int]) -> None:
+def check_rest(layer: MixtureLayer, place: int, kept: list[int]) -> None:
     hashed = [name for name, tensor in layer.router.state_dict().items() if not tensor.is_floating_point()]
     if hashed or any(isinstance(module, SparseMoeHashRouter) for module in layer.router.modules()):
         raise ValueError(f"The experts of layer {place} cannot be cut: the token's id decides its experts.")
