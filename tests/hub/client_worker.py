@@ -32,3 +32,5 @@ for line in sys.stdin:
     except Exception as error:  # noqa: BLE001 (the test that sent the job decides what it means)
         answer = {"kinds": [kind.__name__ for kind in type(error).__mro__], "message": str(error)}
     print(json.dumps(answer), file=answers, flush=True)
+
+os._exit(0)  # taking a process with torch down in order takes seconds

@@ -282,15 +282,22 @@ def test_a_busy_hub_is_asked_again(client, hub_server, published, target, fault)
     assert (pulled.code, pulled.err.count("\n")) == (3, 1), pulled
 
 
-def test_a_machine_that_is_set_to_stay_offline_is_told(hub_server, published, target, tmp_path):
-    offline = ClientProcess(hub_server.client_environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "1"})
+def set_offline(offline: bool) -> None:
+    """What `HF_HUB_OFFLINE` sets when huggingface_hub is imported."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline
+
+
+def test_a_machine_that_is_set_to_stay_offline_is_told(client, published, target):
+    saved = save_mixture(target.with_name("saved"))
+    client(set_offline, offline=True)
     try:
-        saved = save_mixture(target.with_name("saved"))
         for command in (("pull", PUBLISHED, target), ("doctor", PUBLISHED), ("push", saved, "tester/offline")):
-            told = offline.cli(*command)
+            told = client.cli(*command)
             assert (told.code, "stay offline" in told.err, told.err.count("\n")) == (3, True, 1), told
     finally:
-        offline.close()
+        client(set_offline, offline=False)
     assert not target.exists()
 
 
