@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import runpy
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing import current_process, get_context
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -48,16 +47,6 @@ def in_processes(ranks: int, function: Callable, *arguments, **named) -> list[in
     return [process.exitcode for process in processes]
 
 
-def run_script(script: Path, line: Sequence[str], output: Path) -> tuple[int | None, str]:
-    """Run a script as `__main__` in a process of its own, with a command line; returns its exit code and output."""
-    process = _PROCESSES.Process(target=_main, args=(script, line, output))
-    process.start()
-    process.join(PATIENCE)
-    process.kill()
-    process.join()
-    return process.exitcode, output.read_text()
-
-
 def kill_at_file(folder: Path, number: int) -> None:
     """SIGKILL to this process at the `number`-th file that it opens, makes, moves or removes in `folder`, from 0."""
     operations = itertools.count()
@@ -67,17 +56,6 @@ def kill_at_file(folder: Path, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
-
-
-def _main(script: Path, line: Sequence[str], output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    gc.freeze()
-    current_process().name = "MainProcess"  # by which libraries tell a script from a worker
-    sys.argv, sys.path[:0] = [str(script), *line], [str(script.parent)]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def _rank(rank: int, ranks: int, port: int, function: Callable, arguments: tuple, named: dict) -> None:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from multiprocessing import current_process
 from pathlib import Path
 
-from processes import run_script
+from processes import in_processes
 
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -33,10 +37,24 @@ def command_line(arguments: dict) -> list[str]:
 
 def run_recipe(script: str, *line: str) -> str:
     """A recipe as the main script of a process of its own, forked from one that has imported torch; its output."""
-    with tempfile.TemporaryDirectory() as folder:
-        code, output = run_script(TRAINING / script, line, Path(folder) / "output")
-    assert code == 0, output[-4000:]
-    return output
+    with tempfile.NamedTemporaryFile("r") as output:
+        codes = in_processes(1, run_as_main, script, line, output.name)
+        told = output.read()
+    assert codes == [0], told[-4000:]
+    return told
+
+
+def run_as_main(script: str, line: Sequence[str], output: str | None = None) -> None:
+    """To run in a process of its own: a recipe as its main script, whose output goes to a file."""
+    if output is not None:
+        with open(output, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    current_process().name = "MainProcess"  # by which libraries tell a script from a worker
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.path.insert(0, str(TRAINING))
+    sys.argv = [script, *line]
+    runpy.run_path(str(TRAINING / script), run_name="__main__")
 
 
 def launch_recipe(script: str, *line: str, launcher: tuple[str, ...]) -> None:

@@ -1,8 +1,5 @@
 """`--distributed_config`: a recipe saves, and goes on from, a model that no process holds whole."""
 
-import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +8,10 @@ from torch.testing import assert_close
 
 from hf_sparse_moe.distributed.checkpoint import find_last_checkpoint
 from processes import in_processes
-from training_runs import TRAINING, command_line
+from training_runs import command_line, run_as_main
 
 
 STEPS = 4
-
-
-def run_as_a_rank(script: str, line: list[str]) -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    sys.path.insert(0, str(TRAINING))
-    sys.argv = [script, *line]
-    runpy.run_path(str(TRAINING / script), run_name="__main__")
 
 
 @pytest.mark.slow
@@ -36,7 +26,7 @@ def test_an_expert_parallel_run_goes_on(checkpoints, files, tmp_path):
                 "learning_rate": 1e-2, "validation_percentage": 0, "report_to": "none",
             }
         )  # fmt: skip
-        assert in_processes(2, run_as_a_rank, "run_clm.py", line) == [0, 0]
+        assert in_processes(2, run_as_main, "run_clm.py", line) == [0, 0]
     for folder in folders.values():
         last = Path(find_last_checkpoint(folder))
         assert last.name == f"checkpoint-{STEPS}"
