@@ -24,6 +24,7 @@ from tiny_models import tiny_dense, tiny_sparse
 
 CASES = int(os.environ.get("SPARSE_MOE_FUZZ_CASES", "2000"))
 ONLY = [int(number) for number in os.environ.get("SPARSE_MOE_FUZZ_ONLY", "").split(",") if number]  # to repeat a few
+PARTS = 8  # the first in every run
 SECONDS = 10
 SECRET = "secret-of-a-person-92c1"
 BAD_INPUT = {0, 2, 3}  # 3: a push that nothing was wrong with, and no Hub
@@ -374,13 +375,13 @@ def run_case(number, folders, root, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.conformance) for part in range(1, 4))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.conformance) for part in range(1, PARTS))])
 def test_every_command_takes_every_folder(part, folders, tmp_path, monkeypatch, limited_memory):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     wrong = []
-    for number in ONLY or range(part * CASES // 4, (part + 1) * CASES // 4):
+    for number in ONLY or range(part * CASES // PARTS, (part + 1) * CASES // PARTS):
         root = tmp_path / "case"
         with monkeypatch.context() as patches:
             wrong += run_case(number, folders, root, patches)
         shutil.rmtree(root)
-    assert not wrong, f"{len(wrong)} of {CASES // 4}:\n" + "\n".join(wrong[:40])
+    assert not wrong, f"{len(wrong)} of {CASES // PARTS}:\n" + "\n".join(wrong[:40])
