@@ -12,7 +12,7 @@ from torch import nn
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe import disable_experts, explain_routing, routing_statistics, write_model_card
 from hf_sparse_moe.insight.definitions import layer_facts
-from hf_sparse_moe.insight.measurement import read_texts
+from hf_sparse_moe.insight.texts import read_texts
 from insight.conftest import GROUPS, TEXTS, VOCAB_SIZE
 from models.router_kinds import ROUTERS
 from routing.test_balance_fix import STOCK, stock
@@ -144,6 +144,22 @@ def test_page_and_dict_agree(mixture, tokenizer):
             assert f"{layer['label']}, expert {expert} load {load * 4:.1f}×" in text
     for sentence in found.to_dict()["verdict"]:
         assert sentence in text
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "Mixtral"])
+def test_it_takes_one_forward_pass_of_the_data(name, mixture, tokenizer):
+    """And with `ablate` one more for each expert, and one with all, as the command says beforehand."""
+    model = stock(name, vocab_size=VOCAB_SIZE) if name in STOCK else mixture(name)
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    explain_routing(model, tokenizer, TEXTS, GROUPS, batch_size=4).to_html()
+    assert calls == [4, 2]
+    calls.clear()
+    explained = explain_routing(model, tokenizer, TEXTS, GROUPS, batch_size=6, ablate=True)
+    experts = sum(layer.num_experts for layer in explained.measurement.layers)
+    assert calls == [6] * (1 + 1 + experts)
 
 
 def test_the_picture(mixture, tokenizer, tmp_path):

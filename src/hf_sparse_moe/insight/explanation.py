@@ -21,10 +21,12 @@ from hf_sparse_moe.checkpoints.files import read_json, write_whole
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.routing.statistics import LayerRouting, RoutingStatistics
 
+from .ablation import measure_ablation
 from .definitions import LayerFacts, count_experts, layer_facts, mean_of_known, saturation
-from .measurement import Groups, Measurement, Moment, measure, measure_ablation, measure_moment, read_texts
+from .measurement import Measurement, Moment, measure, measure_moment
 from .page import render_page
 from .pictures import plot_expert_load
+from .texts import Groups, read_texts
 from .token_labels import token_labels
 from .verdict import Claim, verdict
 
