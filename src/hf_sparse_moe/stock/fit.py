@@ -88,7 +88,10 @@ class ExportExplanation:
         return {"source": self.source, "possible": self.possible, "obstacles": obstacles}
 
     def __getitem__(self, target: str) -> TargetReport:
-        return next(report for report in self.targets if report.target == target)
+        for report in self.targets:
+            if report.target == target:
+                return report
+        raise KeyError(f"`{target}` is no stock architecture. Choose one of {[r.target for r in self.targets]}.")
 
     def __str__(self) -> str:
         lines = [f"{self.source} mixture: {', '.join(self.possible) or 'no stock architecture'}"]
