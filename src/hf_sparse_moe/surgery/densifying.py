@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,26 +171,26 @@ class _Plan:
             if key not in tied
         }
 
-    def made(self) -> Generator[dict[str, torch.Tensor]]:
-        """The dense model's tensors, a layer's feed-forward at a time."""
+    def made(self, wanted: Callable[[str], bool] = lambda key: True) -> Generator[dict[str, torch.Tensor]]:
+        """The dense model's tensors that are wanted, a layer's feed-forward at a time."""
         outputs = self.outputs
-        inside = {key for layer in self.layers for key in layer.sources}
-        read = self.tensors.reader(reuse=False)
-        for key in outputs:
-            if key not in inside:
-                yield {key: read(f"dense.{key}").to(outputs[key].dtype).clone()}
         shapes = {key: tensor.shape for key, tensor in outputs.items()}
+        inside = {key for layer in self.layers for key in layer.sources}
+        for key in outputs:
+            if key not in inside and wanted(key):
+                read = self.tensors.reader(reuse=False)  # one a tensor: a reader keeps the memory of all that it read
+                yield {key: read(f"dense.{key}").to(outputs[key].dtype).clone()}
         for layer in self.layers:
-            read = self.tensors.reader(reuse=False)
-            made = layer.dense_tensors(self._feed_forward(layer, read), shapes)
-            made |= {
-                key: read(f"{layer.block}.experts.act_fn.{name}") for key, name in layer.activation_keys().items()
-            }
-            yield {key: tensor.to(outputs[key].dtype) for key, tensor in made.items()}
+            if any(map(wanted, layer.sources)):
+                read = self.tensors.reader(reuse=False)
+                made = layer.dense_tensors(self._feed_forward(layer, read), shapes)
+                parameters = layer.activation_keys().items()
+                made |= {key: read(f"{layer.block}.experts.act_fn.{name}") for key, name in parameters}
+                yield {key: tensor.to(outputs[key].dtype) for key, tensor in made.items()}
 
     def write(self, writer: ShardWriter) -> Generator[int]:
         """Write all that is wanted; yields the bytes of each tensor."""
-        for tensors in self.made():
+        for tensors in self.made(writer.wants):
             for key, tensor in tensors.items():
                 if writer.wants(key):
                     yield writer.write(key, tensor)
