@@ -41,6 +41,7 @@ from quality import CACHE, DATA, HERE, Comparison
 
 ARM, SEED, RATE = "M2", 0, 0.004  # the rate that benchmarks/quality.py chose
 SEEDS, KEPT, OF = 5, (6, 4, 2), 8
+DENSE = ("dense mean", "dense best", "dense merge")
 PRUNING, MERGING = ("reap", "ean", "frequency", "naee", "random"), ("hc", "m-smoe", "ream")
 CALIBRATION_ROWS, TEST_ROWS = 64, 10  # windows of 128 tokens; the second of each domain
 HEALING_STEPS, HEALING_ROWS, HEALING_RATE, RANK = 100, 4, 2e-3, 8
@@ -152,16 +153,15 @@ class Surgery:
 
             return told, make
 
-        dense = [f"dense {name}" for name in ("mean", "best", "merge")]
         yield case("none", OF, 0)
         for seed in range(SEEDS):
             for kept in KEPT:
                 yield from (case(method, kept, seed) for method in (*PRUNING, *MERGING))
-            yield from (case(method, 1, seed) for method in dense)
+            yield from (case(method, 1, seed) for method in DENSE)
         yield case("none", OF, 0, healed=True)
         for kept in (4, 2):
             yield from (case(method, kept, 0, healed=True) for method in (*PRUNING, *MERGING))
-        yield from (case(method, 1, 0, healed=True) for method in dense)
+        yield from (case(method, 1, 0, healed=True) for method in DENSE)
         for domain in self.domains:
             yield from (case(method, 4, 0, domain=domain) for method in ("reap", "hc"))
 
@@ -278,28 +278,34 @@ def verdict(results: Results, first: str, second: str, share: float, sign: str) 
     difference = fmean(one) - fmean(other)
     noise = 2 * max((stdev(each) for each in (one, other) if len(each) > 1), default=0.0)
     found = "0" if abs(difference) <= noise else "+" if difference > 0 else "-"
-    return f"{difference:+.3f}: {'as expected' if found == sign else f'not as expected ({found})'}"
+    return f"{difference:+.3f} ({'as expected' if found == sign else f'found {found}'})"
 
 
 def tables(results: Results) -> str:
     """What stands in docs/surgery.md between its two marks."""
+    if not results.cuts:
+        return ""
+    healed = f", healed {told(found)}" if (found := results.losses("none, healed", OF)) else ""
     lines = ["![Loss against the share of experts left](surgery.png)", ""]
-    lines += [f"All experts: {results.whole['loss']:.3f}, healed {told(results.losses('none, healed', OF))}.", ""]
-    lines += ["| | 75 % left | 50 % | 25 % | 50 %, healed | 25 %, healed |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [f"With all experts the loss is {results.whole['loss']:.3f}{healed}.", ""]
+    lines += ["| left | 75 % | 50 % | 25 % | 50 %, healed | 25 %, healed |", "| --- | --- | --- | --- | --- | --- |"]
     for method in (*PRUNING, *MERGING):
         cells = [told(results.losses(method, kept)) for kept in KEPT]
         cells += [told(results.losses(f"{method}, healed", kept)) for kept in (4, 2)]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    for method in ("dense mean", "dense best", "dense merge"):
-        cells = [told(results.losses(name, 1)) for name in (method, f"{method}, healed")]
-        lines.append(f"| {method} | | | {cells[0]} | | {cells[1]} |")
-    lines += ["", "| expected | at | found |", "| --- | --- | --- |"]
+    dense = ((name, results.losses(name, 1), results.losses(f"{name}, healed", 1)) for name in DENSE)
+    sentences = (f"{name.split()[1]} {told(cut)}, healed {told(later)}" for name, cut, later in dense)
+    lines += ["", f"Dense: {'; '.join(sentences)}."]
+    lines += ["", "Written before the run as the sign of a difference, and what came out:", ""]
     for first, second, share, sign, _ in EXPECTED:
-        lines.append(f"| {first} {sign} {second} | {share:.0%} | {verdict(results, first, second, share, sign)} |")
-    lines += ["", "| beta | skipped | loss | CPU time |", "| --- | --- | --- | --- |"]
-    for each in results.skipping:
-        cells = (each["beta"], f"{each['skipped']:.0%}", f"{each['loss']:.3f}", f"{each['cpu_time_of_all']:.2f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        found = verdict(results, first, second, share, sign)
+        lines.append(f"- `{first}-{second}` at {share:.0%} `{sign}`: {found}")
+    if results.skipping:
+        lines += ["", "Skipping, by beta:"]
+        for each in results.skipping:
+            cost = f"loss {each['loss']:.3f}, CPU time {each['cpu_time_of_all']:.2f}"
+            lines[-1] += f" {each['beta']}: {each['skipped']:.0%} skipped, {cost};"
+        lines[-1] = lines[-1].rstrip(";") + "."
     return "\n".join(lines)
 
 
@@ -321,7 +327,7 @@ def draw(results: Results, path: Path) -> None:
             style,
             label=method,
         )
-    for method, marker in (("dense mean", "o"), ("dense best", "s"), ("dense merge", "^")):
+    for method, marker in zip(DENSE, "os^", strict=True):
         if found := results.losses(method, 1):
             left.plot([100 / OF], [fmean(found)], marker, color="black", label=method)
     left.set(xlabel="experts left, %", ylabel="nats a token, mean over domains", title="five calibration seeds")
@@ -363,7 +369,7 @@ def main() -> None:
     page, results = HERE.parent / "docs" / "surgery.md", Results(options.output)
     before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- results -->\n")
     _, end, after = rest.partition("<!-- end of results -->")
-    page.write_text(before + begin + "\n" + tables(results) + "\n\n" + end + after, encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{tables(results)}\n\n{end}{after}", encoding="utf-8")
     draw(results, page.with_name("surgery.png"))
 
 
