@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from hf_sparse_moe.insight import expert_load_table, plot_expert_load
-from hf_sparse_moe.insight.pictures import _spread
+from hf_sparse_moe.insight.pictures import spread
 from hf_sparse_moe.routing import LayerRouting, RoutingStatistics
 
 
@@ -25,10 +25,11 @@ def test_it_is_a_picture(layers, groups, experts, tmp_path):
 
 
 def test_first_and_last_layer_are_always_drawn():
-    chosen = [layer.position for layer in _spread(statistics(28, 2, 4).layers)]
+    chosen = spread(28, 6)
     assert chosen[0] == 0
     assert chosen[-1] == 27
     assert len(set(chosen)) == 6
+    assert spread(3, 6) == [0, 1, 2]
 
 
 def test_terminal_table_shows_percent():

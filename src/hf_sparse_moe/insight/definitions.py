@@ -80,10 +80,8 @@ def layer_facts(measurement: Measurement, place: int) -> LayerFacts:
 
 def count_by_text(layer: LayerMeasurement, tokens: Tokens, texts: int, groups: int) -> Array:
     """`(texts, G, E)`: the choices of each text and group. Tokens without a group are not counted."""
-    counts = np.zeros((texts, groups, layer.num_experts))
-    rows, slots = np.nonzero((layer.index >= 0) & (tokens.group >= 0)[:, None])
-    np.add.at(counts, (tokens.text[rows], tokens.group[rows], layer.index[rows, slots]), 1)
-    return counts
+    rows, experts = _choices(layer.index, tokens.group >= 0)
+    return _counts((texts, groups, layer.num_experts), tokens.text[rows], tokens.group[rows], experts)
 
 
 def count_experts(index_NK: Array, num_experts: int) -> Array:
@@ -94,7 +92,7 @@ def count_experts(index_NK: Array, num_experts: int) -> Array:
 def mean_of_known(values: Array) -> float:
     """The mean of what is not NaN; NaN where all is."""
     known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(known.mean()) if len(known) else np.nan
 
 
 def lift(counts_TGE: Array) -> tuple[Array, Array, Array]:
@@ -127,9 +125,9 @@ def mutual_information(counts_TGE: Array, seed: int = 0) -> tuple[float, float]:
     groups_of = (counts_TGE.sum(axis=2) > 0).sum(axis=1)
     for _ in range(SHUFFLES):
         if groups_of.max(initial=0) <= 1:
-            label = counts_TGE.sum(axis=2).argmax(axis=1)
+            label = generator.permutation(counts_TGE.sum(axis=2).argmax(axis=1))
             mixed = np.zeros(counts_TGE.shape[1:])
-            np.add.at(mixed, generator.permutation(label), counts_TGE.sum(axis=1))
+            np.add.at(mixed, label, counts_TGE.sum(axis=1))
         else:
             mixed = sum((_shuffled(text, generator) for text in counts_TGE), np.zeros(counts_TGE.shape[1:]))
         shuffled.append(_nmi(mixed))
@@ -139,15 +137,12 @@ def mutual_information(counts_TGE: Array, seed: int = 0) -> tuple[float, float]:
 def token_information(layer: LayerMeasurement, tokens: Tokens, seed: int = 0) -> float:
     """The normalised mutual information of input token and expert, less that of shuffled tokens."""
     _, which = np.unique(tokens.ids, return_inverse=True)
-    rows, slots = np.nonzero(layer.index >= 0)
-    experts, generator = layer.index[rows, slots], np.random.default_rng(seed)
-
-    def information(of_row: Array) -> float:
-        joint = np.zeros((which.max() + 1, layer.num_experts))
-        np.add.at(joint, (of_row[rows], experts), 1)
-        return _nmi(joint)
-
-    return information(which) - information(generator.permutation(which))
+    rows, experts = _choices(layer.index)
+    shuffled = np.random.default_rng(seed).permutation(which)
+    found, chance = (
+        _nmi(_counts((which.max() + 1, layer.num_experts), of[rows], experts)) for of in (which, shuffled)
+    )
+    return found - chance
 
 
 def tokens_by_lift(layer: LayerMeasurement, ids: Array, wanted: int) -> list[list[tuple[int, float, int]]]:
@@ -159,10 +154,8 @@ def tokens_by_lift(layer: LayerMeasurement, ids: Array, wanted: int) -> list[lis
     if not known.any():
         return [[] for _ in range(layer.num_experts)]
     vocabulary, which = np.unique(ids[known], return_inverse=True)
-    index = layer.index[known]
-    joint = np.zeros((len(vocabulary), layer.num_experts))
-    rows, slots = np.nonzero(index >= 0)
-    np.add.at(joint, (which[rows], index[rows, slots]), 1)
+    rows, experts = _choices(layer.index[known])
+    joint = _counts((len(vocabulary), layer.num_experts), which[rows], experts)
     load = joint.sum(axis=0) / max(len(which), 1)
     seen = np.bincount(which, minlength=len(vocabulary))
     value = joint / seen[:, None] / np.maximum(load, 1e-12)
@@ -217,6 +210,17 @@ def order_by_similarity(similarity: Array) -> Array:
     np.fill_diagonal(affinity, 0)
     _, vectors = np.linalg.eigh(np.diag(affinity.sum(axis=1)) - affinity)
     return np.argsort(vectors[:, min(1, len(vectors) - 1)], kind="stable")
+
+
+def _choices(index_NK: Array, counted_N: Array | bool = True) -> tuple[Array, Array]:
+    """The token and the expert of each choice, of the tokens that count."""
+    tokens, slots = np.nonzero((index_NK >= 0) & np.reshape(counted_N, (-1, 1)))
+    return tokens, index_NK[tokens, slots]
+
+
+def _counts(shape: tuple[int, ...], *places: Array) -> Array:
+    """How often each combination of places occurs."""
+    return np.bincount(np.ravel_multi_index(places, shape), minlength=np.prod(shape)).reshape(shape).astype(float)
 
 
 def _lift(counts_GE: Array) -> Array:

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from .definitions import LayerFacts, mean_of_known, order_by_similarity, saturation
 from .measurement import LayerMeasurement, Measurement, Tokens
 from .packing import pack_integers, pack_shares
+from .pictures import spread
 from .token_labels import shown_text
 from .verdict import Claim, most_specialised
 
@@ -45,14 +46,8 @@ def render_page(
 ) -> str:
     """The whole page as one string of HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "percent": _percent,
-        "number": _number,
-        "signed": _signed,
-        "warm": _warm,
-        "blue": _blue,
-        "breaks": _breaks,
-    }
+    filters = (_percent, _number, _signed, _warm, _blue, _breaks)
+    environment.filters |= {function.__name__.removeprefix("_"): function for function in filters}
     shown = _chosen_experts(facts, SHOWN_CARDS)
     rows = _chosen_experts(facts, SHOWN_ROWS)
     left_out = [*measured.left_out, *_left_out(measured, facts, shown, rows)]
@@ -73,7 +68,7 @@ def render_page(
         texts=texts,
         contexts={(place, e): _contexts(measured, facts[place].layer, e) for place in shown for e in shown[place]},
         nearest=_nearest,
-        matrices=[(place, *_matrices(facts[place])) for place in _spread(len(facts), MATRIX_LAYERS)],
+        matrices=[(place, *_matrices(facts[place])) for place in spread(len(facts), MATRIX_LAYERS)],
         charts=_charts(measured),
         left_out=left_out,
     )
@@ -82,12 +77,10 @@ def render_page(
 def _chosen_experts(facts: list[LayerFacts], most: int) -> dict[int, list[int]]:
     """Of each layer the experts that are shown: all, or those with the clearest preference or no load."""
     each = max(1, most // len(facts))
-    chosen = {}
-    for place, fact in enumerate(facts):
-        clearest = np.nan_to_num(fact.lift_low).max(axis=0) + 10 * (fact.load == 0)
-        order = np.argsort(-clearest, kind="stable")[:each]
-        chosen[place] = sorted(order.tolist())
-    return chosen
+    clearest = [np.nan_to_num(fact.lift_low).max(axis=0) + 10 * (fact.load == 0) for fact in facts]
+    return {
+        place: sorted(np.argsort(-of_layer, kind="stable")[:each].tolist()) for place, of_layer in enumerate(clearest)
+    }
 
 
 def _own_experts(
@@ -135,26 +128,18 @@ def _text(measured: Measurement, side: str, facts: list[LayerFacts], labels: dic
     start = next((place for place, layer in enumerate(layers) if layer is best.layer), 0)
     width = max(layer.index.shape[1] for layer in layers)
 
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(layer, name)[rows] for layer in layers])
-
-    def wide(name: str, fill: int) -> np.ndarray:
+    def stacked(name: str, fill: int = 0) -> np.ndarray:
         arrays = [getattr(layer, name)[rows] for layer in layers]
-        return np.stack([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays])
+        return np.stack(
+            [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) if a.ndim == 2 else a for a in arrays]
+        )
 
-    first = layers[start].index[rows, 0]
-    paragraphs, place = [], 0
+    paragraphs = []
     for block in blocks:
         words = shown_text(tokens, measured.texts, labels, block)
-        group = int(tokens.group[block.start : block.stop].max())
-        one_group = len(set(tokens.group[block.start : block.stop].tolist()) - {-1}) == 1
-        paragraphs.append(
-            (
-                measured.groups[group] if one_group else "",
-                list(zip(words, first[place : place + len(block)].tolist(), strict=True)),
-            )
-        )
-        place += len(block)
+        groups = set(tokens.group[block].tolist()) - {-1}
+        title = measured.groups[groups.pop()] if len(groups) == 1 else ""
+        paragraphs.append((title, list(zip(words, layers[start].index[block, 0].tolist(), strict=True))))
     return {
         "side": side,
         "start": start,
@@ -162,8 +147,8 @@ def _text(measured: Measurement, side: str, facts: list[LayerFacts], labels: dic
         "places": [next(p for p, fact in enumerate(facts) if fact.layer is layer) for layer in layers],
         "paragraphs": paragraphs,
         "packed": {
-            "index": pack_integers(wide("index", -1)),
-            "weights": pack_shares(wide("weights", 0)),
+            "index": pack_integers(stacked("index", -1)),
+            "weights": pack_shares(stacked("weights")),
             "entropy": pack_shares(stacked("entropy")),
             "margin": pack_shares(stacked("margin")),
         },
@@ -174,11 +159,10 @@ def _blocks(measured: Measurement, tokens: Tokens) -> list[range]:
     """The beginnings of texts, one group after the other, so that each is seen."""
     starts = np.searchsorted(tokens.text, np.arange(len(measured.texts) + 1))
     queues: dict[int, list[range]] = {}
-    for start, stop in pairwise(starts):
+    for start, stop in pairwise(starts.tolist()):
         if stop > start:
-            queues.setdefault(int(tokens.group[start:stop].max()), []).append(
-                range(start, min(stop, start + TOKENS_OF_A_TEXT))
-            )
+            block = range(start, min(stop, start + TOKENS_OF_A_TEXT))
+            queues.setdefault(int(tokens.group[start:stop].max()), []).append(block)
     blocks: list[range] = []
     room = SHOWN_TOKENS
     while any(queues.values()) and room > 0:
@@ -187,7 +171,7 @@ def _blocks(measured: Measurement, tokens: Tokens) -> list[range]:
                 block = queue.pop(0)
                 blocks.append(block[:room])
                 room -= len(blocks[-1])
-    return sorted(blocks, key=lambda block: int(tokens.group[block.start : block.stop].max()))
+    return sorted(blocks, key=lambda block: int(tokens.group[block].max()))
 
 
 def _contexts(measured: Measurement, layer: LayerMeasurement, expert: int) -> list[tuple[str, str, str]]:
@@ -244,7 +228,7 @@ def _charts(measured: Measurement) -> list[dict[str, Any]]:
         layers = measured.layers
         choices = [moment.index for moment in measured.history] + [[layer.index for layer in layers]]
         entropies = [moment.entropy for moment in measured.history] + [[layer.entropy for layer in layers]]
-        some = _spread(len(layers), 6)
+        some = spread(len(layers), 6)
 
         def lines(value: Any) -> dict[str, list[float]]:
             return {layers[place].label: [value(time, place) for time in range(len(names))] for place in some}
@@ -261,7 +245,7 @@ def _charts(measured: Measurement) -> list[dict[str, Any]]:
                 lambda time, place: mean_of_known(entropies[time][place]))),
         ]  # fmt: skip
     if len(measured.log) > 1:
-        some = _spread(len(measured.log), 60)
+        some = spread(len(measured.log), 60)
         steps = [f"step {measured.log[place].get('step', place)}" for place in some]
         for name in LOGGED:
             values = [float(measured.log[place].get(name, np.nan)) for place in some]
@@ -283,18 +267,8 @@ def _chart(title: str, names: list[str], lines: dict[str, list[float]]) -> dict[
     return {"title": title, "names": names, "lines": lines, "points": points, "low": low, "high": high}
 
 
-def _spread(count: int, most: int) -> list[int]:
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
-
-
 def _percent(value: float) -> str:
-    return (
-        "–"
-        if not np.isfinite(value)
-        else f"{100 * value:.0f} %"
-        if value >= 0.1 or value == 0
-        else f"{100 * value:.1f} %"
-    )
+    return f"{_number(100 * value, 0 if value >= 0.1 or value == 0 else 1)} %" if np.isfinite(value) else "–"
 
 
 def _breaks(name: str) -> Markup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -44,21 +45,15 @@ def plot_expert_load(statistics: RoutingStatistics, path: str | Path, title: str
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'hf-sparse-moe[report]'.") from error
 
-    layers = _spread(statistics.layers)
+    layers = [statistics.layers[place] for place in spread(len(statistics.layers), MAX_LAYERS)]
     groups, experts = statistics.groups, statistics.num_experts
     row_height = max(1.75, 0.24 * len(groups) + 0.75)
     height = row_height * len(layers) + 1.8
     # `Figure` without pyplot: no window, no global state, no backend to choose.
     figure = Figure(figsize=(12, height), facecolor="white")
     axes = figure.subplots(len(layers), 2, squeeze=False, width_ratios=(1, 1.15))
-    figure.subplots_adjust(
-        left=0.07,
-        right=0.985,
-        top=1 - 1.2 / height,
-        bottom=0.92 / height,
-        wspace=0.27,
-        hspace=0.6 / (row_height - 0.6),
-    )
+    around = {"left": 0.07, "right": 0.985, "top": 1 - 1.2 / height, "bottom": 0.92 / height}
+    figure.subplots_adjust(**around, wspace=0.27, hspace=0.6 / (row_height - 0.6))
     highest = max(layer.group_load.max().item() for layer in layers)
     tallest = max(layer.load.max().item() for layer in layers)
     for (left, right), layer in zip(axes, layers, strict=True):
@@ -112,10 +107,9 @@ def _draw_load(axis: Axes, layer: LayerRouting, tallest: float) -> None:
         axis.bar(range(experts), part, 0.78, bottom=bottom, color=_colour(place), linewidth=0)
         bottom = [low + more for low, more in zip(bottom, part, strict=True)]
     axis.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axis.set_title(
-        f"{_layer_name(layer)} · busiest {1 + layer.max_violation:.1f}x the mean · {_dead(layer)}",
-        loc="left", fontsize=10, color=INK,
-    )  # fmt: skip
+    unused = len(layer.dead_experts) or "none"
+    title = f"{_layer_name(layer)} · busiest {1 + layer.max_violation:.1f}x the mean · {unused} unused"
+    axis.set_title(title, loc="left", fontsize=10, color=INK)
     axis.set_xlim(-0.6, experts - 0.4)
     axis.set_ylim(0, 1.12 * max(tallest, 1 / experts))
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
@@ -154,17 +148,10 @@ def _layer_name(layer: LayerRouting) -> str:
     return f"{layer.side} layer {layer.position}"
 
 
-def _dead(layer: LayerRouting) -> str:
-    count = len(layer.dead_experts)
-    return "none unused" if count == 0 else f"{count} unused"
-
-
 def _colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 
-def _spread(layers: list[LayerRouting]) -> list[LayerRouting]:
-    """At most `MAX_LAYERS`, the first and the last among them, evenly apart."""
-    if len(layers) <= MAX_LAYERS:
-        return layers
-    return [layers[round(place * (len(layers) - 1) / (MAX_LAYERS - 1))] for place in range(MAX_LAYERS)]
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, the first and the last among them, evenly apart."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
