@@ -1,6 +1,7 @@
 """One optimizer step of trainers that compute a loss of their own: TRL's and sentence-transformers'."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -235,6 +236,13 @@ TRAINERS = {
 }
 
 
+def outcome(trainer: str, family: str, variant: str, folder: Path) -> str:
+    """Of the table in docs/training.md: whether it trains, and the balance loss reaches the routers."""
+    make = TRAINERS[trainer, family]
+    without, balanced = (Run(folder / str(c), c, variant).gradient(make) for c in (0.0, 1.0))
+    return "trains" if (balanced - without).norm() > 1e-3 else "trains without balance loss"
+
+
 def gradients_of_a_rank(out: Path, names: list[tuple[str, str]]) -> None:
     """The first rank writes to `out` the routers' gradients of two micro-batches a rank of the same rows."""
     process = hf.TrainingArguments(str(out.parent), use_cpu=True)
@@ -246,3 +254,19 @@ def gradients_of_a_rank(out: Path, names: list[tuple[str, str]]) -> None:
     gradients = {name: run.gradient(TRAINERS[name]) for name, run in runs.items()}
     if process.process_index == 0:
         torch.save({"gradients": gradients, "world_size": process.world_size}, out)
+
+
+def write_table(page: Path) -> None:
+    """Run every trainer, and write what became of it into the table of `page`."""
+    head = f"| trainer | family | {' | '.join(VARIANTS)} |\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(head)
+    rows = [head, f"| --- | --- |{' --- |' * len(VARIANTS)}\n"]
+    for trainer, family in TRAINERS:
+        with TemporaryDirectory() as folder:
+            cells = [outcome(trainer, family, variant, Path(folder) / variant) for variant in VARIANTS]
+        rows.append(f"| {trainer} | {family} | {' | '.join(cells)} |\n")
+    page.write_text(before + "".join(rows) + rest[rest.index("\n\n") + 1 :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table(Path(__file__).parents[1] / "docs" / "training.md")

@@ -261,6 +261,24 @@ def test_a_setting_of_the_config_does_what_it_does_to_the_dense_model(name, sett
     assert_same_outputs(model, dense)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("gemma2", "final_logit_softcapping", 0.01),
+        ("t5", "scale_decoder_outputs", False),
+    ],
+)
+def test_a_field_that_the_dense_forward_reads_may_be_set_at_any_time(name, field, value):
+    dense = tiny_dense(name)
+    model = upcycle(dense, num_experts=4)
+    before = model(**tiny_inputs(dense)).logits.detach()
+    for one in (model, dense):
+        assert hasattr(one.config, field)
+        setattr(one.config, field, value)
+    assert_same_outputs(model, dense)
+    assert (model(**tiny_inputs(dense)).logits - before).abs().max() > 0.01  # it has an effect
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_config_asks_for_tuples(name):
     """Most dense models fail where theirs does."""

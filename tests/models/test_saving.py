@@ -142,6 +142,16 @@ def test_accelerate_loads_tied_weights(name, on_disk, tmp_path):
         torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_accelerate_unties_weights_that_have_storage(tmp_path):
+    """Of the dense model as of the mixture: docs/models.md says so."""
+    for model in (tiny_dense("gpt2"), tiny_sparse("gpt2")):
+        folder = tmp_path / type(model).__name__
+        accelerate.Accelerator(cpu=True).save_model(model, folder)
+        fresh = type(model)(copy.deepcopy(model.config))
+        loaded = accelerate.load_checkpoint_and_dispatch(fresh, folder, {"": "cpu"})
+        assert (logits(loaded.eval()) - logits(model)).abs().max() > 1
+
+
 def disk_map(model: hf.PreTrainedModel) -> dict[str, str]:
     """All modules with weights on the CPU, one entry each, but those of every second layer on disk."""
     device_map = {}

@@ -1,5 +1,6 @@
 """A training that was interrupted is one run, in the trackers' own words."""
 
+import sqlite3
 import sys
 from unittest.mock import MagicMock
 
@@ -51,6 +52,17 @@ def test_trackio_has_one_run(tmp_path, trackio):
     first, resumed, other = (call.kwargs for call in trackio.init.call_args_list)
     assert first["name"] == resumed["name"] != other["name"]
     assert resumed["resume"] == "allow"
+
+
+def test_trackio_itself_has_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    train(tmp_path / "out", 2, report_to=["trackio"])
+    train(tmp_path / "out", 4, str(tmp_path / "out" / "checkpoint-2"), report_to=["trackio"])
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as tables:
+        assert len(tables.execute("SELECT DISTINCT run_name FROM metrics").fetchall()) == 1
+        assert len(tables.execute("SELECT step FROM metrics").fetchall()) >= 4
 
 
 def test_a_name_that_is_given_stays(tmp_path, trackio):

@@ -1,4 +1,4 @@
-"""Trainers that compute a loss of their own, on mixtures: the table of docs/training.md."""
+"""Trainers that compute a loss of their own, on mixtures: `python tests/outside_trainers.py` writes their table."""
 
 import copy
 import re
@@ -9,7 +9,17 @@ import torch
 import transformers as hf
 from sentence_transformers.sentence_transformer import losses
 
-from outside_trainers import ROWS, SIZES, TRAINERS, VARIANTS, Run, gradients_of_a_rank, sentences, stock_mixture
+from outside_trainers import (
+    ROWS,
+    SIZES,
+    TRAINERS,
+    VARIANTS,
+    Run,
+    gradients_of_a_rank,
+    outcome,
+    sentences,
+    stock_mixture,
+)
 from processes import in_processes
 
 
@@ -40,9 +50,7 @@ def marked(cell: tuple[str, str, str]):
 
 @pytest.mark.parametrize(("trainer", "family", "variant"), [marked(cell) for cell in CELLS])
 def test_the_balance_loss_reaches_the_routers(trainer, family, variant, tmp_path):
-    make = TRAINERS[trainer, family]
-    without, balanced = (Run(tmp_path / str(c), c, variant).gradient(make) for c in (0.0, 1.0))
-    assert (balanced - without).norm() > 1e-3
+    assert outcome(trainer, family, variant, tmp_path) == "trains"
 
 
 @pytest.mark.parametrize("trainer", ["`DPOTrainer`", "`KTOTrainer`"])

@@ -1,6 +1,7 @@
 """What upcycling cannot keep, or was asked for wrongly, ends in one sentence before anything is written."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -135,11 +136,14 @@ def test_branches_with_another_window():
         upcycle(method="branches", sources=[tiny_dense("mistral", sliding_window=size) for size in (8, 4)])
 
 
-def test_branches_may_differ_in_what_evaluation_does_not_read():
+def test_branches_may_differ_in_what_evaluation_does_not_read(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
     others = branch(eos_token_id=5), branch(attention_dropout=0.1, initializer_range=0.5, use_cache=False)
     mixture = upcycle(method="branches", sources=[tiny_dense("llama"), *others])
     assert mixture.config.num_experts == 3
     assert mixture.config.dense_config.eos_token_id == tiny_dense("llama").config.eos_token_id
+    (warning,) = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    assert "5" in warning
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "merges", "files"])
