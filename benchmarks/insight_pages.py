@@ -1,6 +1,6 @@
 """
 Two pages of `hf-sparse-moe look`, of a mixture trained on ten domains and of the Qwen3-MoE exported from it, for
-docs/insight.md. Twenty minutes on one core.
+docs/insight.md. Half an hour on one core.
 
     python benchmarks/insight_pages.py FOLDER --data DOMAINS
 
