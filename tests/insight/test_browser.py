@@ -156,6 +156,19 @@ def test_without_scripts(page, explained):
         page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
+def test_on_paper(page):
+    pdf = base64.b64decode(page.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert pdf.startswith(b"%PDF")
+    assert len(find(page, "details")) > 1
+    assert find(page, "details:not([open])") == []  # every layer's cards are printed
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert not find(page, "nav")[0].is_displayed()
+        assert all(card.is_displayed() for card in find(page, ".card"))
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 @pytest.mark.parametrize(
     ("name", "size", "scheme"), [("light", DESK, "light"), ("dark", DESK, "dark"), ("phone", PHONE, "light")]
 )
