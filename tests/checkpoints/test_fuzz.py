@@ -37,18 +37,21 @@ COMMANDS = {
         "export",
         "export",
         "expand",
+        "prune",
+        "measure",
         "verify",
         "push",
         "doctor",
         "upcycle",
     ),
-    "stock": ("import-stock", "import-stock", "push", "doctor"),
+    "stock": ("import-stock", "import-stock", "push", "doctor", "prune", "prune"),
     "training": (*2 * ("consolidate",), "push"),
     "adapter": (*4 * ("card",), "push", "doctor"),
 }
 
 
 FEW = ["--num-experts", "4", "--steps", "1", "--adapter-steps", "1", "--batch-size", "2", "--sequence-length", "8"]
+WRITES = ("upcycle", "expand", "export", "import-stock", "consolidate")
 
 
 class Hang(BaseException):
@@ -298,8 +301,12 @@ def _arguments(command, given, folders, output):
     name, _, rest = command.partition(" ")
     if rest:  # the damaged one is the dense model that a mixture is held against
         return [name, folders / "mixture", "--against", given]
-    if name in ("upcycle", "expand", "export", "import-stock", "consolidate"):
+    if name in WRITES:
         return [name, given, output]
+    if name == "prune":
+        return [name, given, output, "--keep", "3", "--method", "random"]
+    if name == "measure":
+        return [name, given, "--data", folders / "texts", "--max-texts", "2", "-o", output]
     if name == "quickstart":
         return [name, "--model", given, "--data", folders / "texts", "--output", output, *FEW]
     further = {"verify": ["--against", folders / "dense"], "push": ["user/model"]}.get(name, [])
@@ -365,11 +372,7 @@ def run_case(number, folders, root, monkeypatch):
         yield f"{case}: {leaked} holds another's file"
     if SECRET in finished.out + finished.err:
         yield f"{case}: prints another's file"
-    if (
-        finished.code
-        and command.split()[0] in ("upcycle", "expand", "export", "import-stock", "consolidate", "quickstart")
-        and any(work.iterdir())
-    ):
+    if finished.code and command.split()[0] in (*WRITES, "quickstart", "prune", "measure") and any(work.iterdir()):
         yield f"{case}: leaves {[path.name for path in work.iterdir()]}"
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse_moe import disable_experts, quantize_experts
+from hf_sparse_moe import disable_experts, expand, explain_export, quantize_experts
 from hf_sparse_moe.adapters.quantized_experts import QuantizedWeight
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
+from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.surgery import prune_experts
 from models.router_kinds import one_each, pairs_with, routed_model
 from processes import in_processes, kill_at_file
 from routing.test_mixture_layers import build, inputs_of
-from tiny_models import enlarge_weights, tiny_dense, tiny_inputs, tiny_sparse
+from tiny_models import enlarge_weights, tiny_config, tiny_dense, tiny_inputs, tiny_sparse
 
 
 STOCK_WORKER = Path(__file__).parents[1] / "stock" / "stock_worker.py"
@@ -198,3 +199,65 @@ def test_what_cannot_be_cut():
         prune_experts(routed_model("llama", "groups by their best"), drop=[0, 2, 4, 6])
     with pytest.raises(ValueError, match=r"one number of experts for all layers, not \[7, 8\]"):
         prune_experts(build("mixtral"), drop={0: [0]})
+
+
+# ---- layers with other numbers of experts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_layers_may_keep_other_numbers(name, tmp_path):
+    """In memory and on disk; the config says it, and what was cut loads, trains and is cut again."""
+    model = tiny_sparse(name)
+    drop = {0: [1], 1: [0, 2]}
+    pruned, inputs = prune_experts(model, drop=drop), tiny_inputs(model, labels=False, pads=2)
+    counts = [3, 2, *[4] * (len(model.sparse_blocks) - 2)]
+    assert pruned.config.num_experts_per_layer == counts
+    assert pruned.config.num_experts == max(counts)
+    assert_cut(model, pruned, drop, inputs)
+    model.save_pretrained(tmp_path / "mixture")
+    prune_experts(tmp_path / "mixture", drop=drop, output=tmp_path / "pruned")
+    loaded = type(model).from_pretrained(tmp_path / "pruned")
+    assert torch.equal(outputs(loaded, inputs), outputs(pruned, inputs))
+    assert count_parameters(loaded) == sum(parameter.numel() for parameter in loaded.parameters())
+    assert prune_experts(loaded, keep=2, method="random").config.num_experts_per_layer is None
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_uneven_layers_train(scope):
+    fields = {"balance_scope": scope, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.1}
+    model = prune_experts(tiny_sparse("llama", **fields), drop={0: [1]}).train()
+    loss = model(**tiny_inputs(model, pads=2)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(block.gate.weight.grad.abs().sum() > 0 for block in model.sparse_blocks)
+
+
+def test_uneven_layers_by_remote_code(tmp_path):
+    model = prune_experts(tiny_sparse("llama"), drop={0: [1]})
+    model.save_pretrained(tmp_path / "uneven")
+    inputs = tiny_inputs(model, labels=False)
+    (tmp_path / "inputs.json").write_text(json.dumps({name: value.tolist() for name, value in inputs.items()}))
+    code = f"""
+import json, sys, torch
+sys.modules["hf_sparse_moe"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "uneven")!r}, trust_remote_code=True).eval()
+inputs = json.load(open({str(tmp_path / "inputs.json")!r}))
+with torch.no_grad():
+    torch.save(model(**{{name: torch.tensor(value) for name, value in inputs.items()}}).logits, sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "logits"], check=True, timeout=300)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), outputs(model, inputs))
+
+
+def test_uneven_layers_where_they_cannot_be():
+    model = prune_experts(tiny_sparse("llama"), drop={0: [1]})
+    with pytest.raises(ValueError, match="num_experts_per_layer"):
+        expand(model, 2)
+    assert not explain_export(model).possible
+    with pytest.raises(ValueError, match="needs as many experts in each layer"):
+        prune_experts(routed_model("bert", "expert choice"), drop={0: [1]})
+    with pytest.raises(ValueError, match=r"`num_experts_per_layer=.* is not allowed"):
+        tiny_config("llama", num_experts_per_layer=[4, 9])
+    with pytest.raises(ValueError, match="has 3 entries for 2 sparse layers"):
+        tiny_config("llama", num_experts_per_layer=[4, 3, 4])

@@ -63,7 +63,7 @@ def look(
     from hf_sparse_moe.quickstart.examples import load_tokenizer
     from hf_sparse_moe.routing import find_mixture_layers
 
-    texts, groups = _read(data, group_by, max_texts)
+    texts, groups = read_texts(data, group_by, max_texts)
     found = find_source(source, revision)
     model, tokenizer = load_whole(found.folder), load_tokenizer(found.folder)
     layers = find_mixture_layers(model)
@@ -95,7 +95,7 @@ def look(
     show(explained.to_dict(), as_json, *told, f"The page is {output} ({output.stat().st_size / 1e6:.1f} MB).")
 
 
-def _read(paths: list[Path], group_by: str | None, most: int) -> tuple[list[Any], list[Any]]:
+def read_texts(paths: list[Path], group_by: str | None, most: int) -> tuple[list[Any], list[Any]]:
     """The first texts of each group in turn, and their groups."""
     from hf_sparse_moe.quickstart.corpus import SUFFIXES, read_rows
 

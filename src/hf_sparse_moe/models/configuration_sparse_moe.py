@@ -77,6 +77,8 @@ class SparseMoeConfig(PreTrainedConfig):
             The dense model inside, of any text architecture of transformers whose feed-forward layout is known
             (see `list_feed_forward_layouts`). Defaults to the sizes of ModernBERT-base, Qwen3-0.6B or T5-v1.1-base.
         num_experts (`int`, defaults to 8): Routed experts of a sparse layer.
+        num_experts_per_layer (`list[int]`, *optional*):
+            The routed experts of each sparse layer, where they differ; `num_experts` is then the largest of them.
         num_experts_per_tok (`int`, defaults to 2): Routed experts that serve one token (top-k).
         moe_intermediate_size (`int`, *optional*): Intermediate size of one expert. Defaults to the dense one's.
         num_shared_experts (`int`, defaults to 0):
@@ -125,6 +127,7 @@ class SparseMoeConfig(PreTrainedConfig):
 
     dense_config: Any = None  # a `PreTrainedConfig` once the config is made
     num_experts: int = 8
+    num_experts_per_layer: list[int] | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     num_shared_experts: int = 0
@@ -312,8 +315,16 @@ class SparseMoeConfig(PreTrainedConfig):
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Field, whether its value is allowed, and what is; each is worked out when all before it have passed."""
         k, experts, size = self.num_experts_per_tok, self.num_experts, self.moe_intermediate_size
+        each = self.num_experts_per_layer or [experts]
         yield "num_experts", experts >= 1, "at least 1"
-        yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and `num_experts={experts}`"
+        yield "num_experts_per_layer", min(each) >= 1 and max(each) == experts, f"a list up to `num_experts={experts}`"
+        yield (
+            "num_experts_per_layer",
+            len(each) == 1 or self.router_type == "top_k",
+            "None unless `router_type='top_k'`",
+        )
+        experts = min(each)
+        yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and the {experts} experts of a layer"
         yield "moe_intermediate_size", size is None or size >= 1, "None or at least 1"
         yield "num_shared_experts", self.num_shared_experts >= 0, "at least 0"
 
@@ -327,7 +338,8 @@ class SparseMoeConfig(PreTrainedConfig):
         yield "router_type", self.router_type != "expert_choice" or can_choose, causal
         yield "scoring_func", self.scoring_func in SCORING_FUNCTIONS, f"one of {SCORING_FUNCTIONS}"
         yield "scoring_func", top_k or self.scoring_func == "softmax", "'softmax' unless `router_type='top_k'`"
-        yield "n_group", self.n_group >= 1 and experts % self.n_group == 0, "a divisor of `num_experts`"
+        in_groups = self.n_group >= 1 and all(count % self.n_group == 0 for count in each)
+        yield "n_group", in_groups, "a divisor of `num_experts`"
         yield "n_group", top_k or self.n_group == 1, "1 unless `router_type='top_k'`"
         yield "topk_group", 1 <= self.topk_group <= self.n_group, f"between 1 and `n_group={self.n_group}`"
         within = self.topk_group * experts // self.n_group

@@ -35,9 +35,10 @@ class SparseMoeExperts(nn.Module):
         intermediate_size: int,
         act_fn: Callable[[torch.Tensor], torch.Tensor],
         dropout: float,
+        num_experts: int | None = None,
     ):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts or config.num_experts
         self.hidden_dim = hidden_size
         self.intermediate_dim = intermediate_size
         self.up_name = "gate_up_proj" if self.gated else "up_proj"
@@ -147,10 +148,12 @@ class SparseMoePlainBiasedExperts(SparseMoeExperts):
     gated, biased = False, True
 
 
-def make_experts(config: PreTrainedConfig, *args, gated: bool, biased: bool) -> SparseMoeExperts:
+def make_experts(
+    config: PreTrainedConfig, *args, gated: bool, biased: bool, num_experts: int | None = None
+) -> SparseMoeExperts:
     """The experts class of this layout, built with `args` as [`SparseMoeExperts`] takes them."""
-    kinds = SparseMoeExperts.__subclasses__()
-    return next(kind for kind in kinds if (kind.gated, kind.biased) == (gated, biased))(config, *args)
+    kinds: Any = SparseMoeExperts.__subclasses__()
+    return next(kind for kind in kinds if (kind.gated, kind.biased) == (gated, biased))(config, *args, num_experts)
 
 
 class _ActivationThenDropout(nn.Module):

@@ -31,9 +31,10 @@ class SparseMoeBlock(nn.Module):
         config (`SparseMoeConfig`): The mixture's config.
         feed_forward (`FeedForward`): The dense feed-forward whose place and shape it takes.
         side (`str`): `"encoder"` or `"decoder"`, for the routing record.
+        num_experts (`int`, *optional*): The routed experts of this layer, where layers differ in them.
     """
 
-    def __init__(self, config: PreTrainedConfig, feed_forward: FeedForward, side: str):
+    def __init__(self, config: PreTrainedConfig, feed_forward: FeedForward, side: str, num_experts: int | None = None):
         super().__init__()
         self.side = side
         self.config = config
@@ -42,8 +43,10 @@ class SparseMoeBlock(nn.Module):
         gated, biased = feed_forward.layout.gated, feed_forward.biased
         intermediate = config.moe_intermediate_size or feed_forward.intermediate_size
         dropout = feed_forward.inner_dropout if config.expert_dropout is None else config.expert_dropout
-        self.gate = make_router(config, hidden, side)
-        self.experts = make_experts(config, hidden, intermediate, act_fn, dropout, gated=gated, biased=biased)
+        self.gate = make_router(config, hidden, side, num_experts)
+        self.experts = make_experts(
+            config, hidden, intermediate, act_fn, dropout, gated=gated, biased=biased, num_experts=num_experts
+        )
         self.shared_experts = None
         if config.num_shared_experts:
             shared = intermediate * config.num_shared_experts
@@ -144,8 +147,12 @@ def sparse_feed_forwards(
 
 def install_sparse_blocks(dense: PreTrainedModel, config: PreTrainedConfig, family_side: str) -> None:
     """Put a [`SparseMoeBlock`] in the place of each of [`sparse_feed_forwards`]; changes `dense` in place."""
-    for feed_forward, side in sparse_feed_forwards(dense, config, family_side):
-        _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side))
+    chosen = sparse_feed_forwards(dense, config, family_side)
+    counts = config.num_experts_per_layer or [config.num_experts] * len(chosen)
+    if len(counts) != len(chosen):
+        raise ValueError(f"`num_experts_per_layer` has {len(counts)} entries for {len(chosen)} sparse layers.")
+    for (feed_forward, side), num_experts in zip(chosen, counts, strict=True):
+        _replace(dense, feed_forward, SparseMoeBlock(config, feed_forward, side, num_experts))
     layers = [module for module in dense.modules() if getattr(module, "chunk_size_feed_forward", 0)]
     for layer in layers:
         if any(isinstance(module, SparseMoeBlock) for module in layer.modules()):

@@ -84,13 +84,16 @@ class SparseMoeRouter(nn.Module):
         config (`SparseMoeConfig`): The mixture's config.
         hidden_size (`int`): H.
         side (`str`): `"encoder"` or `"decoder"`.
+        num_experts (`int`, *optional*): E of this layer, where layers differ in it.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
+    def __init__(
+        self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder", num_experts: int | None = None
+    ):
         super().__init__()
         self.side = side
         self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts or config.num_experts
         self.scoring_func = config.scoring_func
         self.routed_scaling_factor = config.routed_scaling_factor
         self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
@@ -148,8 +151,10 @@ class SparseMoeTopKRouter(SparseMoeRouter):
     training and drops the rest; in evaluation nothing is dropped, so that a cached step routes as the full forward.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
-        super().__init__(config, hidden_size, side)
+    def __init__(
+        self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder", num_experts: int | None = None
+    ):
+        super().__init__(config, hidden_size, side, num_experts)
         self.norm_topk_prob = config.norm_topk_prob
         self.jitter_noise = config.router_jitter_noise
         self.n_group, self.topk_group = config.n_group, config.topk_group
@@ -220,8 +225,10 @@ class SparseMoeCosineRouter(SparseMoeTopKRouter):
     `projection @ x` and the keys `weight`, divided by a learned temperature of at least 0.01.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder"):
-        super().__init__(config, hidden_size, side)
+    def __init__(
+        self, config: PreTrainedConfig, hidden_size: int, side: str = "decoder", num_experts: int | None = None
+    ):
+        super().__init__(config, hidden_size, side, num_experts)
         self.projection = nn.Parameter(torch.empty(self.row_size(hidden_size), hidden_size))
         self.temperature = nn.Parameter(torch.empty(1))
 
@@ -296,7 +303,9 @@ class SparseMoeHashRouter(SparseMoeRouter):
         return torch.full(choice.top_k_index.shape, self.routed_scaling_factor / top_k, device=scores_TE.device)
 
 
-def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> SparseMoeRouter:
+def make_router(
+    config: PreTrainedConfig, hidden_size: int, side: str, num_experts: int | None = None
+) -> SparseMoeRouter:
     """The router that the config asks for. In an encoder-decoder, expert choice is the encoder's alone."""
     kind: type[SparseMoeRouter] = SparseMoeTopKRouter
     if config.router_type == "hash":
@@ -305,4 +314,4 @@ def make_router(config: PreTrainedConfig, hidden_size: int, side: str) -> Sparse
         kind = SparseMoeExpertChoiceRouter
     elif config.scoring_func == "cosine":
         kind = SparseMoeCosineRouter
-    return kind(config, hidden_size, side)
+    return kind(config, hidden_size, side, num_experts)

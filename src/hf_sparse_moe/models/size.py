@@ -28,10 +28,10 @@ def count_parameters(model: SparseMoePreTrainedModel, only_active: bool = False)
     """Parameters of `model`, tied ones once; with `only_active`, of the routed experts only those of one token."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if only_active:
-        idle = model.config.num_experts - model.config.mean_experts_per_token
         for block in model.sparse_blocks:
+            count = block.experts.num_experts
             experts = sum(parameter.numel() for parameter in block.experts.parameters(recurse=False))
-            total -= round(experts // model.config.num_experts * idle)
+            total -= round(experts // count * (count - model.config.mean_experts_per_token))
     return total
 
 

@@ -196,6 +196,10 @@ def _obstacles(
             f"`num_experts_per_tok={config.num_experts_per_tok}`: {name} always takes {target.top_k}",
         ),
         (
+            config.num_experts_per_layer is not None,
+            f"`num_experts_per_layer={config.num_experts_per_layer}`: {name} has as many in each layer",
+        ),
+        (
             config.num_experts < target.min_experts,
             f"`num_experts={config.num_experts}`: {name} needs at least {target.min_experts}",
         ),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.folder import check_target
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.models.routers import (
     SparseMoeExpertChoiceRouter,
@@ -23,7 +24,7 @@ from hf_sparse_moe.models.routers import (
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
-from .measuring import MOST_PAIRED_EXPERTS, ExpertMeasurements, LayerMeasurements
+from .measuring import MOST_PAIRED_EXPERTS, ExpertMeasurements, LayerMeasurements, losses_by_group
 from .rewriting import (
     ExpertRows,
     Mixture,
@@ -51,6 +52,7 @@ def prune_experts(
     output: str | Path | None = None,
     seed: int = 0,
     *,
+    evaluation: tuple[Sequence[Any], Sequence[str] | None] | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
     max_shard_size: int | str = "4GB",
@@ -79,6 +81,8 @@ def prune_experts(
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the mixture to,
             tensor by tensor where `source` is a folder or Hub id: neither mixture is then in memory.
         seed (`int`, defaults to 0): Of `method="random"`.
+        evaluation (`tuple`, *optional*): Batches and the group of each of their sequences, as for [`measure_experts`],
+            on which the receipt tells the loss before and after. Both models are loaded for it.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`.
@@ -118,17 +122,36 @@ def prune_experts(
         told = {**arguments, "kept": {mixture.layers[place].name: ids for place, ids in kept.items()}}
         return {place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told
 
+    def losses(mixture: Mixture, after: PreTrainedModel | Path) -> dict[str, Any] | None:
+        if evaluation is None:
+            return None
+        before = load_whole(mixture.source.folder) if isinstance(after, Path) and mixture.source else mixture.model
+        models = (before, load_whole(after) if isinstance(after, Path) else after)
+        found = [losses_by_group(model, *evaluation) for model in models]
+        return (
+            found[0]
+            and found[1]
+            and {
+                group: {"before": loss["loss"], "after": found[1][group]["loss"], "labels": loss["labels"]}
+                for group, loss in found[0].items()
+            }
+        )
+
     streams = output is not None and isinstance(source, str | Path)
     if streams:
         mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
-        rows, told = cut(mixture)
         try:
+            rows, told = cut(mixture)
             return rewrite_on_disk(
                 mixture,
                 rows,
                 output,  # type: ignore[arg-type]
                 told,
+<<<<<<< HEAD
                 lambda new, sha256, _: receipt_of("pruned", mixture, new, told, sha256),
+=======
+                lambda new, sha256, folder: _receipt(mixture, new, told, sha256, losses(mixture, folder)),
+>>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
                 max_shard_size,
                 resume,
                 show_progress,
@@ -138,25 +161,41 @@ def prune_experts(
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
     rows, told = cut(mixture)
     model: Any = rewrite_in_memory(mixture, rows)
+<<<<<<< HEAD
     model.receipt = receipt_of("pruned", mixture, model, told, None)
     return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
 
 
 def receipt_of(
     verb: str, mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None
+=======
+    model.receipt = _receipt(mixture, model, told, None, losses(mixture, model))
+    return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
+
+
+def _receipt(
+    mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None, loss: Any
+>>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
 ) -> dict[str, Any]:
     """What was done (`"pruned"`, `"merged"`) to the experts of `mixture`, of which `new` came."""
     old = mixture.model
+    before = mixture.receipt or {}
     return {
+<<<<<<< HEAD
         verb: {
+=======
+        **before,
+        "pruned": {
+>>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
             **told,
             "num_experts_per_tok": mixture.layers[0].top_k,
+            "loss": loss,
             "parameters": {"before": old.num_parameters(), "after": new.num_parameters()},
             "bytes": {"before": _bytes(old), "after": _bytes(new)},
             "source": describe_source(old, mixture.source, sha256),
             "versions": versions(),
-            "from": mixture.receipt,
-        }
+            **({"before": before["pruned"]} if "pruned" in before else {}),
+        },
     }
 
 

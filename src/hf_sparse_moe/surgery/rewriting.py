@@ -111,7 +111,8 @@ def open_mixture(
             model = cls._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if model.can_generate():
             model.generation_config = read_generation_config(found.folder) or model.generation_config
-    return Mixture(model, find_mixture_layers(model), found, _receipt_of(found))
+    with sensible_config(found):
+        return Mixture(model, find_mixture_layers(model), found, _receipt_of(found))
 
 
 def router_tensors(mixture: Mixture, layer: MixtureLayer) -> Tensors:
@@ -176,8 +177,9 @@ def rewrite_on_disk(
     check_target(output)
     watched, files = WatchedSource(source), TensorFiles(weight_files(source))
     stored = {name: torch.empty(files.shape(name), dtype=files.dtype(name), device="meta") for name in files.names}
-    new = _resized(mixture, rows)
-    rewriting = Rewriting(mixture, new, rows, stored)
+    with sensible_config(source):
+        new = _resized(mixture, rows)
+        rewriting = Rewriting(mixture, new, rows, stored)
 
     def write(writer: ShardWriter) -> Generator[int]:
         for names, make in rewriting.parts:
@@ -436,9 +438,10 @@ def _resized(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTrainedMode
 
 def _resize_ours(config: SparseMoeConfig, counts: list[int]) -> None:
     before, after = config.num_experts, max(counts)
-    if len(set(counts)) > 1:
-        raise NotImplementedError
+    if len(set(counts)) > 1 and config.router_type != "top_k":
+        raise ValueError(f'`router_type="{config.router_type}"` needs as many experts in each layer, not {counts}.')
     config.num_experts = after
+    config.num_experts_per_layer = counts if len(set(counts)) > 1 else None
     if config.router_type == "expert_choice":  # each expert goes on taking as many tokens
         factor = config.capacity_factor or config.num_experts_per_tok
         config.capacity_factor = factor * after / before

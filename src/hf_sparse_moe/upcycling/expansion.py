@@ -54,6 +54,8 @@ def expand(
         raise ValueError('`router_type="hash"` gives the ids to other experts when their number changes.')
     if by is not None and (config.scoring_func != "sigmoid" or config.n_group > 1):
         raise ValueError('`by` needs `scoring_func="sigmoid"` and one group of experts: leave it out.')
+    if config.num_experts_per_layer is not None:
+        raise ValueError("`num_experts_per_layer` differs between layers, which `expand` does not multiply.")
     blocks = [(name, module) for name, module in model.named_modules() if module in model.sparse_blocks]
     copied = [list(range(config.num_experts)) * (factor - 1)] * len(blocks)
     if by is not None:
