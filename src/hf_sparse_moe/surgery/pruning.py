@@ -128,14 +128,12 @@ def prune_experts(
         before = load_whole(mixture.source.folder) if isinstance(after, Path) and mixture.source else mixture.model
         models = (before, load_whole(after) if isinstance(after, Path) else after)
         found = [losses_by_group(model, *evaluation) for model in models]
-        return (
-            found[0]
-            and found[1]
-            and {
-                group: {"before": loss["loss"], "after": found[1][group]["loss"], "labels": loss["labels"]}
-                for group, loss in found[0].items()
-            }
-        )
+        if found[0] is None or found[1] is None:
+            return None
+        return {
+            group: {"before": loss["loss"], "after": found[1][group]["loss"], "labels": loss["labels"]}
+            for group, loss in found[0].items()
+        }
 
     streams = output is not None and isinstance(source, str | Path)
     if streams:
@@ -147,11 +145,7 @@ def prune_experts(
                 rows,
                 output,  # type: ignore[arg-type]
                 told,
-<<<<<<< HEAD
-                lambda new, sha256, _: receipt_of("pruned", mixture, new, told, sha256),
-=======
-                lambda new, sha256, folder: _receipt(mixture, new, told, sha256, losses(mixture, folder)),
->>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
+                lambda new, sha256, folder: receipt_of("pruned", mixture, new, told, sha256, losses(mixture, folder)),
                 max_shard_size,
                 resume,
                 show_progress,
@@ -161,32 +155,24 @@ def prune_experts(
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
     rows, told = cut(mixture)
     model: Any = rewrite_in_memory(mixture, rows)
-<<<<<<< HEAD
-    model.receipt = receipt_of("pruned", mixture, model, told, None)
+    model.receipt = receipt_of("pruned", mixture, model, told, None, losses(mixture, model))
     return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
 
 
 def receipt_of(
-    verb: str, mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None
-=======
-    model.receipt = _receipt(mixture, model, told, None, losses(mixture, model))
-    return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
-
-
-def _receipt(
-    mixture: Mixture, new: PreTrainedModel, told: dict[str, Any], sha256: dict[str, str] | None, loss: Any
->>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
+    verb: str,
+    mixture: Mixture,
+    new: PreTrainedModel,
+    told: dict[str, Any],
+    sha256: dict[str, str] | None,
+    loss: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What was done (`"pruned"`, `"merged"`) to the experts of `mixture`, of which `new` came."""
+    """The receipt of `mixture`, and what was done (`"pruned"`, `"merged"`) to its experts, of which `new` came."""
     old = mixture.model
     before = mixture.receipt or {}
     return {
-<<<<<<< HEAD
-        verb: {
-=======
         **before,
-        "pruned": {
->>>>>>> cedf15c (measure and prune on the command line; layers with other numbers of experts)
+        verb: {
             **told,
             "num_experts_per_tok": mixture.layers[0].top_k,
             "loss": loss,
@@ -194,7 +180,7 @@ def _receipt(
             "bytes": {"before": _bytes(old), "after": _bytes(new)},
             "source": describe_source(old, mixture.source, sha256),
             "versions": versions(),
-            **({"before": before["pruned"]} if "pruned" in before else {}),
+            **({"before": before[verb]} if verb in before else {}),
         },
     }
 
