@@ -51,7 +51,9 @@ def test_other_commands_take_what_was_pruned(command, folder, tmp_path):
     run_cli("prune", folder / "mixture", tmp_path / "pruned", "--keep", "3", "--method", "random")
     finished = run_cli(command, tmp_path / "pruned")
     assert finished.code == 0, finished
-    assert "3" in finished.out
+    told = (tmp_path / "pruned" / "README.md").read_text() if command == "card" else finished.out
+    assert "3" in told
+    assert {"info": "pruned by random", "card": "## Pruning"}.get(command, "") in told
 
 
 BAD = {

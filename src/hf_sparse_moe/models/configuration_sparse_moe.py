@@ -324,7 +324,7 @@ class SparseMoeConfig(PreTrainedConfig):
             "None unless `router_type='top_k'`",
         )
         experts = min(each)
-        yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and the {experts} experts of a layer"
+        yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and `num_experts={experts}`"
         yield "moe_intermediate_size", size is None or size >= 1, "None or at least 1"
         yield "num_shared_experts", self.num_shared_experts >= 0, "at least 0"
 

@@ -1,5 +1,6 @@
 """Mixtures with other experts: measured, pruned, merged; and the way back to a dense model."""
 
+from .adapter_pruning import prune_adapter
 from .densifying import DenseReport, to_dense
 from .measuring import ExpertMeasurements, measure_experts
 from .merging import merge_experts
@@ -13,6 +14,7 @@ __all__ = [
     "SurgeryReport",
     "measure_experts",
     "merge_experts",
+    "prune_adapter",
     "prune_experts",
     "to_dense",
 ]

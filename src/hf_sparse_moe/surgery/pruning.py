@@ -119,7 +119,9 @@ def prune_experts(
         kept = _kept(mixture, known, keep, drop, method, seed)
         chosen_by = "drop" if keep is None else method
         arguments = {"method": chosen_by, **({"seed": seed} if chosen_by == "random" else {})}
-        told = {**arguments, "kept": {mixture.layers[place].name: ids for place, ids in kept.items()}}
+        cut_layers = {mixture.layers[place].name: ids for place, ids in kept.items()}
+        counts = {mixture.layers[place].name: mixture.layers[place].num_experts for place in kept}
+        told = {**arguments, "kept": cut_layers, "num_experts": counts}
         return {place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told
 
     def losses(mixture: Mixture, after: PreTrainedModel | Path) -> dict[str, Any] | None:
