@@ -51,7 +51,7 @@ COMMANDS = {
 
 
 FEW = ["--num-experts", "4", "--steps", "1", "--adapter-steps", "1", "--batch-size", "2", "--sequence-length", "8"]
-WRITES = ("upcycle", "expand", "export", "import-stock", "consolidate")
+WRITE_COMMANDS = ("upcycle", "expand", "export", "import-stock", "consolidate")
 
 
 class Hang(BaseException):
@@ -301,7 +301,7 @@ def _arguments(command, given, folders, output):
     name, _, rest = command.partition(" ")
     if rest:  # the damaged one is the dense model that a mixture is held against
         return [name, folders / "mixture", "--against", given]
-    if name in WRITES:
+    if name in WRITE_COMMANDS:
         return [name, given, output]
     if name == "prune":
         return [name, given, output, "--keep", "3", "--method", "random"]
@@ -372,7 +372,11 @@ def run_case(number, folders, root, monkeypatch):
         yield f"{case}: {leaked} holds another's file"
     if SECRET in finished.out + finished.err:
         yield f"{case}: prints another's file"
-    if finished.code and command.split()[0] in (*WRITES, "quickstart", "prune", "measure") and any(work.iterdir()):
+    if (
+        finished.code
+        and command.split()[0] in (*WRITE_COMMANDS, "quickstart", "prune", "measure")
+        and any(work.iterdir())
+    ):
         yield f"{case}: leaves {[path.name for path in work.iterdir()]}"
 
 

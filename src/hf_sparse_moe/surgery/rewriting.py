@@ -28,7 +28,7 @@ from hf_sparse_moe.checkpoints.folder import check_target, new_folder, write_des
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.loading import class_of, load_whole
 from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles, stored_dtype
-from hf_sparse_moe.checkpoints.source import Source, find_source, weight_files
+from hf_sparse_moe.checkpoints.source import Source, find_source, missing_weight, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
@@ -349,6 +349,9 @@ def _require_all(mixture: Mixture, stored: Mapping[str, torch.Tensor]) -> None:
     forms = _forms(mixture.model, stored_tensors(mixture.model))
     missing = [sorted(form.keys() - stored.keys()) for form in forms]
     if all(missing):
+        fewest = min(missing, key=len)
+        if 2 * len(fewest) < len(forms[0]):
+            raise missing_weight(mixture.name, mixture.model, fewest[0])
         raise NotStreamableError(f"it lacks `{missing[-1][0]}`, or has it under another name")
     for name, tensor in forms[missing.index([])].items():
         if stored[name].shape != tensor.shape:
