@@ -44,7 +44,8 @@ Loss is nats a token of a held-out document, averaged over the documents of a do
 is the same document's loss minus that of D from the same checkpoint; [{LEVEL} % intervals] are from a bootstrap over
 seeds and, in each domain, over documents: with one seed, over documents alone, and AA shows what chance does beside
 them. Rates are chosen on a tuning split with seed 0, three for each arm. CPU seconds are one thread's, of the training
-steps alone; peak memory is what a training adds to the process. "D needs" is how many tokens D trains for,
+steps alone; peak memory is what a training adds to the process, in the run with the least (memory that the system
+takes back between two runs looks added). "D needs" is how many tokens D trains for,
 or D+ where it has run, until its loss is the arm's.
 """
 FAMILIES = {
@@ -178,7 +179,7 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
             f"{median(run['parameters_active'] for run in arm.runs.values()) / 1e6:.2f}",
             f"{median(run['flops_per_token'] for run in arm.runs.values()) / 1e6:.2f}",
             f"{median(run['cpu_seconds'] for run in arm.runs.values()):.0f}",
-            f"{median(run['peak_bytes'] for run in arm.runs.values()) / 2**20:.0f}",
+            f"{min(run['peak_bytes'] for run in arm.runs.values()) / 2**20:.0f}",
             tokens_needed(arm, arms),
         ]
         for name, arm in arms.items()

@@ -33,6 +33,21 @@ def test_page_is_that_of_the_result_files(writer, configuration):
     assert page == writer.render(configuration), "Run `python benchmarks/write_results.py`."
 
 
+def test_readme_says_what_the_comparison_found(writer, configuration):
+    folder = writer.RESULTS / "quality" / "decoder"
+    arms = writer.load_arms(folder, "decoder", configuration)
+    domains = [domain for domain, _ in json.loads((folder / "documents.json").read_text())["test"]]
+    seeds, differences = arms["M1"].differences(arms["D"])
+    assert len(seeds) == 5
+    equal_flops = [f"{-value:.3f}" for value in writer.interval(differences, domains)]
+    two_experts = -writer.interval(arms["M2"].differences(arms["D"])[1], domains)[0]
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    mean, most, least = equal_flops
+    assert writer.outside(differences, domains) == "5, 0 of 5"
+    assert f"in 5 of 5 seeds**: {mean} nats a token less on held-out text (95 % interval {least} to {most})" in readme
+    assert f"and {two_experts:.2f} less with two whole experts a token" in readme
+
+
 def draws(effect, seed):
     """Differences of 5 seeds: documents differ, seeds differ, and `effect` is what all have in common."""
     generator = np.random.default_rng(seed)
