@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import ArrowConfig, get_peft_model
+from peft.tuners.lora import BdLoraConfig, MontecloraConfig
 
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
 from hf_sparse_moe import expert_lora_config
@@ -168,11 +169,22 @@ def test_what_peft_ignores_is_refused_with_a_sentence(name, value):
         expert_lora_config(tiny_sparse("decoder"), **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa"), ("r", 0)]
-)
+UNSUPPORTED = {
+    "use_dora": True,
+    "lora_bias": True,
+    "init_lora_weights": "pissa",
+    "r": 0,
+    "use_qalora": True,
+    "use_bdlora": BdLoraConfig(),
+    "arrow_config": ArrowConfig(),
+    "monteclora_config": MontecloraConfig(),
+    "layer_replication": [[0, 2], [1, 2]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), UNSUPPORTED.items(), ids=list(UNSUPPORTED))
 def test_what_is_not_built_is_refused_with_a_sentence(name, value):
-    model = tiny_sparse("decoder")
+    model = stock_mixture("mixtral")
     with pytest.raises(ValueError, match=f"`{name}="):
         get_peft_model(model, expert_lora_config(model, **{name: value}))
 

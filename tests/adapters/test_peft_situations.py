@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import transformers as hf
 from peft import (
     LoraConfig,
     PeftModel,
@@ -131,6 +132,40 @@ def test_prompts_train_before_a_mixture(family, kind, tmp_path):
     peft_model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_sparse(family, auto_class), tmp_path)
     torch.testing.assert_close(logits_of(again, inputs), logits_of(peft_model, inputs))
+
+
+HEADS = [
+    ("bert", hf.AutoModelForMultipleChoice),
+    ("distilbert", hf.AutoModelForSequenceClassification),
+    ("llama", hf.AutoModelForTokenClassification),
+    ("bart", hf.AutoModelForSequenceClassification),
+    ("t5", hf.AutoModelForSequenceClassification),
+    ("t5", hf.AutoModelForQuestionAnswering),
+]
+
+
+@pytest.mark.parametrize(("name", "auto_class"), HEADS, ids=lambda one: getattr(one, "__name__", one))
+def test_a_new_head_trains_and_travels_whatever_its_name(name, auto_class, tmp_path):
+    model = tiny_sparse(name, auto_class)
+    body = tuple(f"dense.{part}." for part in (model.dense.base_model_prefix, "shared", "encoder", "decoder"))
+    heads = {key for key, _ in model.named_parameters() if not key.startswith(body)}
+    assert heads
+    peft_model = adapted(model)
+    trained = {
+        key.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p
+        for key, p in peft_model.named_parameters()
+        if p.requires_grad and "lora_" not in key
+    }
+    assert trained.keys() == heads
+    for parameter in trained.values():
+        parameter.data.mul_(-1.5)
+    peft_model.save_pretrained(tmp_path)
+    inputs = {key: value for key, value in tiny_inputs(model).items() if key in ("input_ids", "attention_mask")}
+    if auto_class is hf.AutoModelForMultipleChoice:
+        inputs = {key: value[:, None] for key, value in inputs.items()}
+    loaded = load_adapter(tiny_sparse(name, auto_class), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs)[0], peft_model.eval()(**inputs)[0])
 
 
 def two_adapters(model, **choice):

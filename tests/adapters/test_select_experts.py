@@ -67,6 +67,17 @@ def test_the_choice_is_what_the_config_takes():
         assert sizes[f"base_model.model.{layer}"] == len(experts)
 
 
+@pytest.mark.parametrize("name", ["decoder", "mixtral"])
+def test_a_model_that_has_an_adapter_chooses_for_another(name):
+    model = stock_mixture(name) if name == "mixtral" else tiny_sparse(name)
+    data = batches(model)
+    expected = select_experts(model, data, share=0.5)
+    peft_model = get_peft_model(model, expert_lora_config(model, experts=expected, router=True))  # changes nothing yet
+    for wrapped in (peft_model, model):
+        assert select_experts(wrapped, data, share=0.5) == expected
+    peft_model.add_adapter("other", expert_lora_config(peft_model, experts=expected))
+
+
 def test_the_mode_of_the_model_stays():
     model = stock_mixture("mixtral").train()
     select_experts(model, batches(model))

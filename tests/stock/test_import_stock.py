@@ -93,6 +93,11 @@ def test_the_stock_model_is_left_as_it_is():
     assert torch.equal(logits(stock), before)
 
 
+def test_a_mixtral_without_head_dim_as_mistral_ai_published_it():
+    stock = stock_model("mixtral", head_dim=None)
+    torch.testing.assert_close(logits(import_stock(stock)), logits(stock), rtol=1e-5, atol=1e-5)
+
+
 def test_it_trains():
     sparse = import_stock(stock_model("olmoe")).train()
     output = sparse(**tiny_inputs(sparse))

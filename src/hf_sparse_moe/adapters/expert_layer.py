@@ -25,7 +25,10 @@ else:  # what `layer_class` makes has both
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
-_UNSUPPORTED = ("use_dora", "lora_bias", "alora_invocation_tokens", "velora_config", "kasa_config", "fan_in_fan_out")
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "alora_invocation_tokens", "velora_config", "kasa_config", "fan_in_fan_out", "use_qalora",
+    "use_bdlora", "arrow_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
 
 
 class ExpertLora(_Base):

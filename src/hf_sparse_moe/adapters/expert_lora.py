@@ -37,6 +37,7 @@ _TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+_TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 def expert_lora_config(
@@ -92,6 +93,7 @@ def expert_lora_config(
     modules = expert_modules(model)
     chosen = None if experts is None else _chosen_experts(modules, experts)
     modules_to_save = list(lora_kwargs.pop("modules_to_save", None) or [])
+    modules_to_save += _new_head(model)
     if router:
         modules_to_save += _routers(model, modules)
     name = type(model).__name__
@@ -155,6 +157,17 @@ def _routers(model: nn.Module, modules: dict[str, Any]) -> list[str]:
             "the routers in `modules_to_save`."
         )
     return sorted({".".join(name.split(".")[-2:]) for name in routers})
+
+
+def _new_head(model: PreTrainedModel) -> list[str]:
+    """A task's head, which starts at random: PEFT knows those of some classes, and would leave the others frozen."""
+    inner: Any = getattr(model, "dense", model)
+    # The head is what stands beside the body; T5's for questions has no body of its own, and a head that PEFT knows.
+    if not type(model).__name__.endswith(_TASK_HEADS) or not hasattr(inner, inner.base_model_prefix):
+        return []
+    prefix = "dense." if inner is not model else ""
+    heads = {name: child for name, child in inner.named_children() if name != inner.base_model_prefix}
+    return [f"{prefix}{name}" for name, child in heads.items() if any(True for _ in child.parameters())]
 
 
 def _attention_projections(model: nn.Module) -> list[str]:

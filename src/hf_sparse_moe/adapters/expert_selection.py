@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers, routing_events
 
-from .expert_modules import expert_modules
+from .expert_modules import below_adapters, expert_modules
 
 
 @torch.no_grad()
@@ -43,9 +43,10 @@ def select_experts(
         raise ValueError(f"`share={share}` must lie above 0 and be at most 1.")
     if by not in ("weight", "count"):
         raise ValueError(f'`by={by!r}` must be "weight" or "count".')
+    model = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     modules = expert_modules(model)
     names = {module: name for name, module in modules.items()}
-    layers = [layer for layer in find_mixture_layers(model) if layer.experts in names]
+    layers = [layer for layer in find_mixture_layers(model) if below_adapters(layer.experts) in names]
     scores = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name, module in modules.items()}
     training = model.training
     model.eval()
@@ -54,13 +55,14 @@ def select_experts(
             inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             for event in routing_events(model, layers, inputs):
                 index, weights, kept = event.routing.top_k_index, event.routing.top_k_weights, event.routing.kept
-                counts = index < event.layer.experts.num_experts
+                experts = below_adapters(event.layer.experts)
+                counts = index < experts.num_experts
                 if event.counted_rows is not None:
                     counts = counts & event.counted_rows[:, None]
                 if kept is not None:
                     counts = counts & kept
                 values = weights.double() if by == "weight" else torch.ones_like(weights, dtype=torch.float64)
-                scores[names[event.layer.experts]].index_add_(0, index[counts].cpu(), values[counts].cpu())
+                scores[names[experts]].index_add_(0, index[counts].cpu(), values[counts].cpu())
     finally:
         model.train(training)
     if not all(values.sum() > 0 for values in scores.values()):

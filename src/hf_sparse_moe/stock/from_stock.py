@@ -180,7 +180,8 @@ def _sparse_config(
         raise ValueError(f"This `{row.model_type}` cannot be read: {'; '.join(report.obstacles)}.")
     # `_num_shared_experts` saw to these.
     shared = {row.shared.count_field, row.shared.size_field} if row.shared else set()
-    for field in own_fields(type(stock)).keys() - _NO_MATTER - shared:
+    derived = {"head_dim"} if getattr(stock, "head_dim", 0) is None else set()  # Mixtral's: hidden size / heads
+    for field in own_fields(type(stock)).keys() - _NO_MATTER - shared - derived:
         _require(row, stock, field, getattr(report.config, field))
     return config
 
