@@ -1,5 +1,7 @@
 """Mixtures with adapters for the tests: stock ones, and adapters that are far from their zero start."""
 
+import copy
+
 import torch
 import transformers as hf
 from peft import get_peft_model
@@ -27,7 +29,7 @@ STOCK = {
 def stock_mixture(name: str) -> hf.PreTrainedModel:
     """A mixture of transformers in evaluation mode, the same at every call."""
     torch.manual_seed(0)
-    return enlarge_weights(hf.AutoModelForCausalLM.from_config(STOCK[name])).eval()
+    return enlarge_weights(hf.AutoModelForCausalLM.from_config(copy.deepcopy(STOCK[name]))).eval()
 
 
 @torch.no_grad()

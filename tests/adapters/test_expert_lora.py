@@ -178,7 +178,6 @@ UNSUPPORTED = {
     "use_bdlora": BdLoraConfig(),
     "arrow_config": ArrowConfig(),
     "monteclora_config": MontecloraConfig(),
-    "layer_replication": [[0, 2], [1, 2]],
 }
 
 

@@ -27,7 +27,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "alora_invocation_tokens", "velora_config", "kasa_config", "fan_in_fan_out", "use_qalora",
-    "use_bdlora", "arrow_config", "monteclora_config", "layer_replication",
+    "use_bdlora", "arrow_config", "monteclora_config",
 )  # fmt: skip
 
 
