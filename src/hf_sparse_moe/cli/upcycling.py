@@ -210,13 +210,16 @@ def expand(
 )
 def verify(
     source: SourceArgument,
-    against: Annotated[str, typer.Option(help="Folder or Hub id of the dense checkpoint that it was made from.")],
+    against: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint that it was made from.")],
     text: Annotated[Path | None, typer.Option(help="A text file on which to measure the loss of both models.")] = None,
     revision: RevisionOption = None,
     dense_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the dense Hub id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a mixture with its dense checkpoint and its receipt. Loads both models."""
+    """
+    Compare a mixture with its dense checkpoint and its receipt, or one after a surgery, or the dense model made of it,
+    with the mixture before. Loads both models.
+    """
     from hf_sparse_moe.upcycling import verify as measure
 
     evaluation = None if text is None else _batches(text, source, revision)

@@ -173,7 +173,7 @@ def receipt_of(
     old = mixture.model
     before = mixture.receipt or {}
     return {
-        **before,
+        **{name: value for name, value in before.items() if name != verb},  # the last operation is the last
         verb: {
             **told,
             "num_experts_per_tok": mixture.layers[0].top_k,

@@ -1,4 +1,4 @@
-"""`verify`: does a mixture still do what its receipt says, measured against the dense checkpoint?"""
+"""`verify`: is a checkpoint still what its receipt says, measured against the one that it was made of?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from hf_sparse_moe.checkpoints.config import read_config
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.hashes import source_files
-from hf_sparse_moe.checkpoints.loading import load_dense, load_sparse
-from hf_sparse_moe.checkpoints.source import find_source
+from hf_sparse_moe.checkpoints.loading import load_dense, load_sparse, load_whole
+from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture
+from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 
 from .initialization import INITIALIZATION_METHODS
 from .measuring import as_batches, labelled, task_losses
 from .receipt import allowed_difference, output_difference
+from .surgery_checks import VERDICTS, check_surgery, last_surgery
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Verification:
         measured (`dict`): The difference to the dense model in `"float32"` and `"as_stored"`.
         recorded (`dict`, *optional*): The receipt's measurement, where it holds one.
         loss (`dict`, *optional*): The task loss of both models, where there was `evaluation`.
+        operation (`str`, *optional*): `"pruned"`, `"merged"` or `"to_dense"` where that was held against its source.
     """
 
     passed: bool
@@ -41,12 +46,15 @@ class Verification:
     measured: dict[str, dict[str, Any]]
     recorded: dict[str, Any] | None
     loss: dict[str, float] | None
+    operation: str | None = None
 
     @property
     def verdict(self) -> str:
         """What was verified, in words."""
         if not self.passed:
-            return "not verified: the mixture is not what its receipt says"
+            return f"not verified: the {'model' if self.operation else 'mixture'} is not what its receipt says"
+        if self.operation:
+            return VERDICTS[self.operation]
         if self.promised:
             return "verified: the mixture computes what its dense model computes, as the receipt promises"
         return (
@@ -72,11 +80,13 @@ def verify(
     Measure the largest and mean difference between a mixture and its dense model on the receipt's probe, and compare
     with the receipt: its numbers, its promise of equality, its hashes of the source.
 
-    Both models are loaded, and measured in the mixture's own dtype, as the receipt was, and in float32.
+    Both models are loaded, and measured in the mixture's own dtype, as the receipt was, and in float32. What
+    [`prune_experts`], [`merge_experts`] and [`to_dense`] wrote is held against the mixture that it was made of: the
+    receipt's experts and hashes, all tensors that should be the same, and after a cut the outputs.
 
     Args:
-        source (`str` or `Path`): Folder or Hub id of a mixture with a receipt.
-        dense (`str` or `Path`): Folder or Hub id of the dense checkpoint that it was made of.
+        source (`str` or `Path`): Folder or Hub id of a mixture with a receipt, or of a dense model made of one.
+        dense (`str` or `Path`): Folder or Hub id of the checkpoint that it was made of, dense but after a surgery.
         evaluation (`Iterable`, *optional*): Batches of text to measure the task loss of both models on, as for
             [`upcycle`].
         revision, dense_revision (`str`, *optional*): Branch, tag or commit of Hub ids.
@@ -87,7 +97,7 @@ def verify(
         not promise equality passes with any loss.
 
     Raises:
-        ValueError: not a mixture, no receipt, or a dense checkpoint of another architecture.
+        ValueError: not a mixture, no receipt, or a checkpoint of another architecture.
 
     Example:
         ```python
@@ -95,8 +105,15 @@ def verify(
         assert report.passed, report.findings
         ```
     """
-    sparse = load_sparse(find_source(source, revision, token=token))
+    found = find_source(source, revision, token=token)
     dense_source = find_source(dense, dense_revision, token=token)
+    told = read_json(found.folder / RECEIPT_NAME, optional=True)
+    if operation := last_surgery(told):
+        made_of = told.get("source")
+        original = made_of.get("architecture") if isinstance(made_of, dict) else None
+        if named_architecture(read_config(dense_source)) != original:
+            return _verify_surgery(operation, told[operation], found, dense_source, evaluation)
+    sparse = load_sparse(found)
     receipt = sparse.receipt
     method = INITIALIZATION_METHODS.get(((receipt or {}).get("arguments") or {}).get("method", ""))
     if receipt is None or method is None:
@@ -145,6 +162,43 @@ def verify(
     )
 
 
+def _verify_surgery(
+    operation: str, made: Any, result: Source, source: Source, evaluation: Iterable[Any] | None
+) -> Verification:
+    made_of = made.get("source") if isinstance(made, dict) else None
+    if not isinstance(made_of, dict) or not isinstance(made_of.get("sha256"), dict):
+        raise ValueError(f"The receipt of `{result.name}` does not say what its source is. Fetch it again.")
+    before, after = load_whole(source.folder), load_whole(result.folder)
+    if type(before).__name__ != made_of.get("architecture"):
+        raise ValueError(
+            f"`{source.name}` is a {type(before).__name__}, but `{result.name}` was made of a "
+            f"{made_of.get('architecture')}. Pass the checkpoint that the receipt names."
+        )
+    loss = None
+    if evaluation is not None:
+
+        def find_tokenizer() -> Any:
+            return AutoTokenizer.from_pretrained(result.folder, trust_remote_code=False)
+
+        texts = labelled(type(after).__name__, as_batches("evaluation", evaluation, find_tokenizer))
+        loss = task_losses({"before": before, "after": after}, texts)
+    findings, measured = check_surgery(operation, made, after, before)
+    findings.append(_hashes(made_of["sha256"], source_files(source.folder), "source"))
+    if loss:
+        counted = f"Task loss on the text given, mean of {loss['labels']} labels"
+        findings.append((True, f"{counted}: before {loss['before']:.4f}, after {loss['after']:.4f}."))
+    return Verification(
+        passed=all(kept for kept, _ in findings),
+        promised=operation == "pruned",
+        findings=tuple(sentence for _, sentence in findings),
+        promise=VERDICTS[operation],
+        measured=measured,
+        recorded=made.get("loss"),
+        loss=loss,
+        operation=operation,
+    )
+
+
 def _equality(measured: dict[str, Any], promised: bool, promise: str, dtype: torch.dtype) -> tuple[bool, str]:
     difference, allowed = measured["max_abs_difference"], allowed_difference(measured, dtype)
     told = f"the outputs differ by at most {difference:.1e} (on average {measured['mean_abs_difference']:.1e})"
@@ -180,10 +234,10 @@ def _same_loss(loss: dict[str, float], promised: bool, dtype: torch.dtype) -> tu
     return not promised, f"{told}, which is {abs(more):.4f} {'higher' if more > 0 else 'lower'}; {why}."
 
 
-def _hashes(recorded: dict[str, str], now: dict[str, str]) -> tuple[bool, str]:
+def _hashes(recorded: dict[str, str], now: dict[str, str], what: str = "dense checkpoint") -> tuple[bool, str]:
     if not recorded:
-        return True, "The receipt holds no hashes: the dense model was not read from files."
+        return True, f"The receipt holds no hashes: the {what} was not read from files."
     different = sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
     if different:
-        return False, f"The dense checkpoint is not the one of the receipt: `{different[0]}` differs."
-    return True, f"The dense checkpoint's {len(now)} files have the hashes of the receipt."
+        return False, f"The {what} is not the one of the receipt: `{different[0]}` differs."
+    return True, f"The {what}'s {len(now)} files have the hashes of the receipt."

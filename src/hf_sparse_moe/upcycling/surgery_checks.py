@@ -1,0 +1,134 @@
+"""What `verify` holds a pruned or merged mixture to, and a dense model made of one: its receipt and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
+from hf_sparse_moe.routing.switches import disable_experts
+
+from .receipt import allowed_difference, output_difference
+
+
+Finding = tuple[bool, str]
+VERDICTS = {
+    "pruned": "verified: the mixture computes what its source computes without the experts that the receipt says went",
+    "merged": "verified: the mixture is its source with the experts merged that the receipt names; merging changes "
+    "what it computes",
+    "to_dense": "verified: the dense model is its source but for the feed-forwards, which are made of the experts; "
+    "that changes what it computes",
+}
+
+
+def last_surgery(receipt: Mapping[str, Any]) -> str | None:
+    """Which of the operations of a receipt was the last."""
+    return next((name for name in reversed([*receipt]) if name in VERDICTS), None)
+
+
+def check_surgery(
+    operation: str, made: Mapping[str, Any], result: PreTrainedModel, source: PreTrainedModel
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Findings, and the difference of the outputs where there should be none. `made` is the receipt's part."""
+    if operation == "to_dense":
+        return [_outside_feed_forwards(result, source)], {}
+    groups = made.get("groups") if operation == "merged" else made.get("kept")
+    if not isinstance(groups, dict):
+        raise ValueError(f"The receipt does not say which experts were {operation}. Fetch it again.")
+    old, new = ({layer.name: layer for layer in find_mixture_layers(model)} for model in (source, result))
+    of_each = {
+        name: [each if operation == "merged" else [each] for each in chosen] if isinstance(chosen, list) else None
+        for name, chosen in groups.items()
+    }
+    for name, chosen in of_each.items():
+        if told := _misnamed(name, chosen, operation, old, new):
+            return [(False, told)], {}
+    findings = [
+        _rows({name: (old[name], new[name], chosen) for name, chosen in of_each.items()}),
+        _outside_experts(result, source, [*of_each]),
+    ]
+    if operation == "merged":
+        return findings, {}
+    places = {layer.name: place for place, layer in enumerate(find_mixture_layers(source))}
+    gone = {places[name]: sorted(set(range(old[name].num_experts)) - set(chosen)) for name, chosen in groups.items()}
+    source, result = source.float(), result.float()
+    with disable_experts(source, gone):
+        measured: Any = output_difference(source, result)  # type: ignore[arg-type]
+    kept = measured["max_abs_difference"] <= 10 * allowed_difference(measured, torch.float32)
+    told = f"The outputs differ by at most {measured['max_abs_difference']:.1e} from those of the source with the "
+    told += f"other experts disabled, where they reach {measured['max_abs_output']:.1f}."
+    return [(kept, told), *findings], {"float32": measured}
+
+
+def _misnamed(name: str, groups: Any, operation: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What is wrong with the receipt's experts of one layer."""
+    if name not in old or name not in new:
+        return f"The receipt names the layer `{name[:200]}`, which is not a sparse one of both models."
+    every = [expert for group in groups or [None] for expert in (group if isinstance(group, list) else [None])]
+    count = old[name].num_experts
+    if any(type(expert) is not int or not 0 <= expert < count for expert in every) or len(every) > len(set(every)):
+        return f"The receipt names experts of `{name}` twice, or others than the {count} of the source."
+    if operation == "merged" and len(every) < count:
+        return f"The receipt's groups hold {len(every)} of the {count} experts of `{name}`."
+    if len(groups) != new[name].num_experts:
+        return f"`{name}` has {new[name].num_experts} experts, but the receipt says {len(groups)}."
+    return None
+
+
+def _rows(layers: Mapping[str, tuple[MixtureLayer, MixtureLayer, Sequence[Sequence[int]]]]) -> Finding:
+    """Router rows are those of each group's first expert; an expert of a group of its own is what it was."""
+    different, alone = [], 0
+    for name, (old, new, groups) in layers.items():
+        firsts = [group[0] for group in groups]
+        single = [place for place, group in enumerate(groups) if len(group) == 1]
+        alone += len(single)
+        parts = ((old.router, new.router, [*range(len(groups))]), (old.experts, new.experts, single))
+        for before, after, places in parts:
+            tensors = after.state_dict()
+            for key, tensor in before.state_dict().items():
+                other = tensors.get(key)
+                if other is None or not tensor.dim() or tensor.shape == other.shape:
+                    continue
+                if (len(tensor), len(other)) == (old.num_experts, new.num_experts) and not torch.equal(
+                    tensor[[firsts[place] for place in places]], other[places]
+                ):
+                    different.append(f"{name}: {key}")
+    if different:
+        return (
+            False,
+            f"The source's experts, or their router rows, are not those that the receipt says: {different[0]}.",
+        )
+    return True, f"The router rows in {len(layers)} layers, and {alone} experts, are those of the source, bit for bit."
+
+
+def _outside_experts(result: PreTrainedModel, source: PreTrainedModel, layers: list[str]) -> Finding:
+    before, after = source.state_dict(), result.state_dict()
+
+    def rewritten(name: str) -> bool:
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if layer is None:
+            return False
+        inside = name.removeprefix(f"{layer}.").startswith("experts.")
+        return inside or (name in before and name in after and before[name].shape != after[name].shape)
+
+    outside = [name for name in before | after if not rewritten(name)]
+    return _same(outside, before, after)
+
+
+def _outside_feed_forwards(result: PreTrainedModel, source: PreTrainedModel) -> Finding:
+    after = result.state_dict()
+    before = {name.removeprefix("dense."): tensor for name, tensor in source.state_dict().items()}
+    outside = [name for name in after if name in before]
+    if not outside:
+        return False, "The dense model has no tensor of the source."
+    return _same(outside, before, after)
+
+
+def _same(names: list[str], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Finding:
+    for name in names:
+        if name not in before or name not in after or not torch.equal(before[name], after[name]):
+            return False, f"`{name}` is not that of the source, though it is not of the experts."
+    return True, f"All {len(names)} other tensors are those of the source, bit for bit."
