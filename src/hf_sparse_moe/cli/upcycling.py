@@ -217,8 +217,9 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Compare a mixture with its dense checkpoint and its receipt, or one after a surgery, or the dense model made of it,
-    with the mixture before. Loads both models.
+    Compare a checkpoint with what it was made of and its receipt. Loads both models.
+
+    A mixture with its dense model; what `prune`, `merge` or `to-dense` wrote with the mixture before.
     """
     from hf_sparse_moe.upcycling import verify as measure
 
