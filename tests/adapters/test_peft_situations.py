@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import check_peft_version
 
 from adapted_models import adapted, logits_of, shake, stock_mixture
-from hf_sparse_moe import expert_lora_config, load_adapter
+from hf_sparse_moe import expand, expert_lora_config, export, import_stock, load_adapter, prune_experts, to_dense
 from hf_sparse_moe.adapters.expert_layer import ExpertLora
 from tiny_models import FAMILIES, tiny_inputs, tiny_sparse
 
@@ -242,3 +242,23 @@ def test_transformers_own_adapter_methods(tmp_path):
     again = tiny_sparse("decoder")
     again.load_adapter(str(tmp_path))
     torch.testing.assert_close(logits_of(again, inputs), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda model, _: expand(model, 2), "decoder"),
+        (lambda model, _: prune_experts(model, keep=2, method="random"), "decoder"),
+        (lambda model, _: to_dense(model), "decoder"),
+        (lambda model, folder: export(model, folder / "out"), "decoder"),
+        (lambda model, _: import_stock(model), "mixtral"),
+    ],
+    ids=["expand", "prune_experts", "to_dense", "export", "import_stock"],
+)
+def test_what_reads_the_weights_of_an_adapted_base_refuses_it(call, name, tmp_path):
+    """`get_base_model()` of a PEFT model still holds the adapter, under other names."""
+    model = stock_mixture(name) if name == "mixtral" else tiny_sparse(name)
+    base = shake(adapted(model)).get_base_model()
+    with pytest.raises(ValueError, match="adapter"):
+        call(base, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import (
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
-from hf_sparse_moe.upcycling.mixtures import UpcycleReport
+from hf_sparse_moe.upcycling.mixtures import UpcycleReport, check_unwrapped
 from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, versions
 
 from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_fit, empty_model, own_fields
@@ -101,6 +101,8 @@ def import_stock(
             stock = auto_class.from_pretrained(
                 found.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
+    else:
+        check_unwrapped(stock)
     sparse = _import_model(stock, found, dtype, config_fields)
     if output is None:
         return sparse

@@ -24,6 +24,7 @@ from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
+from hf_sparse_moe.upcycling.mixtures import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import versions
 
 from .fit import check_fit, config_of, empty_model
@@ -107,6 +108,8 @@ def export(
             "`resume=True` is not allowed with a model in memory, which nothing tells from another one. Save it and "
             "pass the folder, or leave `resume` out."
         )
+    if in_memory:
+        check_unwrapped(source)
     check_target(output)
     mixture: Any = source if in_memory else find_source(source, revision, token=token)  # type: ignore[arg-type]
     watched = None if in_memory else WatchedSource(mixture)

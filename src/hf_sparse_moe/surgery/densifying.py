@@ -33,6 +33,7 @@ from hf_sparse_moe.upcycling.conversion import (
     set_dtype,
 )
 from hf_sparse_moe.upcycling.initialization import INITIALIZATION_METHODS, FeedForwardWeights, expert_scale
+from hf_sparse_moe.upcycling.mixtures import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 
@@ -120,8 +121,9 @@ def to_dense(
         found = find_source(source, revision, token=token)
         if not isinstance(read_config(found), SparseMoeConfig):
             source = import_stock(source, revision=revision, token=token)
-    elif not isinstance(source, SparseMoePreTrainedModel):
-        source = import_stock(source)
+    else:
+        check_unwrapped(source)
+        source = source if isinstance(source, SparseMoePreTrainedModel) else import_stock(source)
     plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, measured, method)
     if output is None:
         state = {key: tensor for keys in plan.made() for key, tensor in keys.items()}
