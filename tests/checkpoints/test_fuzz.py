@@ -38,20 +38,22 @@ COMMANDS = {
         "export",
         "expand",
         "prune",
+        "merge",
+        "to-dense",
         "measure",
         "verify",
         "push",
         "doctor",
         "upcycle",
     ),
-    "stock": ("import-stock", "import-stock", "push", "doctor", "prune", "prune"),
+    "stock": ("import-stock", "import-stock", "push", "doctor", "prune", "merge", "to-dense"),
     "training": (*2 * ("consolidate",), "push"),
     "adapter": (*4 * ("card",), "push", "doctor"),
 }
 
 
 FEW = ["--num-experts", "4", "--steps", "1", "--adapter-steps", "1", "--batch-size", "2", "--sequence-length", "8"]
-WRITE_COMMANDS = ("upcycle", "expand", "export", "import-stock", "consolidate")
+WRITE_COMMANDS = ("upcycle", "expand", "export", "import-stock", "consolidate", "to-dense")
 
 
 class Hang(BaseException):
@@ -83,6 +85,9 @@ def folders(tmp_path_factory):
     from hf_sparse_moe import export
 
     export(root / "mixture", root / "stock")
+    for name in ("mixture", "stock"):
+        found = run_cli("measure", root / name, "--data", root / "texts", "-o", root / f"measured-{name}")
+        assert found.code == 0, found
     tiny_sparse("t5").save_pretrained(root / "training", max_shard_size="30KB")
     (root / "training" / "trainer_state.json").write_text("{}")
     save_adapter(root / "adapter", root / "mixture")
@@ -305,6 +310,8 @@ def _arguments(command, given, folders, output):
         return [name, given, output]
     if name == "prune":
         return [name, given, output, "--keep", "3", "--method", "random"]
+    if name == "merge":
+        return [name, given, output, "--into", "3", "--measured", folders / f"measured-{given.name}"]
     if name == "measure":
         return [name, given, "--data", folders / "texts", "--max-texts", "2", "-o", output]
     if name == "quickstart":
@@ -374,7 +381,7 @@ def run_case(number, folders, root, monkeypatch):
         yield f"{case}: prints another's file"
     if (
         finished.code
-        and command.split()[0] in (*WRITE_COMMANDS, "quickstart", "prune", "measure")
+        and command.split()[0] in (*WRITE_COMMANDS, "quickstart", "prune", "merge", "measure")
         and any(work.iterdir())
     ):
         yield f"{case}: leaves {[path.name for path in work.iterdir()]}"

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from cli_client import assert_one_sentence, run_cli
-from hf_sparse_moe.surgery import measure_experts
+from hf_sparse_moe.surgery import ExpertMeasurements, measure_experts
+from hub_checkpoints import save_mixture
 from tiny_models import tiny_inputs, tiny_sparse
 
 
@@ -30,6 +32,52 @@ def test_both_commands(mixture, tmp_path):
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), LlamaForCausalLM)
     again = run_cli("to-dense", tmp_path / "merged", tmp_path / "from_merged")
     assert again.code == 0, again
+
+
+def test_the_receipts_tell_the_losses(tmp_path):
+    save_mixture(tmp_path / "mixture")
+    (tmp_path / "law.txt").write_text("\n\n".join(["word7 word8 law word9 " * 5] * 4))
+    data = ["--data", tmp_path / "law.txt"]
+    finished = run_cli("measure", tmp_path / "mixture", *data, "-o", tmp_path / "measured")
+    assert finished.code == 0, finished
+    measured = ExpertMeasurements.load(tmp_path / "measured")
+    for command, options, verb in (
+        ("merge", ["--into", "3", "--measured", tmp_path / "measured", *data], "merged"),
+        ("to-dense", data, "to_dense"),
+    ):
+        finished = run_cli(command, tmp_path / "mixture", tmp_path / command, *options)
+        assert finished.code == 0, finished
+        assert "loss on law: " in finished.out
+        loss = json.loads((tmp_path / command / "receipt.json").read_text())[verb]["loss"]["law"]
+        assert loss["before"] == pytest.approx(measured.losses["law"]["loss"], rel=1e-5)
+        assert loss["after"] != loss["before"]
+        told = run_cli("info", tmp_path / command)
+        if command == "merge":
+            assert "merged by hc in" in told.out
+            assert "## Merging" in card_of(tmp_path / command)
+        else:
+            assert f"{loss['after']:.4f}" in (tmp_path / command / "README.md").read_text()
+            assert "A dense model made of a mixture by mean" in run_cli("doctor", tmp_path / command, "--json").out
+        assert run_cli("doctor", tmp_path / command).code == 0
+
+
+def card_of(folder):
+    assert run_cli("card", folder).code == 0
+    return (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", [("prune", "--drop", "0:1"), ("merge", "--into", "2"), ("to-dense",)])
+def test_a_broken_checkpoint(mixture, tmp_path, command):
+    state = load_file(mixture / "model.safetensors")
+    key = next(name for name in state if "experts.down_proj" in name)
+    state[key][0, 0, 0] = float("nan")
+    save_file(state, mixture / "model.safetensors", {"format": "pt"})
+    name, *options = command
+    if name == "merge":
+        options += ["--measured", tmp_path / "measured"]
+    before = sorted(tmp_path.iterdir())
+    assert_one_sentence(run_cli(name, mixture, tmp_path / "out", *options), "NaN")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

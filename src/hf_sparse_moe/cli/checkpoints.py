@@ -44,12 +44,13 @@ def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonO
 def _describe_receipt(receipt: dict[str, Any] | None) -> str:
     if receipt is None:
         return "No receipt: the checkpoint does not say how it was made."
-    if isinstance(pruned := receipt.get("pruned"), dict):
-        rest = {name: value for name, value in receipt.items() if name != "pruned"}
-        kept, counts = pruned.get("kept") or {}, pruned.get("parameters") or {}
-        told = f"pruned by {pruned.get('method')} in {len(kept)} layers"
-        told += f", parameters {counts.get('before')} -> {counts.get('after')}"
-        return "; ".join([told, *([_describe_receipt(rest)] if rest else [])])
+    for operation, experts in (("pruned", "kept"), ("merged", "groups")):
+        if isinstance(made := receipt.get(operation), dict):
+            rest = {name: value for name, value in receipt.items() if name != operation}
+            changed, counts = made.get(experts) or {}, made.get("parameters") or {}
+            told = f"{operation} by {made.get('method')} in {len(changed)} layers"
+            told += f", parameters {counts.get('before')} -> {counts.get('after')}"
+            return "; ".join([told, *([_describe_receipt(rest)] if rest else [])])
     try:
         source, arguments = receipt["source"], receipt["arguments"]
         return (

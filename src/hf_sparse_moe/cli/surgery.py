@@ -27,6 +27,8 @@ from .options import (
 _TEXT = "A .jsonl file with a column `text`, or a .txt file of paragraphs, also as .gz; each is a group. Repeatable."
 MaxTextsOption = Annotated[int, typer.Option(min=1, help="Texts to read, as many of each group.")]
 MaxLengthOption = Annotated[int, typer.Option(min=1, help="Tokens of a text.")]
+_LOSSES = "Text for the losses in the receipt, for which both models are loaded."
+LossDataOption = Annotated[list[Path], typer.Option("--data", help=f"{_LOSSES} {_TEXT}")]
 GroupByOption = Annotated[
     str | None, typer.Option(help="Column with the group (domain, language) of each text.", show_default="the file")
 ]
@@ -89,10 +91,7 @@ def prune(
     method: Annotated[
         str, typer.Option(help="Which experts stay: `reap`, `ean`, `frequency`, `naee` or `random`.")
     ] = "reap",
-    data: Annotated[
-        list[Path],
-        typer.Option(help=f"Text for the losses in the receipt, for which both models are loaded. {_TEXT}"),
-    ] = [],  # noqa: B006
+    data: LossDataOption = [],  # noqa: B006
     group_by: GroupByOption = None,
     max_texts: MaxTextsOption = 200,
     max_length: MaxLengthOption = 256,
@@ -109,13 +108,10 @@ def prune(
     with those experts disabled.
     """
     from hf_sparse_moe.checkpoints.folder import check_target
-    from hf_sparse_moe.checkpoints.source import find_source
     from hf_sparse_moe.surgery import prune_experts
 
     check_target(output)
-    evaluation = None
-    if data:
-        evaluation = _read(find_source(source, revision).folder, data, group_by, max_texts, max_length)
+    evaluation = read_evaluation(source, revision, data, group_by, max_texts, max_length)
     report = prune_experts(
         source,
         measured,
@@ -137,9 +133,16 @@ def prune(
         f"parameters {counts['before']:,} -> {counts['after']:,}, {sizes['before'] / 1e6:,.1f} MB -> "
         f"{sizes['after'] / 1e6:,.1f} MB",
     ]
-    for group, loss in (pruned.get("loss") or {}).items():
-        told.append(f"loss on {group}: {loss['before']:.4f} -> {loss['after']:.4f} ({loss['labels']:,} labels)")
+    told += describe_losses(pruned["loss"])
     show(report.to_dict(), as_json, *told)
+
+
+def describe_losses(losses: dict[str, dict[str, float]] | None) -> list[str]:
+    """Those of a receipt, a line for each group."""
+    return [
+        f"loss on {group}: {loss['before']:.4f} -> {loss['after']:.4f} ({loss['labels']:,} labels)"
+        for group, loss in (losses or {}).items()
+    ]
 
 
 def _kept(kept: dict[str, list[int]]) -> str:
@@ -174,6 +177,13 @@ def _number(option: str, text: str) -> int | float:
     if not isinstance(number, int | float) or isinstance(number, bool):
         raise ValueError(f"`--{option} {text}` is not allowed: it must be a number.")
     return number
+
+
+def read_evaluation(source: str, revision: str | None, data: list[Path], *sizes: Any) -> Any:
+    """What the losses of a receipt are measured on, if that was asked for."""
+    from hf_sparse_moe.checkpoints.source import find_source
+
+    return _read(find_source(source, revision).folder, data, *sizes) if data else None
 
 
 def _read(

@@ -80,6 +80,8 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
     loads = f"{type(model).__name__}, {len(files.names)} tensors, {len(layers)} sparse layers."
     if model.config.model_type in {target.model_type for target in EXPORT_TARGETS}:
         loads += " A stock mixture: `hf-sparse-moe import-stock` reads it into this package's classes."
+    if made := mapping(read_json(folder / RECEIPT_NAME, optional=True).get("to_dense")):
+        loads += f" A dense model made of a mixture by {made.get('method')}."
     outcomes = {
         "loads": (PASSED, loads),
         "every tensor present": _present(info),

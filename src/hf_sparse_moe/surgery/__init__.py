@@ -1,7 +1,7 @@
 """Mixtures with other experts: measured, pruned, merged; and the way back to a dense model."""
 
 from .adapter_pruning import prune_adapter
-from .densifying import DenseReport, to_dense
+from .densifying import to_dense
 from .measuring import ExpertMeasurements, measure_experts
 from .merging import merge_experts
 from .pruning import prune_experts
@@ -9,7 +9,6 @@ from .rewriting import SurgeryReport
 
 
 __all__ = [
-    "DenseReport",
     "ExpertMeasurements",
     "SurgeryReport",
     "measure_experts",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import DenseTensors, loaded_dtypes, stored_dtype
@@ -24,6 +24,7 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+from hf_sparse_moe.routing.statistics import ALL
 from hf_sparse_moe.stock import import_stock
 from hf_sparse_moe.upcycling.conversion import (
     LoadedTensors,
@@ -38,30 +39,11 @@ from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
-from .measuring import ExpertMeasurements
+from .measuring import Evaluation, ExpertMeasurements, loss_change
+from .rewriting import SurgeryReport, require_numbers, write_receipt
 
 
 METHODS = ("mean", "best", "merge")
-
-
-@dataclass(frozen=True)
-class DenseReport:
-    """
-    What [`to_dense`] wrote.
-
-    Args:
-        path (`Path`): The folder.
-        architecture (`str`): The dense class.
-        receipt (`dict`): What it was made of, and how.
-    """
-
-    path: Path
-    architecture: str
-    receipt: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"path": str(self.path), "class": self.architecture, "receipt": self.receipt}
 
 
 def to_dense(
@@ -70,6 +52,7 @@ def to_dense(
     method: str = "mean",
     output: str | Path | None = None,
     *,
+    evaluation: Evaluation | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
     max_shard_size: int | str = "4GB",
@@ -92,6 +75,8 @@ def to_dense(
             `measured`; `"merge"`: the mean after their hidden units were matched to those of the first, or the best.
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the model to
             layer by layer, with tokenizer, licence, card and receipt.
+        evaluation (`tuple`, *optional*): Batches and the group of each of their sequences, as for [`measure_experts`],
+            on which with `output` the receipt tells the loss before and after. Both models are loaded for it.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`.
@@ -99,7 +84,7 @@ def to_dense(
         show_progress (`bool`, defaults to `False`): With `output`, a bar on stderr.
 
     Returns:
-        `PreTrainedModel` in evaluation mode; with `output`, a [`DenseReport`].
+        `PreTrainedModel` in evaluation mode; with `output`, a [`SurgeryReport`].
 
     Raises:
         ValueError: not a mixture, experts that do not make up a dense feed-forward, an unknown method, or
@@ -133,16 +118,17 @@ def to_dense(
     made_from = {"to_dense": {"method": method, "measured": plan.salience, "max_shard_size": max_shard_size}}
     sizes = (max_shard_size, resume and watched is not None, show_progress)
     with written_shards(output, plan.outputs, plan.write, watched, made_from, *sizes) as (folder, sha256):
-        receipt = plan.receipt(found, sha256)
         plan.dense.config.architectures = [type(plan.dense).__name__]
         plan.dense.config.save_pretrained(folder)
         if plan.generation_config is not None:
             plan.generation_config.save_pretrained(folder)
         if found is not None:
             copy_companions(found.folder, folder)
-        (folder / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        before = found.folder if found and plan.sparse.device.type == "meta" else plan.sparse
+        receipt = plan.receipt(found, sha256, loss_change(before, folder, evaluation))
+        write_receipt(receipt, folder)
         _card(receipt, Path(output).name, type(plan.dense).__name__).save(folder / "README.md")
-    return DenseReport(Path(output), type(plan.dense).__name__, receipt)
+    return SurgeryReport(Path(output), type(plan.dense).__name__, receipt)
 
 
 @dataclass(frozen=True)
@@ -181,14 +167,14 @@ class _Plan:
         for key in outputs:
             if key not in inside and wanted(key):
                 read = self.tensors.reader(reuse=False)  # one a tensor: a reader keeps the memory of all that it read
-                yield {key: read(f"dense.{key}").to(outputs[key].dtype).clone()}
+                yield {key: require_numbers(key, read(f"dense.{key}").to(outputs[key].dtype).clone())}
         for layer in self.layers:
             if any(map(wanted, layer.sources)):
                 read = self.tensors.reader(reuse=False)
                 made = layer.dense_tensors(self._feed_forward(layer, read), shapes)
                 parameters = layer.activation_keys().items()
                 made |= {key: read(f"{layer.block}.experts.act_fn.{name}") for key, name in parameters}
-                yield {key: tensor.to(outputs[key].dtype) for key, tensor in made.items()}
+                yield {key: require_numbers(key, tensor.to(outputs[key].dtype)) for key, tensor in made.items()}
 
     def write(self, writer: ShardWriter) -> Generator[int]:
         """Write all that is wanted; yields the bytes of each tensor."""
@@ -202,7 +188,8 @@ class _Plan:
         site = layer.feed_forward
         names = expert_parameters(site.layout.gated)
         names = {name: key for name, key in names.items() if site.biased or not key.endswith("bias")}
-        stacked = {name: read(f"{layer.block}.experts.{key}") for name, key in names.items()}
+        paths = {name: f"{layer.block}.experts.{key}" for name, key in names.items()}
+        stacked = {name: require_numbers(path, read(path)) for name, path in paths.items()}
         every = zip(*stacked.values(), strict=True)
         experts = [_weights(layer, dict(zip(names, matrices, strict=True))) for matrices in every]
         shared = None
@@ -243,12 +230,15 @@ class _Plan:
         weights = [each / total if total else 1 / len(experts) for each in salience]
         return blended([scale(expert) for expert in experts], weights)
 
-    def receipt(self, source: Source | None, sha256: dict[str, str]) -> dict[str, Any]:
+    def receipt(
+        self, source: Source | None, sha256: dict[str, str], loss: dict[str, dict[str, float]] | None
+    ) -> dict[str, Any]:
         """How it was made, and of what."""
         return {
             "to_dense": {
                 "method": self.method,
                 "weighted": "by REAP salience" if self.salience else "evenly",
+                "loss": loss,
                 "source": describe_source(self.sparse, source, sha256),
                 "from": self.sparse.receipt,
             },
@@ -271,8 +261,7 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
             set_dtype(config, dtype)
             with torch.device("meta"):
                 sparse = classes[name]._from_config(config, dtype=dtype)
-        receipt = source.folder / RECEIPT_NAME
-        sparse.receipt = json.loads(receipt.read_text(encoding="utf-8")) if receipt.is_file() else None
+        sparse.receipt = read_json(source.folder / RECEIPT_NAME, optional=True) or None
         if sparse.can_generate():
             sparse.generation_config = read_generation_config(source.folder) or sparse.generation_config
         tensors = DenseTensors(source, sparse, dtype)
@@ -356,10 +345,14 @@ def _card(receipt: dict[str, Any], name: str, architecture: str) -> ModelCard:
     data = ModelCardData(library_name="transformers", tags=["hf-sparse-moe", "from-mixture"])
     if "/" in source:
         data["base_model"] = source
+    loss = (made["loss"] or {}).get(ALL)
+    lost = "What it lost is not measured here"
+    if loss:
+        lost = f"Its loss is {loss['after']:.4f} nats a token where the mixture's was {loss['before']:.4f}"
     text = f"""# {name}
 
 A dense `{architecture}` with {parameters["dense"]:,} parameters, made of the experts of `{source}`
 ({parameters["mixture"]:,} parameters) by hf-sparse-moe: method `{made["method"]}`, weighted {made["weighted"]}.
-It inherits the biases of its source. What it lost is not measured here; `receipt.json` says how it was made.
+It inherits the biases of its source. {lost}; `receipt.json` says how it was made.
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

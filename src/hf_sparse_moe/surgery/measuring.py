@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.masks import IGNORED_LABEL, tokens_by_side
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
 from hf_sparse_moe.routing.mixture_layers import (
@@ -40,6 +41,7 @@ FEWEST_TOKENS = 30  # that an expert should see
 SAMPLED_TOKENS = 256  # of a layer, on which all its experts are compared
 MOST_PAIRED_EXPERTS = 16  # whose products are kept for each sampled token
 _KEY = "expert_measurements"
+Evaluation = tuple[Sequence[Any], Sequence[str] | None]  # batches, and the group of each of their sequences
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,22 @@ def losses_by_group(
     finally:
         model.train(training)
     return losses.by_group()
+
+
+def loss_change(
+    before: PreTrainedModel | Path, after: PreTrainedModel | Path, evaluation: Evaluation | None
+) -> dict[str, dict[str, float]] | None:
+    """The loss before and after by group, where there is something to measure it on. Folders are loaded."""
+    if evaluation is None:
+        return None
+    models = (load_whole(model) if isinstance(model, Path) else model for model in (before, after))
+    first, second = (losses_by_group(model, *evaluation) for model in models)
+    if first is None or second is None:
+        return None
+    return {
+        group: {"before": loss["loss"], "after": second[group]["loss"], "labels": loss["labels"]}
+        for group, loss in first.items()
+    }
 
 
 Pass = tuple[dict[str, Any], torch.Tensor]  # inputs, and the number of each sequence's group

@@ -18,12 +18,13 @@ from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.stock.tensors import Tensors
 
 from .alignment import matching_units, mean, require_scipy
-from .measuring import ExpertMeasurements
+from .measuring import Evaluation, ExpertMeasurements, loss_change
 from .pruning import check_rest, count_of, layer_at, receipt_of, router_groups
 from .rewriting import (
     ExpertRows,
     Mixture,
     open_mixture,
+    require_numbers,
     rewrite_in_memory,
     rewrite_on_disk,
     router_tensors,
@@ -46,6 +47,7 @@ def merge_experts(
     align: bool = True,
     output: str | Path | None = None,
     *,
+    evaluation: Evaluation | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
     max_shard_size: int | str = "4GB",
@@ -71,6 +73,8 @@ def merge_experts(
         align (`bool`, defaults to `True`): Whether hidden units are matched; needs scipy, as `"hc"` does.
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the mixture to,
             layer by layer where `source` is a folder or Hub id.
+        evaluation (`tuple`, *optional*): Batches and the group of each of their sequences, as for [`measure_experts`],
+            on which the receipt tells the loss before and after. Both models are loaded for it.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`.
@@ -109,8 +113,8 @@ def merge_experts(
         mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
         rows, told = merge(mixture)
 
-        def receipt(new: PreTrainedModel, sha256: dict[str, str], _: Path) -> dict[str, Any]:
-            return receipt_of("merged", mixture, new, told, sha256)
+        def receipt(new: PreTrainedModel, sha256: dict[str, str], folder: Path) -> dict[str, Any]:
+            return receipt_of("merged", mixture, new, told, sha256, loss_change(mixture.before, folder, evaluation))
 
         settings = (max_shard_size, resume, show_progress)
         try:
@@ -120,7 +124,7 @@ def merge_experts(
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
     rows, told = merge(mixture)
     model: Any = rewrite_in_memory(mixture, rows)
-    model.receipt = receipt_of("merged", mixture, model, told, None)
+    model.receipt = receipt_of("merged", mixture, model, told, None, loss_change(mixture.model, model, evaluation))
     return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
 
 
@@ -181,6 +185,8 @@ def _merge(
     packed = next((name for name, tensor in experts.items() if not tensor.is_floating_point()), None)
     if packed is not None:
         raise ValueError(f"`{packed}` of `{mixture.name}` is quantised. Merge the experts, then quantise them.")
+    for name, tensor in experts.items():
+        require_numbers(f"{layer.name}.{name}", tensor)
     axes = _UnitAxes(layer, experts, mixture.model.config.get_text_config().hidden_size)
     made = {name: tensor[[group[0] for group in groups]] for name, tensor in tensors.items()}
     for new, (group, shares) in enumerate(zip(groups, weights, strict=True)):

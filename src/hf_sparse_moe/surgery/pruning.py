@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.folder import check_target
-from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.models.routers import (
     SparseMoeExpertChoiceRouter,
@@ -24,7 +23,7 @@ from hf_sparse_moe.models.routers import (
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
-from .measuring import MOST_PAIRED_EXPERTS, ExpertMeasurements, LayerMeasurements, losses_by_group
+from .measuring import MOST_PAIRED_EXPERTS, Evaluation, ExpertMeasurements, LayerMeasurements, loss_change
 from .rewriting import (
     ExpertRows,
     Mixture,
@@ -52,7 +51,7 @@ def prune_experts(
     output: str | Path | None = None,
     seed: int = 0,
     *,
-    evaluation: tuple[Sequence[Any], Sequence[str] | None] | None = None,
+    evaluation: Evaluation | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
     max_shard_size: int | str = "4GB",
@@ -124,19 +123,6 @@ def prune_experts(
         told = {**arguments, "kept": cut_layers, "num_experts": counts}
         return {place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told
 
-    def losses(mixture: Mixture, after: PreTrainedModel | Path) -> dict[str, Any] | None:
-        if evaluation is None:
-            return None
-        before = load_whole(mixture.source.folder) if isinstance(after, Path) and mixture.source else mixture.model
-        models = (before, load_whole(after) if isinstance(after, Path) else after)
-        found = [losses_by_group(model, *evaluation) for model in models]
-        if found[0] is None or found[1] is None:
-            return None
-        return {
-            group: {"before": loss["loss"], "after": found[1][group]["loss"], "labels": loss["labels"]}
-            for group, loss in found[0].items()
-        }
-
     streams = output is not None and isinstance(source, str | Path)
     if streams:
         mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
@@ -147,7 +133,9 @@ def prune_experts(
                 rows,
                 output,  # type: ignore[arg-type]
                 told,
-                lambda new, sha256, folder: receipt_of("pruned", mixture, new, told, sha256, losses(mixture, folder)),
+                lambda new, sha256, folder: receipt_of(
+                    "pruned", mixture, new, told, sha256, loss_change(mixture.before, folder, evaluation)
+                ),
                 max_shard_size,
                 resume,
                 show_progress,
@@ -157,7 +145,7 @@ def prune_experts(
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
     rows, told = cut(mixture)
     model: Any = rewrite_in_memory(mixture, rows)
-    model.receipt = receipt_of("pruned", mixture, model, told, None, losses(mixture, model))
+    model.receipt = receipt_of("pruned", mixture, model, told, None, loss_change(mixture.model, model, evaluation))
     return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
 
 

@@ -86,6 +86,11 @@ class Mixture:
     def name(self) -> str:
         return self.source.name if self.source else type(self.model).__name__
 
+    @property
+    def before(self) -> PreTrainedModel | Path:
+        """What can be run."""
+        return self.source.folder if self.source and self.model.device.type == "meta" else self.model
+
 
 def open_mixture(
     source: PreTrainedModel | str | Path,
@@ -136,7 +141,8 @@ def rewrite_in_memory(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTr
     rewriting = Rewriting(mixture, new, rows, state)
     made: Tensors = {}
     for _, make in rewriting.parts:
-        made |= {name: tensor.clone() if tensor is state.get(name) else tensor for name, tensor in make(state).items()}
+        for name, tensor in make(state).items():
+            made[name] = require_numbers(name, tensor.clone() if tensor is state.get(name) else tensor)
     new.load_state_dict(made, strict=False, assign=True)
     trained = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
     buffers = dict(old.named_buffers())
@@ -186,7 +192,7 @@ def rewrite_on_disk(
             if any(map(writer.wants, names)):
                 for name, tensor in make(_Files(files)).items():
                     if writer.wants(name):
-                        yield writer.write(name, tensor)
+                        yield writer.write(name, require_numbers(name, tensor))
 
     made_from = {"surgery": {**made_from, "max_shard_size": max_shard_size}}
     settings = (max_shard_size, resume, show_progress)
@@ -200,6 +206,13 @@ def rewrite_on_disk(
         receipt = make_receipt(new, sha256, folder)
         write_receipt(receipt, folder)
     return SurgeryReport(Path(output), type(new).__name__, receipt)
+
+
+def require_numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; raises a `ValueError` where it is broken. Codes of quantised experts are not looked at."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and tensor.isnan().any():
+        raise ValueError(f"`{name}` would hold NaN, as the checkpoint does: it is broken. Take an earlier one.")
+    return tensor
 
 
 def write_receipt(receipt: dict[str, Any], folder: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
-from hf_sparse_moe.routing.switches import disable_experts
-
 from .receipt import allowed_difference, output_difference
 
+
+if TYPE_CHECKING:
+    from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 
 Finding = tuple[bool, str]
 VERDICTS = {
@@ -33,6 +33,10 @@ def check_surgery(
     operation: str, made: Mapping[str, Any], result: PreTrainedModel, source: PreTrainedModel
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Findings, and the difference of the outputs where there should be none. `made` is the receipt's part."""
+    # Slow to import, and for the other commands not needed.
+    from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
+    from hf_sparse_moe.routing.switches import disable_experts
+
     if operation == "to_dense":
         return [_outside_feed_forwards(result, source)], {}
     groups = made.get("groups") if operation == "merged" else made.get("kept")
