@@ -20,13 +20,13 @@ class Finished:
     err: str
 
 
-def run_cli(*arguments: object) -> Finished:
+def run_cli(*arguments: object, bars: bool = False) -> Finished:
     """`hf-sparse-moe <arguments>`; puts back what the script may change in its process."""
     out, err = io.StringIO(), io.StringIO()
     handler, verbosity = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
+    had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # which the script asks for before transformers is imported
-    logging.disable_progress_bar()
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
     code = 0
     with (
         redirect_stdout(out),
@@ -40,8 +40,7 @@ def run_cli(*arguments: object) -> Finished:
             code = leaving.code or 0
     signal.signal(signal.SIGTERM, handler)
     logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
+    (logging.enable_progress_bar if had_bars else logging.disable_progress_bar)()
     return Finished(code, out.getvalue(), re.sub(r"\x1b\[[0-9;]*m", "", err.getvalue()))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -305,3 +306,21 @@ def test_a_page_goes_along(client, hub_server, repo_id, folder, tmp_path):
     pushed = client.cli("push", folder, repo_id, "--with-report", page)
     assert pushed.code == 2
     assert "token of the Hub" in pushed.err
+
+
+def test_the_card_shows_the_routing_and_leads_to_the_page(client, hub_server, repo_id, folder, tmp_path):
+    data, page, again = tmp_path / "law.txt", folder / "routing.html", tmp_path / "again.html"
+    data.write_text("word1 word2 word3\n\nword4 word5")
+    looked = client.cli("look", folder, "--data", data, "-o", page)
+    assert looked.code == 0, looked
+    assert client.cli("push", folder, repo_id).code == 0
+    assert "(routing.html)" not in hub_server.hub.read(repo_id, "README.md").decode()
+    assert client.cli("push", folder, repo_id, "--with-report", page).code == 0
+    card = hub_server.hub.read(repo_id, "README.md").decode()
+    picture = hub_server.hub.read(repo_id, re.search(r"!\[[^\]]+\]\((.+?)\)", card)[1])
+    assert picture == (folder / "expert_load.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "[What every expert does](routing.html)" in card
+    assert hub_server.hub.read(repo_id, "routing.html") == page.read_bytes()
+    assert client.cli("look", repo_id, "--data", data, "-o", again).code == 0
+    assert f'<th scope="row">Revision</th><td>{hub_server.hub.repos[repo_id].branches["main"]}' in again.read_text()

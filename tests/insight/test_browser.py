@@ -12,7 +12,7 @@ import pytest
 
 from hf_sparse_moe import explain_routing
 from hf_sparse_moe.insight.page import _blocks, _number, _percent, _signed
-from insight.conftest import GROUPS, TEXTS
+from insight.conftest import TEXTS
 
 
 pytestmark = pytest.mark.browser
@@ -42,7 +42,7 @@ def browser():
 
 @pytest.fixture
 def explained(mixture, tokenizer):
-    groups = [*GROUPS, "中文", "عربي"] * 5
+    groups = [*["political_speech", "python_code"] * 3, "中文", "عربي"] * 5
     return explain_routing(mixture("llama"), tokenizer, MANY, groups, ablate=True)
 
 
@@ -177,6 +177,8 @@ def test_how_it_looks(page, tmp_path, name, size, scheme):
     page.refresh()
     wide = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide[0] <= wide[1], "it scrolls sideways"
+    for table in find(page, "#who table"):
+        assert page.execute_script("return arguments[0].scrollWidth <= arguments[0].parentElement.clientWidth", table)
     for selector in ("body", ".faint", ".claims b", "nav a", ".heat td", ".chip", ".text span"):
         for element in find(page, selector)[:40]:
             assert contrast(page, element) >= 4.5, (selector, element.text)

@@ -1,5 +1,6 @@
 """What `explain_routing` says is what a count by hand, a switch and a loss say; bad input ends in a sentence."""
 
+import hashlib
 import html
 import json
 import re
@@ -7,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from cli_client import assert_one_sentence, run_cli
@@ -260,6 +262,51 @@ def test_the_command(mixture, tokenizer, tmp_path):
     assert "## Routing" in write_model_card(tmp_path / "mixture", "user/name").read_text()
     assert_one_sentence(run_cli(*arguments, "--group-by", "language"), "no column `language`")
     assert_one_sentence(run_cli("look", tmp_path / "mixture", "--data", tmp_path / "none.csv"), "names no file")
+
+
+def footer(page):
+    rows = re.findall(r'<tr><th scope="row">([^<]+)</th><td>([^<]*)</td></tr>', page[page.index("<footer") :])
+    return {name: html.unescape(value) for name, value in rows}
+
+
+def test_the_command_on_a_stock_folder(tokenizer, tmp_path):
+    """Its cost is said before the first pass; the footer names what anyone needs to repeat the page."""
+    folder, data, path = tmp_path / "stock", tmp_path / "law.txt", tmp_path / "routing.html"
+    stock("Qwen3-MoE", vocab_size=VOCAB_SIZE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data.write_text("\n\n".join(TEXTS[::2]))
+    finished = run_cli("look", folder, "--data", data, "--ablate", "-o", path, "--json", bars=True)
+    assert finished.code == 0, finished.err
+    found = json.loads(finished.out)
+    passes = 1 + sum(layer["num_experts"] for layer in found["layers"])
+    said = finished.err.index(f"--ablate: {passes} more passes over 3 texts")
+    assert said < finished.err.index("route:") < finished.err.index("disable experts:")
+    assert f"{passes - 1}/{passes - 1}" in finished.err
+    assert "checkpoints:" not in finished.err  # there are none
+    assert all(np.isfinite(layer["added_loss"]["all groups"]).all() for layer in found["layers"])
+    tokens = sum(len(tokenizer(text).input_ids) for text in TEXTS[::2])
+    assert found["tokens"] == {"decoder": tokens}
+    assert found["about"] == footer(path.read_text())
+    assert {name: found["about"][name] for name in ("Model", "Weights, SHA-256", "Data", "Files", "Command")} == {
+        "Model": "stock (Qwen3MoeForCausalLM)",
+        "Weights, SHA-256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "Data": f"3 texts, 1 group, {tokens} decoder tokens",
+        "Files": "law.txt",
+        "Command": "hf-sparse-moe look stock --data law.txt --ablate -o routing.html --json",
+    }
+    for package in (transformers, torch, np):
+        assert f"{package.__name__} {package.__version__}" in found["about"]["Versions"]
+
+
+def test_data_and_routers_are_named_by_their_hash(mixture, tokenizer):
+    about = explain_routing(mixture("llama"), tokenizer, TEXTS, about={"Data": "laws"}).about
+    assert about["Data"] == "laws"
+    model = mixture("llama")
+    assert explain_routing(model, tokenizer, TEXTS).about["Routers, SHA-256"] == about["Routers, SHA-256"]
+    with torch.no_grad():
+        model.sparse_blocks[0].gate.weight += 1
+    other = explain_routing(model, tokenizer, [*TEXTS, "More."]).about
+    assert all(other[name] != about[name] for name in ("Routers, SHA-256", "Data, SHA-256"))
 
 
 def test_facts_do_not_depend_on_the_batches(mixture, tokenizer):

@@ -32,6 +32,7 @@ class Checkpoint:
     record: Mapping[str, Any] = field(default_factory=dict)  # of `ModelCardCallback`
     routing: Mapping[str, Any] = field(default_factory=dict)  # of `save_routing_statistics`
     has_picture: bool = False  # expert_load.png
+    has_report: bool = False  # routing.html, which `push` brings along
 
 
 def checkpoint_in_memory(model: SparseMoePreTrainedModel) -> Checkpoint:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -149,6 +149,7 @@ def push(
         published, title = _stage(folder, files, Path(temporary), base, token, fingerprint)
         if with_report is not None:
             files[REPORT_NAME] = checked_for_tokens(Path(with_report))
+            published = replace(published, has_report=True) if isinstance(published, Checkpoint) else published
         own_tags = getattr(what.model if isinstance(what, Trainer) else what, "model_tags", None) or ()
         tags = [*own_tags, *([tags] if isinstance(tags, str) else tags or ())]
         told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}

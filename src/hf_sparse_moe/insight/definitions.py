@@ -7,6 +7,7 @@ N tokens, E experts, K experts a token, G groups, V tokens of the vocabulary. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,11 +51,28 @@ class LayerFacts:
         """Whether the groups say more about the experts than shuffled groups do."""
         return self.information > self.chance
 
+    @cached_property
+    def prefers(self) -> Array:
+        """`(G, E)`: whether the group clearly prefers the expert."""
+        error = (self.lift - self.lift_low) / 1.96
+        return (self.lift >= CLEAR_LIFT) & (self.lift - SURE * error > 1)  # False for NaN
+
     def serves(self, expert: int) -> list[int]:
         """The groups that clearly prefer the expert, the strongest preference first."""
-        error = (self.lift - self.lift_low)[:, expert] / 1.96
-        sure = (self.lift[:, expert] >= CLEAR_LIFT) & (self.lift[:, expert] - SURE * error > 1)  # False for NaN
-        return [g for g in np.argsort(-self.lift[:, expert], kind="stable").tolist() if sure[g]]
+        return [g for g in np.argsort(-self.lift[:, expert], kind="stable").tolist() if self.prefers[g, expert]]
+
+
+def preferred_experts(facts: list[LayerFacts]) -> list[tuple[int, int] | None]:
+    """Of each group the layer and the expert that it prefers most clearly; None for none."""
+    found: list[tuple[int, int] | None] = []
+    for group in range(len(facts[0].lift)):
+        clear = [
+            (fact.lift_low[group, e], place, e)
+            for place, fact in enumerate(facts)
+            for e in np.flatnonzero(fact.prefers[group]).tolist()
+        ]
+        found.append(max(clear)[1:] if clear else None)
+    return found
 
 
 def layer_facts(measurement: Measurement, place: int) -> LayerFacts:

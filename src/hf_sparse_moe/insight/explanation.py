@@ -185,13 +185,13 @@ def explain_routing(
         ```
     """
     find_mixture_layers(model)
-    training = model.training
+    training, paths = model.training, list(checkpoints)
     model.eval()
     try:
         reading = read_texts(model, tokenizer, texts, groups, targets, max_length, batch_size)
         measured = measure(model, reading)
         names = [layer.name for layer in measured.layers]
-        for path in tqdm(list(checkpoints), desc="checkpoints"):
+        for path in tqdm(paths, desc="checkpoints") if paths else ():
             earlier: Any = type(model).from_pretrained(path, dtype=model.dtype)
             earlier = earlier.to(model.device).eval()
             measured.history.append(measure_moment(earlier, reading, Path(path).name, names))
@@ -219,12 +219,16 @@ def _about(model: PreTrainedModel, measured: Measurement) -> dict[str, str]:
         "Model": f"{Path(str(config.name_or_path)).name or 'in memory'} ({type(model).__name__})",
         **({"Revision": str(revision)} if revision else {}),
         "Routers, SHA-256": routers.hexdigest(),
-        "Data": f"{len(measured.texts)} texts, {len(measured.groups)} groups, {described}",
+        "Data": f"{_count(measured.texts, 'text')}, {_count(measured.groups, 'group')}, {described}",
         "Data, SHA-256": hashlib.sha256(json.dumps(measured.texts).encode()).hexdigest(),
         "Versions": ", ".join(
             [f"{name} {version(name)}" for name in packages] + [f"Python {platform.python_version()}"]
         ),
     }
+
+
+def _count(things: Sequence[str], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _share(index: np.ndarray, experts: int) -> np.ndarray:

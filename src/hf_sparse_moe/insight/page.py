@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .definitions import LayerFacts, mean_of_known, order_by_similarity, saturation
+from .definitions import LayerFacts, mean_of_known, order_by_similarity, preferred_experts, saturation
 from .measurement import LayerMeasurement, Measurement, Tokens
 from .packing import pack_integers, pack_shares
 from .pictures import spread
@@ -60,7 +60,7 @@ def render_page(
         facts=facts,
         claims=claims,
         best=facts.index(best),
-        own=_own_experts(facts, shown, _shown_groups(measured, facts)),
+        own=preferred_experts(facts),
         labels=labels,
         about=about,
         cards=shown,
@@ -81,18 +81,6 @@ def _chosen_experts(facts: list[LayerFacts], most: int) -> dict[int, list[int]]:
     return {
         place: sorted(np.argsort(-of_layer, kind="stable")[:each].tolist()) for place, of_layer in enumerate(clearest)
     }
-
-
-def _own_experts(
-    facts: list[LayerFacts], cards: dict[int, list[int]], groups: list[int]
-) -> list[tuple[int, int | None, int]]:
-    """Of each group the layer and the expert that it prefers most clearly, among those with a card; None for none."""
-    pairs = [(place, e, g) for place, fact in enumerate(facts) for e in cards[place] for g in fact.serves(e)]
-    own: list[tuple[int, int | None, int]] = []
-    for group in groups:
-        found = [(facts[place].lift_low[g, e], place, e) for place, e, g in pairs if g == group]
-        own.append((group, *max(found)[1:]) if found else (group, None, -1))
-    return own
 
 
 def _shown_groups(measured: Measurement, facts: list[LayerFacts]) -> list[int]:

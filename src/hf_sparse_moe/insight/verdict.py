@@ -10,11 +10,12 @@ import torch
 from hf_sparse_moe.routing.routing_alarms import ASSIGNMENTS_PER_EXPERT, dominance, evenness
 from hf_sparse_moe.routing.routing_monitor import RoutingMonitor
 
-from .definitions import LayerFacts, saturation
+from .definitions import LayerFacts, preferred_experts, saturation
 from .measurement import Measurement
 
 
 NAMED = 4  # layers or experts in one sentence
+EXAMPLES = 3  # of a group and its expert
 GOOD, BAD, NEUTRAL = "good", "bad", "neutral"
 
 
@@ -51,56 +52,55 @@ def _balance(facts: list[LayerFacts], limits: dict[str, float]) -> Claim:
             uneven.append(fact)
     worst = max(uneven or facts, key=lambda fact: fact.load.max() * fact.layer.num_experts)
     expert = int(worst.load.argmax())
-    busiest = (
-        f"The busiest expert is {name(worst, expert)}, with {worst.load[expert] * worst.layer.num_experts:.1f} times "
-        "an even share."
+    where = _some([fact.layer.label for fact in uneven]) if uneven else "every layer"
+    text = (
+        f"in {where}: the busiest, {_name(worst, expert)}, gets {worst.load[expert] * worst.layer.num_experts:.1f} "
+        f"times an even share. (The monitor's limits: evenness at least {limits['min_evenness']}, dominance at most "
+        f"{limits['max_dominance']}.)"
     )
-    rule = f"(evenness at least {limits['min_evenness']}, dominance at most {limits['max_dominance']})"
-    if uneven:
-        return Claim(BAD, "Collapsed", f"in {_layers(uneven)}, by the monitor's limits {rule}. {busiest}", "load")
-    return Claim(GOOD, "Balanced", f"in every layer, by the monitor's limits {rule}. {busiest}", "load")
+    return Claim(BAD, "Collapsed", text, "load") if uneven else Claim(GOOD, "Balanced", text, "load")
 
 
 def _dead(facts: list[LayerFacts], starvation: float) -> Claim:
-    dead = [name(fact, int(e)) for fact in facts for e in np.flatnonzero(fact.load == 0)]
+    dead = [_name(fact, e) for fact in facts for e in np.flatnonzero(fact.load == 0)]
     hungry = [
-        name(fact, int(e))
+        _name(fact, e)
         for fact in facts
         for e in np.flatnonzero((fact.load > 0) & (fact.load < starvation / fact.layer.num_experts))
     ]
-    few = [fact for fact in facts if fact.layer.index.size < ASSIGNMENTS_PER_EXPERT * fact.layer.num_experts]
-    doubt = (
-        f" There are fewer than {ASSIGNMENTS_PER_EXPERT} choices for each expert: too few to tell it from chance."
-        if few and (dead or hungry)
-        else ""
-    )
-    tail = f" Less than {starvation:.0%} of an even load: {_some(hungry)}." if hungry else ""
+    least = f"{100 * starvation:.0f} % of an even share"
+    if not dead and not hungry:
+        return Claim(GOOD, "No dead expert:", f"each gets at least {least}.", "load")
+    tail = f" Less than {least}: {_some(hungry)}." if hungry else ""
+    if any(fact.layer.index.size < ASSIGNMENTS_PER_EXPERT * fact.layer.num_experts for fact in facts):
+        tail += (
+            f" There are fewer than {ASSIGNMENTS_PER_EXPERT} choices for each expert: too few to tell it from chance."
+        )
     if dead:
-        return Claim(BAD, f"{len(dead)} dead experts", f"that no token chose: {_some(dead)}.{tail}{doubt}", "load")
-    if hungry:
-        return Claim(BAD, "No dead expert,", f"but some starve.{tail}{doubt}", "load")
-    return Claim(GOOD, "No dead expert:", f"each gets at least {starvation:.0%} of an even load.", "load")
+        return Claim(BAD, f"{len(dead)} dead experts", f"that no token chose: {_some(dead)}.{tail}", "load")
+    return Claim(BAD, "No dead expert,", f"but some starve.{tail}", "load")
 
 
 def _specialised(measurement: Measurement, facts: list[LayerFacts]) -> Claim:
     if len(measurement.groups) < 2:
         return Claim(NEUTRAL, "One group of text:", "give groups to see who serves what.", "groups")
-    found = [fact for fact in facts if fact.is_specialised]
     best = most_specialised(facts)
-    numbers = f"{best.information:.1%} of their information (shuffled groups: up to {best.chance:.1%})"
+    numbers = (
+        f"{best.layer.label}, where group and expert share {_percent(best.information)} of their information; "
+        f"shuffled groups reach {_percent(best.chance)}.)"
+    )
+    found = [fact for fact in facts if fact.is_specialised]
     if not found:
-        text = f"the groups say no more about the experts than shuffled ones. At most they share {numbers}."
+        text = f"the groups say no more about the experts than shuffled ones. (At most in {numbers}"
         return Claim(NEUTRAL, "Not specialised by group:", text, "groups")
-    pairs = [(best.lift_low[g, e], g, e) for e in range(best.layer.num_experts) for g in best.serves(e)]
-    example = ""
-    if pairs:
-        _, group, expert = max(pairs)
-        example = (
-            f" The clearest: {name(best, expert)} gets {best.share[group, expert]:.0%} of the choices of "
-            f"“{measurement.groups[group]}”, {best.lift[group, expert]:.1f} times the average group's share."
-        )
-    where = f"in {len(found)} of {len(facts)} layers, most in {best.layer.label}"
-    text = f"{where}: group and expert share {numbers}.{example}"
+    own = [(facts[at[0]], at[1], g) for g, at in enumerate(preferred_experts(facts)) if at is not None]
+    own.sort(key=lambda pair: -pair[0].lift_low[pair[2], pair[1]])
+    examples = ", ".join(
+        f"{_name(fact, e)} for “{measurement.groups[g]}” ({100 * fact.share[g, e]:.0f} %, {fact.lift[g, e]:.1f}×)"
+        for fact, e, g in own[:EXAMPLES]
+    )
+    clearest = f" Clearest, by share of the group's choices and times the average group's: {examples}." if own else ""
+    text = f"in {len(found)} of {len(facts)} layers.{clearest} (Most in {numbers}"
     return Claim(GOOD, "Specialised by group", text, "groups")
 
 
@@ -108,11 +108,11 @@ def _basis(facts: list[LayerFacts]) -> Claim:
     by_token = [fact for fact in facts if fact.token_information > fact.information - fact.chance]
     most = max(facts, key=lambda fact: fact.token_information)
     text = (
-        f"the input token itself says more about the expert than the group does in {len(by_token)} of {len(facts)} "
-        f"layers; at most in {most.layer.label}, where token and expert share {most.token_information:.1%} more than "
-        "shuffled tokens."
+        f"In {len(by_token)} of {len(facts)} layers the token itself says more about its experts than its group does, "
+        f"most in {most.layer.label}. (Token and expert share {_percent(most.token_information)} of their information "
+        "there, above shuffled tokens.)"
     )
-    return Claim(NEUTRAL, "On what:", text, "experts")
+    return Claim(NEUTRAL, "By token or by group?", text, "experts")
 
 
 def _ablated(measurement: Measurement, facts: list[LayerFacts]) -> Claim:
@@ -125,33 +125,31 @@ def _ablated(measurement: Measurement, facts: list[LayerFacts]) -> Claim:
         if np.isfinite(fact.added[0][e, g])
     ]
     if not harms:
-        return Claim(NEUTRAL, "Without an expert:", "no layer can do without one of its experts.", "experts")
+        return Claim(
+            NEUTRAL, "Most needed:", "not measured, as no layer can do without one of its experts.", "experts"
+        )
     harm, fact, expert, group = max(harms, key=lambda found: found[0])
     _, low, high = (array[expert, group] for array in fact.added or ())
-    interval = "" if np.isnan(low) else f" (95 % interval {low:+.3f} to {high:+.3f})"
+    interval = "" if np.isnan(low) else f" (95 % interval {low:.3f} to {high:.3f})"
     text = (
-        f"{name(fact, expert)} is missed most: “{measurement.groups[group]}” loses {harm:+.3f} nats a token without "
-        f"it{interval}; the median over experts and groups is {np.median([found[0] for found in harms]):+.4f}."
+        f"{_name(fact, expert)}. With it disabled, the loss on “{measurement.groups[group]}” grows by {harm:.3f} nats "
+        f"a token{interval}. The median over experts and groups is {np.median([found[0] for found in harms]):.3f}."
     )
-    return Claim(NEUTRAL, "Without an expert:", text, "experts")
+    return Claim(NEUTRAL, "Most needed:", text, "experts")
 
 
 def _alike(facts: list[LayerFacts]) -> Claim:
     outputs = _mean_off_diagonal([fact.layer.outputs for fact in facts])
     units = _mean_off_diagonal([fact.layer.units for fact in facts])
-    weights = (
-        ""
-        if np.isnan(units)
-        else f" (By weights it is {units:.2f}, which says less: routing and outputs part before weights do.)"
-    )
-    text = f"on the same tokens, two experts' outputs have a cosine of {outputs:.2f} on average.{weights}"
-    return Claim(NEUTRAL, "How alike:" if outputs < 0.9 else "Nearly alike:", text, "pairs")
+    weights = "" if np.isnan(units) else f" (Their weights: {units:.2f}, which says less, as weights part last.)"
+    text = f"on the same tokens, two experts' outputs have a cosine of {outputs:.2f} on average; 1 is a copy.{weights}"
+    return Claim(NEUTRAL, "Experts differ:" if outputs < 0.9 else "Nearly alike:", text, "pairs")
 
 
 def _settled(measurement: Measurement) -> Claim:
     first = measurement.history[0]
     shares = [saturation(now, layer.index) for now, layer in zip(first.index, measurement.layers, strict=True)]
-    text = f"at {first.name}, {np.mean(shares):.0%} of the final choices were made already."
+    text = f"{100 * np.mean(shares):.0f} % of the final choices were already made at {first.name}."
     return Claim(NEUTRAL, "Over training:", text, "training")
 
 
@@ -160,13 +158,12 @@ def _mean_off_diagonal(matrices: list[np.ndarray | None]) -> float:
     return float(np.nanmean(np.concatenate(values))) if values else float("nan")
 
 
-def name(fact: LayerFacts, expert: int) -> str:
-    """An expert in a sentence."""
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _name(fact: LayerFacts, expert: int) -> str:
     return f"expert {expert} of {fact.layer.label}"
-
-
-def _layers(facts: list[LayerFacts]) -> str:
-    return _some([fact.layer.label for fact in facts])
 
 
 def _some(names: list[str]) -> str:
