@@ -62,11 +62,11 @@ def _balance(facts: list[LayerFacts], limits: dict[str, float]) -> Claim:
 
 
 def _dead(facts: list[LayerFacts], starvation: float) -> Claim:
-    dead = [_name(fact, e) for fact in facts for e in np.flatnonzero(fact.load == 0)]
+    dead = [_name(fact, e) for fact in facts for e in np.flatnonzero(fact.load == 0).tolist()]
     hungry = [
         _name(fact, e)
         for fact in facts
-        for e in np.flatnonzero((fact.load > 0) & (fact.load < starvation / fact.layer.num_experts))
+        for e in np.flatnonzero((fact.load > 0) & (fact.load < starvation / fact.layer.num_experts)).tolist()
     ]
     least = f"{100 * starvation:.0f} % of an even share"
     if not dead and not hungry:
