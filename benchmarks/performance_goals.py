@@ -170,31 +170,26 @@ GOALS = [
 # Shown where a goal is missed. No measured number stands here: those come from the results.
 OBSTACLES = {
     "experts": (
-        "**Experts over the bare products**: rows are gathered for their experts and added up for their tokens, and "
-        "the gradients of all experts are fresh memory in every step. Narrow experts feel this most."
+        "**Experts over the bare products**: rows are gathered and added up, and gradients are fresh memory in every "
+        "step. Narrow experts feel this most."
     ),
-    "few rows": "**128 tokens**: whole weights are read, and whole gradients written, for a handful of rows.",
+    "few rows": "**128 tokens**: whole weights are read, whole gradients written, for few rows.",
     "stock": (
-        "**The best of transformers' backends**: with few rows an expert, a loop in Python is slower than the one "
-        "inside `grouped_mm`; with coarse experts in float32 both wait for the same products."
+        "**The best of transformers' backends**: with few rows an expert, a loop in Python is slower than that of "
+        "`grouped_mm`."
     ),
     "dense": "**The dense feed-forward** multiplies one long matrix; the experts read E times the weights.",
     "saved": (
-        "**Kept for backward**: one tensor, the first projection, in the compute dtype. In float32 that is twice the "
-        "goal; `segment_mm_recompute` keeps none of it."
+        "**Kept for backward**: the first projection, in the compute dtype; `segment_mm_recompute` keeps nothing."
     ),
     "autocast": "**Under autocast** each step casts the float32 weights of all experts that have a row.",
     "bfloat16": "**bfloat16 with fresh routing**: with few large experts there are few row counts to compile anew.",
     "lora step": "**LoRA, whole step**: attention, frozen products and head are the same for both.",
     "lora block": "**LoRA, the experts alone**: with many tokens the frozen products dominate for both.",
     "lora memory": "**LoRA, memory**: few experts with many tokens are mostly activations, the same for both.",
-    "generate one": (
-        "**Generate, one sequence**: each sparse layer adds a dozen small operations, which weigh less the larger the "
-        "layers are."
-    ),
+    "generate one": ("**Generate, one sequence**: each sparse layer adds a dozen small operations."),
     "generate eight": (
-        "**Generate, 8 sequences**: the dense model reads its weights once for 8 tokens; 8 tokens of a mixture ask "
-        "up to 16 experts, each read for one or two rows."
+        "**Generate, 8 sequences**: the dense model reads its weights once; 8 tokens ask up to 16 experts."
     ),
     "growth": "**More experts**: the weights and their gradients grow with E, the multiplications do not.",
     "training step": "**Trainer's step**: a few dozen small operations a layer; larger layers make their share small.",

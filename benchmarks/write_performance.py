@@ -113,20 +113,21 @@ def obstacles(result: dict[str, Any]) -> str:
 
 def sources(result: dict[str, Any]) -> str:
     """Where the full grids are, and how they came to be."""
-    rows = []
+    rows, made = [], set()
     for name in SECTIONS.keys() & result.keys():
         section = result[name]
         versions = ", ".join(f"{package} {version}" for package, version in section["versions"].items())
+        made.add(f"{section['date']}, {versions}")
         command = " ".join([*(f"{key}={value}" for key, value in section["environment"].items()), section["command"]])
         rows.append(
             [
                 SECTIONS[name],
                 f"`{grid_path(result, name).relative_to(REPOSITORY)}`",
-                f"`{command}`, {section['date']}; {versions}",
+                f"`{command}`",
             ]
         )
     return (
-        "All figures, and how they were measured:\n\n" + table(["figures of", "file", "measured by"], sorted(rows))
+        f"All figures ({'; '.join(sorted(made))}):\n\n" + table(["figures of", "file", "measured by"], sorted(rows))
         if rows
         else ""
     )

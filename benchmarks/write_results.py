@@ -78,6 +78,10 @@ def main() -> None:
     configuration = tomllib.loads((HERE / "quality.toml").read_text())
     found = {family: load_arms(RESULTS / "quality" / family, family, configuration) for family in FAMILIES}
     draw(found, PAGE.with_name(PICTURE))
+    for family, arms in found.items():
+        if "D" in arms:
+            documents = json.loads((RESULTS / "quality" / family / "documents.json").read_text())
+            domain_file(family).write_text(domain_table(arms, documents))
     PAGE.write_text(render(configuration), encoding="utf-8")
     print("Wrote", PAGE.relative_to(HERE.parent))
 
@@ -157,7 +161,7 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
         f"documents in {len(set(domains))} domains; {some['device']}; "
         f"{', '.join(f'{name} {version}' for name, version in some['versions'].items())}.\n"
     )
-    rows, by_domain, compared = [], {}, {name: arm for name, arm in arms.items() if name != "D"}
+    rows, by_domain, compared = [], intervals_by_domain(arms, domains), len(arms) > 1
     for name, arm in arms.items():
         row = [f"**{name}** {arm.settings['label']}", SIGNS[arm.settings["expected"]]]
         row += [str(len(arm.runs)), f"{arm.rate:g}", f"{arm.mean('test_loss'):.4f}"]
@@ -166,11 +170,6 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
             continue
         _, differences = arm.differences(dense)
         rows.append([*row, shown(interval(differences, domains)), outside(differences, domains)])
-        by_domain[name] = [
-            interval(differences[:, [column for column, each in enumerate(domains) if each == domain]], [domain] * n)
-            for domain in sorted(set(domains))
-            for n in [domains.count(domain)]
-        ]
     heads = ["arm", "expected", "seeds", "rate", "test loss", "minus D", "seeds below 0, above 0"]
     costs = [
         [
@@ -186,13 +185,9 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
         if not arm.settings.get("evaluates")
     ]
     cost_heads = ["arm", "M parameters", "active", "MFLOPs a token", "CPU seconds", "peak MiB", "D needs"]
-    domain_rows = [
-        [domain, *(shown(by_domain[name][place]) for name in compared)]
-        for place, domain in enumerate(sorted(set(domains)))
-    ]
     parts = [head, table(heads, rows), goals(arms, by_domain, domains), table(cost_heads, costs)]
     if compared:
-        parts.append(table(["minus D, by domain", *compared], domain_rows))
+        parts.append(f"By domain: `{domain_file(family).relative_to(HERE.parent)}`.\n")
     if ablations:
         rows = [
             [
@@ -206,6 +201,33 @@ def family_section(arms: dict[str, Arm], configuration: dict[str, Any], family: 
         ]
         parts.append(table(["what is varied", "arm", "expected", "seeds", "minus D"], rows))
     return "\n".join(part for part in parts if part)
+
+
+def intervals_by_domain(arms: dict[str, Arm], domains: list[str]) -> dict[str, list[tuple[float, float, float]]]:
+    """Of each arm but D, its interval in each domain, in their order."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for name, arm in arms.items():
+        if name != "D":
+            _, differences = arm.differences(arms["D"])
+            columns = [
+                [place for place, each in enumerate(domains) if each == domain] for domain in sorted(set(domains))
+            ]
+            found[name] = [interval(differences[:, part], ["one"] * len(part)) for part in columns]
+    return found
+
+
+def domain_file(family: str, results: Path = RESULTS) -> Path:
+    return results / "quality" / family / "domains.csv"
+
+
+def domain_table(arms: dict[str, Arm], documents: dict[str, Any]) -> str:
+    """As CSV: by arm and domain the mean difference to D and the ends of its interval."""
+    domains = [domain for domain, _ in documents["test"]]
+    lines = ["arm,domain,minus_D,low,high"]
+    for name, intervals in intervals_by_domain(arms, domains).items():
+        for domain, ends in zip(sorted(set(domains)), intervals, strict=True):
+            lines.append(",".join([name, domain, *(f"{value:+.4f}" for value in ends)]))
+    return "\n".join(lines) + "\n"
 
 
 def shown(found: tuple[float, float, float]) -> str:
@@ -307,7 +329,7 @@ def draw(found: dict[str, dict[str, Arm]], path: Path) -> None:
     for axis, (family, arms) in zip(axes[0], measured.items(), strict=True):
         documents = json.loads((RESULTS / "quality" / family / "documents.json").read_text())
         domains = [domain for domain, _ in documents["test"]]
-        names = [name for name in arms if name != "D"]
+        names = [name for name, arm in arms.items() if name != "D" and not arm.settings.get("evaluates")]
         for place, name in enumerate(reversed(names)):
             _, differences = arms[name].differences(arms["D"])
             mean, low, high = interval(differences, domains)

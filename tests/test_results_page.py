@@ -31,6 +31,10 @@ def configuration(writer):
 def test_page_is_that_of_the_result_files(writer, configuration):
     page = writer.PAGE.read_text(encoding="utf-8")
     assert page == writer.render(configuration), "Run `python benchmarks/write_results.py`."
+    folder = writer.RESULTS / "quality" / "decoder"
+    arms = writer.load_arms(folder, "decoder", configuration)
+    documents = json.loads((folder / "documents.json").read_text())
+    assert writer.domain_file("decoder").read_text() == writer.domain_table(arms, documents)
 
 
 def test_readme_says_what_the_comparison_found(writer, configuration):
