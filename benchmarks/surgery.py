@@ -299,7 +299,7 @@ def tables(results: Results) -> str:
     lines += ["", "Written before the run as the sign of a difference, and what came out:", ""]
     for first, second, share, sign, _ in EXPECTED:
         found = verdict(results, first, second, share, sign)
-        lines.append(f"- `{first}-{second}` at {share:.0%} `{sign}`: {found}")
+        lines.append(f"- `{first}` minus `{second}` at {share:.0%} `{sign}`: {found}")
     if results.skipping:
         lines += ["", "Skipping, by beta:"]
         for each in results.skipping:
