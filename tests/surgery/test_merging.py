@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_moe.routing import find_mixture_layers
 from hf_sparse_moe.surgery import merge_experts
-from hf_sparse_moe.surgery.measuring import ExpertMeasurements, LayerMeasurements, measure_experts, router_sha256
+from hf_sparse_moe.surgery.measurements import ExpertMeasurements, LayerMeasurements, router_sha256
+from hf_sparse_moe.surgery.measuring import measure_experts
 from hf_sparse_moe.surgery.merging import METHODS
 from routing.test_mixture_layers import build, inputs_of
 from tiny_models import tiny_inputs, tiny_sparse

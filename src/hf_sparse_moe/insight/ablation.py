@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
@@ -14,6 +13,7 @@ from hf_sparse_moe.models.masks import IGNORED_LABEL
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.routing.switches import disable_experts
 
+from .losses import sum_losses
 from .measurement import Ablation
 from .texts import Array, Batch, Reading
 
@@ -32,8 +32,7 @@ def measure_ablation(
         )
     batches = reading.batches if "decoder" in reading.sides else _masked(reading.batches, tokenizer)
     shape = (len(reading.texts), len(reading.groups))
-    tokens = _sum_by_text(batches, shape, lambda batch: torch.ones(batch.targets.shape))
-    base = _sum_by_text(batches, shape, lambda batch: _losses(model, batch))
+    base, tokens = _sums_by_text(model, batches, shape)
     every = {place: layer for place, layer in enumerate(find_mixture_layers(model)) if layer.name in layers}
     added = {place: np.full((layer.num_experts, *shape), np.nan) for place, layer in every.items()}
     turns = [
@@ -44,7 +43,7 @@ def measure_ablation(
     ]
     for place, expert in tqdm(turns, desc="disable experts"):
         with disable_experts(model, {place: [expert]}):
-            added[place][expert] = _sum_by_text(batches, shape, lambda batch: _losses(model, batch)) - base
+            added[place][expert] = _sums_by_text(model, batches, shape)[0] - base
     return Ablation(tokens, list(added.values()))
 
 
@@ -63,18 +62,13 @@ def _masked(batches: list[Batch], tokenizer: PreTrainedTokenizerBase) -> list[Ba
     return made
 
 
-def _losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """(B, S): the loss of each target in nats, 0 where there is none."""
-    logits = model(**{name: value.to(model.device) for name, value in batch.inputs.items()}).logits
-    return nn.functional.cross_entropy(
-        logits.transpose(1, 2).float(), batch.targets.to(model.device), reduction="none"
-    ).cpu()
-
-
-def _sum_by_text(batches: list[Batch], shape: tuple[int, int], values: Callable[[Batch], torch.Tensor]) -> Array:
-    sums = np.zeros(shape)
+def _sums_by_text(model: PreTrainedModel, batches: list[Batch], shape: tuple[int, int]) -> Array:
+    """(2, texts, G): the losses of all targets in nats, and their number."""
+    texts, groups = shape
+    sums = torch.zeros(2, texts * groups, dtype=torch.float64)
     for batch in batches:
-        counted = (batch.targets != IGNORED_LABEL) & (batch.target_groups >= 0)
-        text = np.broadcast_to(batch.texts[:, None], counted.shape)[counted.numpy()]
-        np.add.at(sums, (text, batch.target_groups[counted].numpy()), values(batch)[counted].double().numpy())
-    return sums
+        logits = model(**{name: value.to(model.device) for name, value in batch.inputs.items()}).logits
+        slots = torch.from_numpy(batch.texts)[:, None] * groups + batch.target_groups
+        slots = slots.masked_fill(batch.target_groups < 0, -1)
+        sums += sum_losses(logits, batch.targets, slots, texts * groups)
+    return sums.view(2, *shape).numpy()

@@ -2,7 +2,8 @@
 
 from .adapter_pruning import prune_adapter
 from .densifying import to_dense
-from .measuring import ExpertMeasurements, measure_experts
+from .measurements import ExpertMeasurements
+from .measuring import measure_experts
 from .merging import merge_experts
 from .pruning import prune_experts
 from .rewriting import SurgeryReport

@@ -20,6 +20,7 @@ from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
 from hf_sparse_moe.checkpoints.reader import DenseTensors, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture
 from hf_sparse_moe.checkpoints.writer import ShardWriter
+from hf_sparse_moe.insight.losses import Evaluation, loss_change
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
@@ -39,7 +40,7 @@ from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
-from .measuring import Evaluation, ExpertMeasurements, loss_change
+from .measurements import ExpertMeasurements
 from .rewriting import SurgeryReport, require_numbers, write_receipt
 
 

@@ -8,22 +8,16 @@ token's weights where it has several.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_sparse_moe.checkpoints.loading import load_whole
-from hf_sparse_moe.models.masks import IGNORED_LABEL, tokens_by_side
+from hf_sparse_moe.insight.losses import GroupLosses, grouped_batches
+from hf_sparse_moe.models.masks import tokens_by_side
 from hf_sparse_moe.models.routing import Routing, RoutingEvent
 from hf_sparse_moe.routing.mixture_layers import (
     MixtureLayer,
@@ -32,7 +26,8 @@ from hf_sparse_moe.routing.mixture_layers import (
     find_mixture_layers,
     observe_routing,
 )
-from hf_sparse_moe.routing.statistics import ALL
+
+from .measurements import ExpertMeasurements, LayerMeasurements, router_sha256
 
 
 logger = logging.get_logger(__name__)
@@ -40,186 +35,6 @@ logger = logging.get_logger(__name__)
 FEWEST_TOKENS = 30  # that an expert should see
 SAMPLED_TOKENS = 256  # of a layer, on which all its experts are compared
 MOST_PAIRED_EXPERTS = 16  # whose products are kept for each sampled token
-_KEY = "expert_measurements"
-Evaluation = tuple[Sequence[Any], Sequence[str] | None]  # batches, and the group of each of their sequences
-
-
-@dataclass(frozen=True)
-class LayerMeasurements:
-    """
-    What was measured of one sparse layer.
-
-    Args:
-        name (`str`), num_experts (`int`), top_k (`int`), router_sha256 (`str`): The layer that it was measured on.
-        tensors (`dict[str, torch.Tensor]`): Sums over the tokens of each group, `(G, E)`: `"tokens"`, how many an
-            expert served, `"weights"` of g_e, `"norms"` of |f_e| and `"weighted_norms"` of g_e |f_e|. On the sampled
-            tokens, for all experts: `"mean_outputs"` `(E, H)`, `"similarity"` `(E, E)`, the mean cosine of two
-            experts' outputs, `"logits"` `(S, E)` of the router, `"sampled_weights"` `(S, E)`, 0 for experts that were
-            not chosen, `"selection_bias"` `(E,)` and, of few experts, `"products"` `(S, E, E)` of their outputs. Where
-            experts cannot be called one by one (Switch, JetMoe), there are only `"tokens"` and `"weights"`.
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    router_sha256: str
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """`(E,)`: the size of X_e."""
-        return self.tensors["tokens"].sum(dim=0)
-
-    @property
-    def frequency(self) -> torch.Tensor:
-        """`(E,)`: the share of all assignments that are the expert's."""
-        return self.tokens / self.tokens.sum().clamp(min=1)
-
-    @property
-    def soft_frequency(self) -> torch.Tensor:
-        """`(E,)`: the sum of g_e."""
-        return self.tensors["weights"].sum(dim=0)
-
-    @property
-    def ean(self) -> torch.Tensor:
-        """`(E,)`: the mean of |f_e| over X_e; 0 where that is empty."""
-        return self._mean("norms")
-
-    @property
-    def reap(self) -> torch.Tensor:
-        """`(E,)`: the mean of g_e |f_e| over X_e (arXiv 2510.13999); 0 where that is empty."""
-        return self._mean("weighted_norms")
-
-    def score(self, method: str) -> torch.Tensor:
-        """`(E,)`, by the name of a method; raises a `ValueError` where it was not measured."""
-        if method == "frequency":
-            return self.frequency
-        return {"reap": lambda: self.reap, "ean": lambda: self.ean}[method]()
-
-    def _mean(self, name: str) -> torch.Tensor:
-        if name not in self.tensors:
-            raise ValueError(
-                f"The experts of `{self.name}` cannot be called one by one, so their outputs were not measured. Take "
-                '`method="frequency"`.'
-            )
-        return self.tensors[name].sum(dim=0) / self.tokens.clamp(min=1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a person reads of it, in plain numbers, for JSON."""
-        told: dict[str, Any] = {"name": self.name, "num_experts": self.num_experts, "top_k": self.top_k}
-        names = ["tokens", "frequency", "soft_frequency", *(["ean", "reap"] if "norms" in self.tensors else [])]
-        told |= {name: getattr(self, name).tolist() for name in names}
-        if "similarity" in self.tensors:
-            told["similarity"] = self.tensors["similarity"].tolist()
-        return told
-
-
-@dataclass(frozen=True)
-class ExpertMeasurements:
-    """
-    What [`measure_experts`] found.
-
-    Args:
-        groups (`tuple[str, ...]`): The groups of the text, which are the rows of the layers' sums.
-        layers (`list[LayerMeasurements]`): One a sparse layer.
-        losses (`dict`, *optional*): By group, and for `"all"`, `{"loss": mean in nats, "labels": how many}` of a
-            language model on the text; None where the model has no such head.
-    """
-
-    groups: tuple[str, ...]
-    layers: list[LayerMeasurements]
-    losses: dict[str, dict[str, float]] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a person reads of it, in plain numbers, for JSON."""
-        return {
-            "groups": list(self.groups),
-            "losses": self.losses,
-            "layers": [layer.to_dict() for layer in self.layers],
-        }
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, which [`ExpertMeasurements.load`] reads; raises an `OSError` where one is."""
-        tensors = {
-            f"{place}.{name}": tensor.contiguous()
-            for place, layer in enumerate(self.layers)
-            for name, tensor in layer.tensors.items()
-        }
-        fields = ("name", "num_experts", "top_k", "router_sha256")
-        layers = [{field: getattr(layer, field) for field in fields} for layer in self.layers]
-        told = json.dumps({"groups": self.groups, "losses": self.losses, "layers": layers})
-        with Path(path).open("xb") as file:
-            file.write(save(tensors, metadata={_KEY: told}))
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ExpertMeasurements:
-        """Read what [`ExpertMeasurements.save`] wrote; raises a `ValueError` for another file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            layers = [
-                LayerMeasurements(
-                    **fields,
-                    tensors={
-                        name.partition(".")[2]: tensor
-                        for name, tensor in tensors.items()
-                        if name.partition(".")[0] == str(place)
-                    },
-                )
-                for place, fields in enumerate(told["layers"])
-            ]
-            return cls(tuple(told["groups"]), layers, told["losses"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"`{path}` does not hold what `measure_experts` measured ({type(error).__name__}). Measure again: "
-                "hf-sparse-moe measure."
-            ) from error
-
-    @classmethod
-    def of(cls, given: ExpertMeasurements | str | Path) -> ExpertMeasurements:
-        """Measurements, or those of a file."""
-        return given if isinstance(given, cls) else cls.load(given)  # type: ignore[arg-type]
-
-    def salience(self, method: str, layers: Sequence[str]) -> list[list[float]]:
-        """The scores of the experts of these layers, by name; a `ValueError` for a layer that was not measured."""
-        return [self.layer(name).score(method).tolist() for name in layers]
-
-    def layer(self, name: str) -> LayerMeasurements:
-        """The layer of that name; raises a `ValueError` where none was measured."""
-        found = next((layer for layer in self.layers if layer.name == name), None)
-        if found is None:
-            raise ValueError(
-                f"`measured` is of another model: it has no layer `{name}`, only "
-                f"{[layer.name for layer in self.layers]}."
-            )
-        return found
-
-    def check(self, layer: MixtureLayer, router: Mapping[str, torch.Tensor]) -> LayerMeasurements:
-        """What was measured of a layer with these tensors in its router; a `ValueError` where it is another one."""
-        found = self.layer(layer.name)
-        sizes, expected = (found.num_experts, found.top_k), (layer.num_experts, layer.top_k)
-        if sizes != expected:
-            raise ValueError(
-                f"`measured` is of another model: `{layer.name}` had {sizes[0]} experts, {sizes[1]} a token, and has "
-                f"{expected[0]}, {expected[1]} a token. Measure again."
-            )
-        if found.router_sha256 != router_sha256(router):
-            raise ValueError(
-                f"`measured` is of another model: the router of `{layer.name}` has other weights. Measure again."
-            )
-        return found
-
-
-def router_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of a router's tensors in bfloat16, in any order: the same in whichever dtype the model was loaded."""
-    digests = sorted(
-        hashlib.sha256(tensor.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for tensor in tensors.values()
-        if tensor.is_floating_point() and tensor.dim() > 1
-    )
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -253,10 +68,10 @@ def measure_experts(
         ```
     """
     layers = find_mixture_layers(model)
-    names, passes = _passes(model, batches, groups)
+    names, passes = grouped_batches(model, batches, groups)
     sums = [_Sums(layer, len(names)) for layer in layers]
     by_name = {layer.name: sum_ for layer, sum_ in zip(layers, sums, strict=True)}
-    losses = _Losses(names)
+    losses = GroupLosses(names)
     training = model.training
     model.eval()
     try:
@@ -292,81 +107,6 @@ def measure_experts(
             "them says little: measure on more text."
         )
     return ExpertMeasurements(tuple(names), measured, losses.by_group())
-
-
-@torch.no_grad()
-def losses_by_group(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None = None
-) -> dict[str, dict[str, float]] | None:
-    """As [`ExpertMeasurements`] has them."""
-    names, passes = _passes(model, batches, groups)
-    losses = _Losses(names)
-    training = model.training
-    model.eval()
-    try:
-        for inputs, group_B in passes:
-            losses.add(model, inputs, group_B)
-    finally:
-        model.train(training)
-    return losses.by_group()
-
-
-def loss_change(
-    before: PreTrainedModel | Path, after: PreTrainedModel | Path, evaluation: Evaluation | None
-) -> dict[str, dict[str, float]] | None:
-    """The loss before and after by group, where there is something to measure it on. Folders are loaded."""
-    if evaluation is None:
-        return None
-    models = (load_whole(model) if isinstance(model, Path) else model for model in (before, after))
-    first, second = (losses_by_group(model, *evaluation) for model in models)
-    if first is None or second is None:
-        return None
-    return {
-        group: {"before": loss["loss"], "after": second[group]["loss"], "labels": loss["labels"]}
-        for group, loss in first.items()
-    }
-
-
-Pass = tuple[dict[str, Any], torch.Tensor]  # inputs, and the number of each sequence's group
-
-
-def _passes(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None
-) -> tuple[list[str], Iterator[Pass]]:
-    """The names of the groups, and the batches."""
-    labels = None if groups is None else [str(group) for group in groups]
-    names = list(dict.fromkeys([ALL] if labels is None else labels))
-    vocab_size: Any = model.get_input_embeddings().num_embeddings
-
-    def run() -> Iterator[Pass]:
-        seen = 0
-        for batch in batches:
-            tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-            inputs = dict(batch) | {name: value.to(model.device) for name, value in tensors.items()}
-            sequences = len(inputs[model.main_input_name])
-            ids = inputs.get("input_ids")
-            if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-                raise ValueError(
-                    f"The text has the token id {int(ids.max())}, but the model has {vocab_size} tokens: it is of "
-                    "another tokenizer. Take the model's own."
-                )
-            rows = [ALL] * sequences if labels is None else labels[seen : seen + sequences]
-            seen += sequences
-            if labels is not None and seen > len(labels):
-                raise ValueError(
-                    f"`groups` has {len(labels)} entries, fewer than `batches` has sequences. Give one a sequence."
-                )
-            if model.config.is_encoder_decoder and not {"labels", "decoder_input_ids"} & inputs.keys():
-                inputs["labels"] = _labels(inputs)  # it writes what it reads
-            yield inputs, torch.tensor([names.index(row) for row in rows], device=model.device)
-        if not seen:
-            raise ValueError("`batches` is empty: there is nothing to measure on.")
-        if labels is not None and seen != len(labels):
-            raise ValueError(
-                f"`groups` has {len(labels)} entries, but `batches` has {seen} sequences. Give one a sequence."
-            )
-
-    return names, run()
 
 
 class _Sums:
@@ -473,47 +213,3 @@ class _Sums:
         if self.layer.num_experts <= MOST_PAIRED_EXPERTS:
             found["products"] = torch.einsum("ish,jsh->sij", outputs_ESH, outputs_ESH)
         return {name: tensor.detach().cpu() for name, tensor in found.items()}
-
-
-class _Losses:
-    """The loss of a language model, summed up by group."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.sums = torch.zeros(2, len(names), dtype=torch.float64)  # losses, labels
-        self.is_known = True
-
-    def add(self, model: PreTrainedModel, inputs: dict[str, Any], group_B: torch.Tensor) -> None:
-        """Run the model."""
-        logits = getattr(model(**inputs), "logits", None)
-        if logits is None or logits.dim() != 3 or model.get_output_embeddings() is None:
-            self.is_known = False
-            return
-        labels = _labels(inputs)
-        if labels.shape[1] > 1 and not ("labels" in inputs and model.config.is_encoder_decoder) and _shifts(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL
-        )
-        by_row = torch.stack([losses.reshape(labels.shape), (labels != IGNORED_LABEL).float()]).sum(dim=-1)
-        self.sums.index_add_(1, group_B.cpu(), by_row.double().cpu())
-
-    def by_group(self) -> dict[str, dict[str, float]] | None:
-        if not self.is_known:
-            return None
-        sums = {**dict(zip(self.names, self.sums.T.tolist(), strict=True)), ALL: self.sums.sum(dim=1).tolist()}
-        return {name: {"loss": loss / max(count, 1), "labels": int(count)} for name, (loss, count) in sums.items()}
-
-
-def _shifts(model: PreTrainedModel) -> bool:
-    """Whether logits belong to the next token: of decoders, and of a decoder that is given what it reads."""
-    return model.config.is_encoder_decoder or model.can_generate()
-
-
-def _labels(inputs: dict[str, Any]) -> torch.Tensor:
-    """Those given, or else the tokens themselves but for pads."""
-    if "labels" in inputs:
-        return inputs["labels"]
-    side = "decoder_" if "decoder_input_ids" in inputs else ""
-    ids, mask = inputs[f"{side}input_ids"], inputs.get(f"{side}attention_mask")
-    return ids if mask is None else ids.masked_fill(mask == 0, IGNORED_LABEL)

@@ -10,29 +10,18 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from hf_sparse_moe.checkpoints.folder import check_target
-from hf_sparse_moe.checkpoints.reader import NotStreamableError
+from hf_sparse_moe.insight.losses import Evaluation
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.stock.tensors import Tensors
 
 from .alignment import matching_units, mean, require_scipy
-from .measuring import Evaluation, ExpertMeasurements, loss_change
-from .pruning import check_rest, count_of, layer_at, receipt_of, router_groups
-from .rewriting import (
-    ExpertRows,
-    Mixture,
-    open_mixture,
-    require_numbers,
-    rewrite_in_memory,
-    rewrite_on_disk,
-    router_tensors,
-    save_rewritten,
-)
+from .expert_axes import ExpertRows
+from .measurements import ExpertMeasurements
+from .mixture import Mixture, router_tensors
+from .pruning import check_rest, count_of, layer_at, router_groups
+from .rewriting import Plan, require_numbers, rewrite
 
-
-logger = logging.get_logger(__name__)
 
 METHODS = ("hc", "m-smoe", "ream")
 _SECOND = re.compile(r"\b(down_proj|w2|wo|fc2|output_linear)")  # of an expert's projections, the one back to H
@@ -95,12 +84,10 @@ def merge_experts(
         merged = merge_experts(model, measured, into=0.75)
         ```
     """
-    if output is not None:
-        check_target(output)
     if method not in METHODS:
         raise ValueError(f"`method={method!r}` is not allowed: it must be one of {METHODS}.")
 
-    def merge(mixture: Mixture) -> tuple[dict[int, ExpertRows], dict[str, Any]]:
+    def merge(mixture: Mixture) -> Plan:
         found = _groups_by_layer(mixture, measured, into, method)
         rows = {
             place: ExpertRows(groups, partial(_merge, mixture, place, groups, weights, align))
@@ -109,23 +96,8 @@ def merge_experts(
         names = {mixture.layers[place].name: groups for place, (groups, _) in found.items()}
         return rows, {"method": method, "align": align, "groups": names}
 
-    if output is not None and isinstance(source, str | Path):
-        mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
-        rows, told = merge(mixture)
-
-        def receipt(new: PreTrainedModel, sha256: dict[str, str], folder: Path) -> dict[str, Any]:
-            return receipt_of("merged", mixture, new, told, sha256, loss_change(mixture.before, folder, evaluation))
-
-        settings = (max_shard_size, resume, show_progress)
-        try:
-            return rewrite_on_disk(mixture, rows, output, told, receipt, *settings)
-        except NotStreamableError as reason:
-            logger.warning(f"The mixture is merged in memory, not streamed: {reason}.")
-    mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
-    rows, told = merge(mixture)
-    model: Any = rewrite_in_memory(mixture, rows)
-    model.receipt = receipt_of("merged", mixture, model, told, None, loss_change(mixture.model, model, evaluation))
-    return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
+    settings = (max_shard_size, resume, show_progress)
+    return rewrite("merged", merge, source, output, evaluation, revision, token, *settings)
 
 
 def _groups_by_layer(

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from hf_sparse_moe.checkpoints.folder import check_target
-from hf_sparse_moe.checkpoints.reader import NotStreamableError
+from hf_sparse_moe.insight.losses import Evaluation
 from hf_sparse_moe.models.routers import (
     SparseMoeExpertChoiceRouter,
     SparseMoeHashRouter,
@@ -21,21 +19,13 @@ from hf_sparse_moe.models.routers import (
     router_scores,
 )
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
-from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
-from .measuring import MOST_PAIRED_EXPERTS, Evaluation, ExpertMeasurements, LayerMeasurements, loss_change
-from .rewriting import (
-    ExpertRows,
-    Mixture,
-    open_mixture,
-    rewrite_in_memory,
-    rewrite_on_disk,
-    router_tensors,
-    save_rewritten,
-)
+from .expert_axes import ExpertRows
+from .measurements import ExpertMeasurements, LayerMeasurements
+from .measuring import MOST_PAIRED_EXPERTS
+from .mixture import Mixture, router_tensors
+from .rewriting import Plan, rewrite
 
-
-logger = logging.get_logger(__name__)
 
 METHODS = ("reap", "ean", "frequency", "random", "naee")
 MOST_SUBSETS = 20_000  # of the experts of a layer, that `method="naee"` tries
@@ -103,8 +93,6 @@ def prune_experts(
         pruned = prune_experts(model, measured, keep=0.75)
         ```
     """
-    if output is not None:
-        check_target(output)
     if (keep is None) == (drop is None):
         raise ValueError("Give either `keep`, how many experts stay, or `drop`, which ones go.")
     if method not in METHODS:
@@ -114,7 +102,7 @@ def prune_experts(
         raise ValueError(f"`method={method!r}` needs `measured`: what `measure_experts` finds on some text.")
     known = None if measured is None else ExpertMeasurements.of(measured)
 
-    def cut(mixture: Mixture) -> tuple[dict[int, ExpertRows], dict[str, Any]]:
+    def cut(mixture: Mixture) -> Plan:
         kept = _kept(mixture, known, keep, drop, method, seed)
         chosen_by = "drop" if keep is None else method
         arguments = {"method": chosen_by, **({"seed": seed} if chosen_by == "random" else {})}
@@ -123,60 +111,8 @@ def prune_experts(
         told = {**arguments, "kept": cut_layers, "num_experts": counts}
         return {place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told
 
-    streams = output is not None and isinstance(source, str | Path)
-    if streams:
-        mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
-        try:
-            rows, told = cut(mixture)
-            return rewrite_on_disk(
-                mixture,
-                rows,
-                output,  # type: ignore[arg-type]
-                told,
-                lambda new, sha256, folder: receipt_of(
-                    "pruned", mixture, new, told, sha256, loss_change(mixture.before, folder, evaluation)
-                ),
-                max_shard_size,
-                resume,
-                show_progress,
-            )
-        except NotStreamableError as reason:
-            logger.warning(f"The mixture is pruned in memory, not streamed: {reason}.")
-    mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
-    rows, told = cut(mixture)
-    model: Any = rewrite_in_memory(mixture, rows)
-    model.receipt = receipt_of("pruned", mixture, model, told, None, loss_change(mixture.model, model, evaluation))
-    return model if output is None else save_rewritten(model, mixture.source, output, max_shard_size)
-
-
-def receipt_of(
-    verb: str,
-    mixture: Mixture,
-    new: PreTrainedModel,
-    told: dict[str, Any],
-    sha256: dict[str, str] | None,
-    loss: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The receipt of `mixture`, and what was done (`"pruned"`, `"merged"`) to its experts, of which `new` came."""
-    old = mixture.model
-    before = mixture.receipt or {}
-    return {
-        **{name: value for name, value in before.items() if name != verb},  # the last operation is the last
-        verb: {
-            **told,
-            "num_experts_per_tok": mixture.layers[0].top_k,
-            "loss": loss,
-            "parameters": {"before": old.num_parameters(), "after": new.num_parameters()},
-            "bytes": {"before": _bytes(old), "after": _bytes(new)},
-            "source": describe_source(old, mixture.source, sha256),
-            "versions": versions(),
-            **({"before": before[verb]} if verb in before else {}),
-        },
-    }
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+    settings = (max_shard_size, resume, show_progress)
+    return rewrite("pruned", cut, source, output, evaluation, revision, token, *settings)
 
 
 def _kept(
