@@ -44,6 +44,7 @@ DENSE_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**_HEADS, **_DELTA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "flint": {**_HEADS, "num_experts": 0, "sliding_window": 3},
     "youtu": {**_LATENT, "num_key_value_heads": 4},
+    "glm4_moe": {**_HEADS, "use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": LAYERS},
 }
 PAIRS = [
     pytest.param(target, dense, scoring, id=f"{dense}-{target.model_type}-{scoring}")
@@ -90,6 +91,8 @@ def rich_fields(target: ExportTarget, scoring: str) -> dict[str, Any]:
         fields["norm_topk_prob"] = False
     if target.scaling_field:
         fields["routed_scaling_factor"] = 2.5
+    if target.grouped:
+        fields |= {"n_group": 2, "topk_group": 1}
     if target.shared:
         fields["num_shared_experts"] = 1 if target.shared.only_one else 2
     if target.layers is num_sparse_layers:

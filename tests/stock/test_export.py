@@ -238,8 +238,10 @@ def test_reports_are_plain_json(tmp_path, mixture):
     assert explained["possible"] == ["qwen3_moe", "mellum"]
     assert explained["obstacles"]["mixtral"] == list(explain_export(model)["mixtral"].obstacles)
     json.dumps(explained)
-    with pytest.raises(KeyError, match=r"`unknown` is no stock architecture. Choose one of \['qwen3_moe', "):
+    with pytest.raises(KeyError, match=r"`unknown` is no architecture of transformers. Choose one of \['qwen3_moe', "):
         explain_export(model)["unknown"]
+    with pytest.raises(KeyError, match="`phimoe` is an architecture of transformers that `export` does not write"):
+        explain_export(model)["phimoe"]
 
 
 def test_the_old_name_of_architecture_still_works(tmp_path, mixture):

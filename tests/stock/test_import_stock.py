@@ -93,11 +93,6 @@ def test_the_stock_model_is_left_as_it_is():
     assert torch.equal(logits(stock), before)
 
 
-def test_a_mixtral_without_head_dim_as_mistral_ai_published_it():
-    stock = stock_model("mixtral", head_dim=None)
-    torch.testing.assert_close(logits(import_stock(stock)), logits(stock), rtol=1e-5, atol=1e-5)
-
-
 def test_it_trains():
     sparse = import_stock(stock_model("olmoe")).train()
     output = sparse(**tiny_inputs(sparse))
@@ -128,9 +123,12 @@ _ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20),
             "not a multiple of a routed",
         ),
-        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, n_group=2), "`n_group=2` of this `glm4_moe`"),
-        # Half of each head rotates; in a Llama all of it does.
-        (hf.Glm4MoeConfig(**_ROUTED, n_routed_experts=4, first_k_dense_replace=0), "rope_parameters"),
+        (
+            hf.DeepseekV2Config(
+                **_ROUTED, n_routed_experts=4, n_group=2, topk_group=1, topk_method="group_limited_greedy"
+            ),
+            "`topk_method='group_limited_greedy'` of this `deepseek_v2`",
+        ),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -38,8 +38,8 @@ _SAID_OTHERWISE = {
 }  # fmt: skip
 _OUR_FIELDS = {
     "dense_config", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts",
-    "scoring_func", "norm_topk_prob", "routed_scaling_factor", "mlp_layer_types", "encoder_mlp_layer_types",
-    "decoder_mlp_layer_types", "is_encoder_decoder",
+    "scoring_func", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor", "mlp_layer_types",
+    "encoder_mlp_layer_types", "decoder_mlp_layer_types", "is_encoder_decoder",
 }  # fmt: skip
 # What `PreTrainedConfig` itself holds and a checkpoint of the target needs.
 COMMON_FIELDS = (
@@ -91,7 +91,10 @@ class ExportExplanation:
         for report in self.targets:
             if report.target == target:
                 return report
-        raise KeyError(f"`{target}` is no stock architecture. Choose one of {[r.target for r in self.targets]}.")
+        known = [report.target for report in self.targets]
+        what = "an architecture of transformers that `export` does not write"
+        what = what if target in CONFIG_MAPPING else "no architecture of transformers"
+        raise KeyError(f"`{target}` is {what}. Choose one of {known}.")
 
     def __str__(self) -> str:
         lines = [f"{self.source} mixture: {', '.join(self.possible) or 'no stock architecture'}"]
@@ -200,9 +203,10 @@ def _obstacles(
             f"`num_experts_per_layer={config.num_experts_per_layer}`: {name} has as many in each layer",
         ),
         (
-            config.num_experts < target.min_experts,
-            f"`num_experts={config.num_experts}`: {name} needs at least {target.min_experts}",
+            config.num_experts < target.min_experts * config.n_group,
+            f"`num_experts={config.num_experts}`: {name} needs at least {target.min_experts * config.n_group}",
         ),
+        (config.n_group > 1 and not target.grouped, f"`n_group={config.n_group}`: {name} has no groups of experts"),
         (shared > 0 and target.shared is None, f"`num_shared_experts={shared}`: {name} has no shared experts"),
         (
             shared > 1 and target.shared is not None and target.shared.only_one,
@@ -216,7 +220,7 @@ def _obstacles(
         ),
     ]
     for need in target.needs:
-        if hasattr(dense, need.field):
+        if hasattr(dense, need.field) and dense.model_type in (need.siblings or target.dense):
             value = getattr(dense, need.field)
             conditions.append((not need.holds(value), f"`{need.field}={value!r}`: {name} has {need.why}"))
     return [obstacle for stands, obstacle in conditions if stands] + _unknown_fields(target, config)
@@ -250,6 +254,8 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
     fields |= dict(zip(target.fields, (config.num_experts, config.num_experts_per_tok, size), strict=True))
     if target.router[config.scoring_func] is None:
         fields["norm_topk_prob"] = config.norm_topk_prob
+    if target.grouped:
+        fields |= {"n_group": config.n_group, "topk_group": config.topk_group}
     fields[target.scoring_field] = config.scoring_func
     fields[target.scaling_field] = float(config.routed_scaling_factor)
     if shared:
@@ -257,6 +263,7 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
         fields[shared.size_field] = count * size or _ZERO_EXPERT_UNITS * shared.required
     fields |= target.layers(_layer_types(config, model)) | {"dtype": config.dtype}
     fields |= {name: getattr(config, name) for name in _LOSS_COEFFICIENTS if name in theirs}
+    fields |= {"num_mtp_layers": 0} if "num_mtp_layers" in theirs else {}  # the export holds none
     fields.pop(None, None)  # what the target has no name for
     with sensible_config(str(dense.name_or_path or config.name_or_path or type(dense).__name__)):
         result = config_class(**fields)

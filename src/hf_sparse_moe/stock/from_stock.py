@@ -172,6 +172,7 @@ def _sparse_config(
         "scoring_func": scoring,
         "norm_topk_prob": stock.norm_topk_prob if normalised is None else normalised,
         "routed_scaling_factor": getattr(stock, row.scaling_field) if row.scaling_field else 1.0,
+        **({"n_group": stock.n_group, "topk_group": stock.topk_group} if row.grouped else {}),
         **_layer_types(stock, layers),
         **config_fields,
     }
@@ -183,7 +184,7 @@ def _sparse_config(
     # `_num_shared_experts` saw to these.
     shared = {row.shared.count_field, row.shared.size_field} if row.shared else set()
     derived = {"head_dim"} if getattr(stock, "head_dim", 0) is None else set()  # Mixtral's: hidden size / heads
-    for field in own_fields(type(stock)).keys() - _NO_MATTER - shared - derived:
+    for field in own_fields(type(stock)).keys() - _NO_MATTER - row.unread - shared - derived:
         _require(row, stock, field, getattr(report.config, field))
     return config
 

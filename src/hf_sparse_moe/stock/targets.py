@@ -63,6 +63,7 @@ class Need:
     field: str
     holds: Callable[[Any], bool]
     why: str  # what the target has instead; ends a sentence that starts with the field
+    siblings: frozenset[str] = frozenset()  # the only dense architectures that it is asked of; empty for all
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class ExportTarget:
     scoring_field: str | None = None  # of the scoring function
     scaling_field: str | None = None  # of a factor on the routed weights
     top_k: int | None = None  # the only number of experts a token that it knows
-    min_experts: int = 1  # that its router can choose from
+    grouped: bool = False  # whether its router chooses among `topk_group` of `n_group` groups of experts
+    min_experts: int = 1  # that its router can choose from, in a group
     gated: bool = True  # whether its experts have a gate
     layers: Callable[[Layers], dict[str, Any]] = all_sparse  # the fields that say which layers are sparse
     router_name: str = "mlp.gate.weight"  # from the layer, as the next three
@@ -104,6 +106,7 @@ class ExportTarget:
     feed_forward: str = "mlp"  # what the dense siblings call what the target calls `mlp`
     needs: tuple[Need, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)  # fields written so, which `import_stock` requires
+    unread: frozenset[str] = frozenset()  # fields that change nothing beside those of `fixed`
     derived: Callable[[Any], dict[str, Any]] = lambda dense: {}  # further fields of the target, of the dense config
     dense_fields: Callable[[Any], dict[str, Any]] = lambda target: {}  # the way back
 
@@ -131,6 +134,7 @@ _ROTATES_ALL = Need(
     "rope_parameters",
     lambda rope: (rope or {}).get("partial_rotary_factor", 1.0) == 1.0,
     "rotary embeddings over whole heads",
+    frozenset({"llama", "qwen2", "qwen3"}),
 )
 _INTERMEDIATE: Any = ("num_experts", "num_experts_per_tok", "intermediate_size")
 _LOCAL: Any = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
@@ -139,10 +143,10 @@ _DEEPSEEK: dict[str, Any] = {
     "fields": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
     "router": {"sigmoid": None},
     "scaling_field": "routed_scaling_factor",
+    "grouped": True,
     "min_experts": 2,  # it adds up the two best scores of a group
     "score_bias_name": "mlp.gate.e_score_correction_bias",
     "shared": _shared("mlp.shared_experts", count_field="n_shared_experts", required=True),
-    "fixed": {"n_group": 1, "topk_group": 1},
 }
 _GRANITE: dict[str, Any] = {
     "fields": _LOCAL,
@@ -222,6 +226,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ExportTarget(
         "glm4_moe",
         {
+            "glm4_moe": {},  # with every layer dense: no other model has its half-rotated heads
             "llama": {"attention_bias": False, "use_qk_norm": False},
             "qwen2": {"attention_bias": True, "use_qk_norm": False},
             "qwen3": {"use_qk_norm": True},
@@ -229,7 +234,8 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         **_DEEPSEEK,
         layers=first_k_dense_replace,
         needs=(_EVERY_LAYER_FULL, _ROTATES_ALL),
-        derived=lambda dense: {"rope_parameters": {**dense.rope_parameters, "partial_rotary_factor": 1.0}},
+        derived=lambda dense: {"rope_parameters": {"partial_rotary_factor": 1.0, **dense.rope_parameters}},
+        dense_fields=lambda target: {"first_k_dense_replace": target.num_hidden_layers},
     ),
     ExportTarget("dots1", {"qwen3": {}}, **_DEEPSEEK, layers=first_k_dense_replace),
     ExportTarget(
@@ -268,6 +274,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         shared=_DEEPSEEK["shared"],
         needs=(Need("rope_interleave", bool, "rotary embeddings that turn neighbouring units"),),
         fixed={"topk_method": "greedy"},
+        unread=frozenset({"n_group", "topk_group"}),
         dense_fields=lambda target: {"rope_interleave": True},
     ),
     ExportTarget(

@@ -28,7 +28,8 @@ def probe_inputs(config: transformers.PreTrainedConfig, device: torch.device) ->
     """One fixed sequence of ordinary tokens, shape (1, 32), ending with the end token where there is one."""
     vocab_size, eos = config.get_text_config().vocab_size, getattr(config, "eos_token_id", None)
     generator = torch.Generator().manual_seed(0)
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    special += eos if isinstance(eos, list) else []
     ordinary = torch.tensor([token for token in range(vocab_size) if token not in special])
     input_ids = ordinary[torch.randint(len(ordinary), (1, PROBE_LENGTH), generator=generator)]
     if isinstance(eos, int) and 0 <= eos < vocab_size:
