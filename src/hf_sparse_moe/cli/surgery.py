@@ -1,9 +1,13 @@
-"""`measure`, `prune`: mixtures with other experts."""
+"""`measure`, `prune`, `merge`, `to-dense`: mixtures with other experts, or none."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,32 +29,99 @@ from .options import (
 
 
 _TEXT = "A .jsonl file with a column `text`, or a .txt file of paragraphs, also as .gz; each is a group. Repeatable."
-MaxTextsOption = Annotated[int, typer.Option(min=1, help="Texts to read, as many of each group.")]
-MaxLengthOption = Annotated[int, typer.Option(min=1, help="Tokens of a text.")]
 _LOSSES = "Text for the losses in the receipt, for which both models are loaded."
-LossDataOption = Annotated[list[Path], typer.Option("--data", help=f"{_LOSSES} {_TEXT}")]
-GroupByOption = Annotated[
-    str | None, typer.Option(help="Column with the group (domain, language) of each text.", show_default="the file")
-]
+MeasuredOption = Annotated[Path | None, typer.Option(help="The file that `measure` wrote.")]
+
+
+@dataclass
+class _Text:
+    """The options of text, of which `data` is an option of each command."""
+
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column with the group (domain, language) of each text.", show_default="the file"),
+    ] = None
+    max_texts: Annotated[int, typer.Option(min=1, help="Texts to read, as many of each group.")] = 200
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 256
+    revision: RevisionOption = None
+    as_json: JsonOption = False
+
+    def read(self, source: str, data: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Texts as batches of one, and their groups."""
+        from hf_sparse_moe.checkpoints.source import find_source
+        from hf_sparse_moe.quickstart.examples import load_tokenizer
+
+        tokenizer = load_tokenizer(find_source(source, self.revision).folder)
+        pairs = []
+        for text, group in zip(*read_texts(data, self.group_by, self.max_texts), strict=True):
+            whole = text if isinstance(text, str) else " ".join(text)
+            batch = tokenizer(whole, return_tensors="pt", truncation=True, max_length=self.max_length)
+            if batch["input_ids"].numel():
+                names = batch.keys() & {"input_ids", "attention_mask"}
+                pairs.append(({name: batch[name] for name in names}, str(group)))
+        if not pairs:
+            raise ValueError(f"`--data {data[0]}` has no text with a token.")
+        batches, groups = zip(*pairs, strict=True)
+        return list(batches), list(groups)
+
+
+@dataclass
+class _Writing(_Text):
+    """The options of the commands that write a model."""
+
+    data: Annotated[list[Path] | None, typer.Option(help=f"{_LOSSES} {_TEXT}")] = None
+    max_shard_size: ShardSizeOption = "4GB"
+    resume: ResumeOption = False
+
+    def run(self, operation: Callable[..., Any], source: str, *arguments: Any, output: Path) -> None:
+        """Write a model, and show what its receipt says."""
+        from hf_sparse_moe.checkpoints.folder import check_target
+        from hf_sparse_moe.upcycling.surgery_checks import last_surgery
+
+        check_target(output)
+        report = operation(
+            source,
+            *arguments,
+            output=output,
+            evaluation=self.read(source, self.data) if self.data else None,
+            revision=self.revision,
+            max_shard_size=self.max_shard_size,
+            resume=self.resume,
+            show_progress=sys.stderr.isatty(),
+        )
+        told = describe_operation(report.receipt[last_surgery(report.receipt)])
+        show(report.to_dict(), self.as_json, f"{output}: {report.architecture}", *told)
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `options` is the fields of a dataclass, as options of their own."""
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    make = parameters.pop("options").annotation
+    shared = inspect.signature(make, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(**{name: given[name] for name in parameters}, options=make(**{name: given[name] for name in shared}))
+
+    every = [each.replace(kind=each.KEYWORD_ONLY) for each in (*parameters.values(), *shared.values())]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    return run
 
 
 @app.command(
     epilog="Examples:\n\n`hf-sparse-moe measure ./gpt2-8x --data law.txt --data code.jsonl -o measured.safetensors`"
 )
+@_with_options
 def measure(
     source: SourceArgument,
     data: Annotated[list[Path], typer.Option(help=_TEXT)],
+    options: _Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("measured.safetensors"),
-    group_by: GroupByOption = None,
-    max_texts: MaxTextsOption = 200,
-    max_length: MaxLengthOption = 256,
-    revision: RevisionOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """
     Measure what each expert of a mixture does on some text: frequency, EAN, REAP, outputs and their similarity.
 
-    Loads the model. The file is what `prune` chooses by.
+    Loads the model. The file is what `prune` and `merge` choose by.
     """
     from hf_sparse_moe.checkpoints.loading import load_whole
     from hf_sparse_moe.checkpoints.source import find_source
@@ -58,48 +129,37 @@ def measure(
 
     if output.exists():
         raise FileExistsError(f"`{output}` exists already. Choose another name, or remove it.")
-    found = find_source(source, revision)
-    batches, groups = _read(found.folder, data, group_by, max_texts, max_length)
-    measured = measure_experts(load_whole(found.folder), batches, groups)
+    batches, groups = options.read(source, data)
+    measured = measure_experts(load_whole(find_source(source, options.revision).folder), batches, groups)
     measured.save(output)
-    show(measured.to_dict(), as_json, *_describe(measured), f"{output}: what {len(batches)} texts tell of the experts")
-
-
-def _describe(measured: Any) -> list[Table]:
     table = Table("layer", "lowest REAP", "highest", "tokens of the rarest expert")
     for layer in measured.layers:
         reap = layer.reap if "norms" in layer.tensors else layer.frequency
         table.add_row(layer.name, f"{reap.min():.3g}", f"{reap.max():.3g}", f"{int(layer.tokens.min()):,}")
-    return [table]
+    show(measured.to_dict(), options.as_json, table, f"{output}: what {len(batches)} texts tell of the experts")
 
 
 @app.command(
     epilog="Examples:\n\n`hf-sparse-moe prune ./gpt2-8x ./gpt2-6x --measured measured.safetensors --keep 0.75`\n\n"
     "`hf-sparse-moe prune ./gpt2-8x ./gpt2-7x --drop 0:3 --drop 1:5 --data law.txt`"
 )
+@_with_options
 def prune(
     source: SourceArgument,
     output: OutputArgument,
-    measured: Annotated[Path | None, typer.Option(help="The file that `measure` wrote.")] = None,
+    options: _Writing,
+    measured: MeasuredOption = None,
     keep: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="How many experts of a layer stay, or which share; LAYER:NUMBER for some. Repeatable."),
-    ] = [],  # noqa: B006 (typer copies it)
+    ] = None,
     drop: Annotated[
-        list[str], typer.Option(help="LAYER:EXPERT,EXPERT...: the experts of a layer that go. Repeatable.")
-    ] = [],  # noqa: B006
+        list[str] | None, typer.Option(help="LAYER:EXPERT,EXPERT...: the experts of a layer that go. Repeatable.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="Which experts stay: `reap`, `ean`, `frequency`, `naee` or `random`.")
     ] = "reap",
-    data: LossDataOption = [],  # noqa: B006
-    group_by: GroupByOption = None,
-    max_texts: MaxTextsOption = 200,
-    max_length: MaxLengthOption = 256,
     seed: SeedOption = 0,
-    revision: RevisionOption = None,
-    max_shard_size: ShardSizeOption = "4GB",
-    resume: ResumeOption = False,
-    as_json: JsonOption = False,
 ) -> None:
     """
     Make a mixture with fewer experts, of this package or of transformers.
@@ -107,56 +167,72 @@ def prune(
     Works tensor by tensor: neither model is in memory, but for `--data`. The result computes what the mixture computes
     with those experts disabled.
     """
-    from hf_sparse_moe.checkpoints.folder import check_target
     from hf_sparse_moe.surgery import prune_experts
 
-    check_target(output)
-    evaluation = read_evaluation(source, revision, data, group_by, max_texts, max_length)
-    report = prune_experts(
-        source,
-        measured,
-        _numbers(keep),
-        {int(layer): ids for layer, ids in _by_layer("drop", drop).items()} or None,
-        method,
-        output,
-        seed,
-        evaluation=evaluation,
-        revision=revision,
-        max_shard_size=max_shard_size,
-        resume=resume,
-        show_progress=sys.stderr.isatty(),
-    )
-    pruned = report.receipt["pruned"]
-    counts, sizes = pruned["parameters"], pruned["bytes"]
-    told = [
-        f"{output}: {report.architecture}, {_kept(pruned['kept'])}",
-        f"parameters {counts['before']:,} -> {counts['after']:,}, {sizes['before'] / 1e6:,.1f} MB -> "
-        f"{sizes['after'] / 1e6:,.1f} MB",
-    ]
-    told += describe_losses(pruned["loss"])
-    show(report.to_dict(), as_json, *told)
+    gone = _by_layer("drop", drop or []) or None
+    chosen = (measured, _numbers("keep", keep), gone, method)
+    options.run(partial(prune_experts, seed=seed), source, *chosen, output=output)
 
 
-def describe_losses(losses: dict[str, dict[str, float]] | None) -> list[str]:
-    """Those of a receipt, a line for each group."""
+@app.command(epilog="Example:\n\n`hf-sparse-moe merge ./qwen3-8x ./qwen3-6x --measured measured.safetensors --into 6`")
+@_with_options
+def merge(
+    source: SourceArgument,
+    output: OutputArgument,
+    measured: Annotated[Path, typer.Option(help="The file that `measure` wrote.")],
+    into: Annotated[
+        list[str],
+        typer.Option(help="How many experts of a layer there will be, or a share; LAYER:NUMBER for some. Repeatable."),
+    ],
+    options: _Writing,
+    method: Annotated[str, typer.Option(help="`hc`, `m-smoe` or `ream`.")] = "hc",
+    align: Annotated[bool, typer.Option(help="Match the hidden units of the experts first.")] = True,
+) -> None:
+    """Merge the experts of a mixture into fewer, by what was measured of them."""
+    from hf_sparse_moe.surgery import merge_experts
+
+    options.run(merge_experts, source, measured, _numbers("into", into), method, align, output=output)
+
+
+@app.command("to-dense", epilog="Example:\n\n`hf-sparse-moe to-dense ./qwen3-8x ./qwen3-dense`")
+@_with_options
+def to_dense(
+    source: SourceArgument,
+    output: OutputArgument,
+    options: _Writing,
+    measured: MeasuredOption = None,
+    method: Annotated[str, typer.Option(help="`mean`, `best` or `merge`.")] = "mean",
+) -> None:
+    """Make one feed-forward of the experts of each layer: a dense model for plain transformers."""
+    from hf_sparse_moe.surgery import to_dense as write_dense
+
+    options.run(write_dense, source, measured, method, output=output)
+
+
+def describe_operation(made: dict[str, Any]) -> list[str]:
+    """What a receipt says of an operation on experts: sizes, and of the loss a line for each group."""
+    experts = made.get("kept") or made.get("groups") or {}
+    counts = " or ".join(map(str, sorted({len(each) for each in experts.values()})))
+    of_layers = [f"{counts} experts in {len(experts)} layers"] if experts else []
+    parameters, size = made["parameters"], made["bytes"]
     return [
-        f"loss on {group}: {loss['before']:.4f} -> {loss['after']:.4f} ({loss['labels']:,} labels)"
-        for group, loss in (losses or {}).items()
+        *of_layers,
+        f"parameters {parameters['before']:,} -> {parameters['after']:,}, {size['before'] / 1e6:,.1f} MB -> "
+        f"{size['after'] / 1e6:,.1f} MB",
+        *(
+            f"loss on {group}: {loss['before']:.4f} -> {loss['after']:.4f} ({loss['labels']:,} labels)"
+            for group, loss in (made["loss"] or {}).items()
+        ),
     ]
 
 
-def _kept(kept: dict[str, list[int]]) -> str:
-    counts = sorted({len(ids) for ids in kept.values()})
-    return f"{' or '.join(map(str, counts))} experts in {len(kept)} layers" if kept else "all experts"
-
-
-def _numbers(given: list[str]) -> Any:
-    """`--keep`: one number for all layers, or one each for some."""
+def _numbers(option: str, given: list[str] | None) -> Any:
+    """One number for all layers, or one each for some."""
     if not given:
         return None
     if len(given) == 1 and ":" not in given[0]:
-        return _number("keep", given[0])
-    return {layer: values[0] for layer, values in _by_layer("keep", given).items()}
+        return _number(option, given[0])
+    return {layer: values[0] for layer, values in _by_layer(option, given).items()}
 
 
 def _by_layer(option: str, given: list[str]) -> dict[int, list[Any]]:
@@ -177,29 +253,3 @@ def _number(option: str, text: str) -> int | float:
     if not isinstance(number, int | float) or isinstance(number, bool):
         raise ValueError(f"`--{option} {text}` is not allowed: it must be a number.")
     return number
-
-
-def read_evaluation(source: str, revision: str | None, data: list[Path], *sizes: Any) -> Any:
-    """What the losses of a receipt are measured on, if that was asked for."""
-    from hf_sparse_moe.checkpoints.source import find_source
-
-    return _read(find_source(source, revision).folder, data, *sizes) if data else None
-
-
-def _read(
-    folder: Path, data: list[Path], group_by: str | None, max_texts: int, max_length: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Texts as batches of one, and their groups."""
-    from hf_sparse_moe.quickstart.examples import load_tokenizer
-
-    texts, groups = read_texts(data, group_by, max_texts)
-    tokenizer = load_tokenizer(folder)
-    whole = [text if isinstance(text, str) else " ".join(text) for text in texts]
-    encoded = [dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)) for text in whole]
-    pairs = [(batch, str(group)) for batch, group in zip(encoded, groups, strict=True) if batch["input_ids"].numel()]
-    if not pairs:
-        raise ValueError(f"`--data {data[0]}` has no text with a token.")
-    names = ("input_ids", "attention_mask")
-    return [{name: batch[name] for name in names if name in batch} for batch, _ in pairs], [
-        group for _, group in pairs
-    ]

@@ -41,7 +41,7 @@ from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
 from .measurements import ExpertMeasurements
-from .rewriting import SurgeryReport, require_numbers, write_receipt
+from .rewriting import SurgeryReport, require_numbers, sizes, write_receipt
 
 
 METHODS = ("mean", "best", "merge")
@@ -117,8 +117,8 @@ def to_dense(
         return model.to(source.device) if isinstance(source, PreTrainedModel) else model.eval()
     watched = WatchedSource(found) if found else None
     made_from = {"to_dense": {"method": method, "measured": plan.salience, "max_shard_size": max_shard_size}}
-    sizes = (max_shard_size, resume and watched is not None, show_progress)
-    with written_shards(output, plan.outputs, plan.write, watched, made_from, *sizes) as (folder, sha256):
+    settings = (max_shard_size, resume and watched is not None, show_progress)
+    with written_shards(output, plan.outputs, plan.write, watched, made_from, *settings) as (folder, sha256):
         plan.dense.config.architectures = [type(plan.dense).__name__]
         plan.dense.config.save_pretrained(folder)
         if plan.generation_config is not None:
@@ -240,11 +240,11 @@ class _Plan:
                 "method": self.method,
                 "weighted": "by REAP salience" if self.salience else "evenly",
                 "loss": loss,
+                **sizes(self.sparse, self.dense),
                 "source": describe_source(self.sparse, source, sha256),
+                "versions": versions(),
                 "from": self.sparse.receipt,
-            },
-            "parameters": {"mixture": self.sparse.num_parameters(), "dense": self.dense.num_parameters()},
-            "versions": versions(),
+            }
         }
 
 
@@ -341,7 +341,8 @@ def _joined(slices: list[FeedForwardWeights], shared: FeedForwardWeights | None)
 
 
 def _card(receipt: dict[str, Any], name: str, architecture: str) -> ModelCard:
-    made, parameters = receipt["to_dense"], receipt["parameters"]
+    made = receipt["to_dense"]
+    parameters, size = made["parameters"], made["bytes"]
     source = made["source"]["name_or_path"] or "a mixture"
     data = ModelCardData(library_name="transformers", tags=["hf-sparse-moe", "from-mixture"])
     if "/" in source:
@@ -352,8 +353,9 @@ def _card(receipt: dict[str, Any], name: str, architecture: str) -> ModelCard:
         lost = f"Its loss is {loss['after']:.4f} nats a token where the mixture's was {loss['before']:.4f}"
     text = f"""# {name}
 
-A dense `{architecture}` with {parameters["dense"]:,} parameters, made of the experts of `{source}`
-({parameters["mixture"]:,} parameters) by hf-sparse-moe: method `{made["method"]}`, weighted {made["weighted"]}.
+A dense `{architecture}` with {parameters["after"]:,} parameters ({size["after"] / 1e6:,.1f} MB), made of the
+experts of `{source}` ({parameters["before"]:,} parameters, {size["before"] / 1e6:,.1f} MB) by hf-sparse-moe: method
+`{made["method"]}`, weighted {made["weighted"]}.
 It inherits the biases of its source. {lost}; `receipt.json` says how it was made.
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

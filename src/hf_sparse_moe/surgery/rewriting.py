@@ -179,8 +179,7 @@ def _receipt(
             **told,
             "num_experts_per_tok": mixture.layers[0].top_k,
             "loss": loss,
-            "parameters": {"before": old.num_parameters(), "after": new.num_parameters()},
-            "bytes": {"before": _bytes(old), "after": _bytes(new)},
+            **sizes(old, new),
             "source": describe_source(old, mixture.source, sha256),
             "versions": versions(),
             **({"before": before[verb]} if verb in before else {}),
@@ -188,8 +187,13 @@ def _receipt(
     }
 
 
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def sizes(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Parameters and bytes before and after an operation, for its receipt."""
+    models = {"before": before, "after": after}
+    return {
+        "parameters": {when: model.num_parameters() for when, model in models.items()},
+        "bytes": {when: sum(each.nbytes for each in model.parameters()) for when, model in models.items()},
+    }
 
 
 def _resized(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTrainedModel:
