@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench docs api cards build floor newest test-newest clean
+.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench gpu docs api cards build floor newest test-newest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,7 +55,7 @@ test-browser: $(READY)  ## the routing page in headless Chromium, with the netwo
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; fi
 	SPARSE_MOE_REQUIRE_BROWSER=$(CI) $(PYTEST) -m browser tests/insight $(ARGS)
 
-test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites docs/model_tester.md
+test-hf: $(READY)  ## transformers' own ModelTesterMixin on our models; rewrites tests/hf/README.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py --jobs $(JOBS) $(ARGS)
 
 # Not a dependency of the package: a third party's copy of a public checkpoint, whose checksum the tests compare.
@@ -81,6 +81,10 @@ bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS
 	@set -e; for name in generate growth training_step lora experts; do echo "== benchmarks/$$name.py"; \
 	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done
 	@$(BIN)/python benchmarks/write_performance.py
+
+# On a bare CUDA machine: `python3 benchmarks/gpu.py --wheels FOLDER`, without make.
+gpu: $(READY)  ## what a GPU says, in at most 7 minutes (ARGS="--device cpu --tiny": a try of all steps)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 docs: $(READY)  ## build the documentation site into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -90,7 +90,7 @@ def main() -> None:
     backends = options.backends or _default_backends(options.device)
     clock = "CPU time" if options.cpu_time else "wall-clock time"
     print(f"{device_name(options.device)}, {clock}. Times over those of the bare products (ms); memory in MB.\n")
-    rows = []
+    rows, written = [], None
     for mode in options.modes:
         print(f"### {mode}\n")
         heads = ["T, H, I, E, K", "ideal ms", *backends, "dense", "ideal fwd ms"]
@@ -101,9 +101,11 @@ def main() -> None:
             row = measure(shape, mode, backends, options)
             rows.append(row)
             print(_line(row, backends), flush=True)
+            if options.write or not (options.quick or options.shapes):  # a run that is cut leaves its part
+                written = save("experts", options.device, {"clock": clock, "rows": rows})
         print()
-    if options.write or not (options.quick or options.shapes):
-        print("Wrote", save("experts", options.device, {"clock": clock, "rows": rows}))
+    if written:
+        print("Wrote", written)
 
 
 def measure(shape: Shape, mode: str, backends: list[str], options: argparse.Namespace) -> dict[str, Any]:

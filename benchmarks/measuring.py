@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 # Untimed and timed calls of a contender in a row, where a call asks for much fresh memory: see `interleave`.
 SETTLE, TURN = 1, 2
 # They change the times: how torch asks for memory (in huge pages, where 1), and how many threads there are.

@@ -47,7 +47,7 @@ from transformers.utils import logging
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
 from hf_sparse_moe.checkpoints.hashes import sha256_of
 from hf_sparse_moe.routing import SelectionBiasCallback, routing_statistics
-from measuring import RESULTS, device_name, peak_bytes
+from measuring import RESULTS, device_name, peak_bytes, synchronize
 from quality_text import IGNORED, SPLITS, Rows, Text, load_text
 
 
@@ -66,8 +66,10 @@ CURVE_POINTS, CURVE_ROWS, EVALUATION_ROWS = 10, 320, 32
 class Comparison:
     """The runs of one family, with what they share: text, dense checkpoints, results."""
 
-    def __init__(self, family: str, configuration: dict[str, Any], data: Path, cache: Path, output: Path):
-        self.family, self.data, self.output = family, data, output / family
+    def __init__(
+        self, family: str, configuration: dict[str, Any], data: Path, cache: Path, output: Path, device: str = "cpu"
+    ):
+        self.family, self.data, self.output, self.device = family, data, output / family, device
         self.settings, self.arms = configuration[family], configuration["arms"] | configuration.get("ablations", {})
         self.cache = cache / f"{family}-{self.digest()}"
         self._text: Text | None = None
@@ -152,8 +154,10 @@ class Comparison:
     def train(
         self, model: PreTrainedModel, rows: torch.Tensor, rate: float, name: str, constant: bool = False
     ) -> dict[str, Any]:
-        """One pass over `rows`: fresh AdamW, warm-up, then cosine or constant. CPU seconds are those of the steps."""
+        """One pass over `rows`: fresh AdamW, warm-up, then cosine or constant. Seconds are those of the steps."""
         batch_size, text = self.settings["batch_size"], self.text
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        model.to(self.device)
         steps = len(rows) // batch_size
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=rate, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -166,21 +170,29 @@ class Comparison:
         model.config.use_cache = False
         model.train()
         for step in range(steps):
-            began = time.process_time()
-            loss = model(**text.train.batch(rows[step * batch_size : (step + 1) * batch_size])).loss
+            began = clock()
+            loss = model(**self.batch(text.train, rows[step * batch_size : (step + 1) * batch_size])).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             move_bias()
             schedule.step()
             optimizer.zero_grad()
-            seconds += time.process_time() - began
+            synchronize(self.device)
+            seconds += clock() - began
             if step + 1 in points:
                 tokens = (step + 1) * batch_size * self.settings["length"]
                 curve.append([tokens, self.mean_loss(model, text.tuning, spread)])
                 print(f"{name}: {tokens:,} tokens, {curve[-1][1]:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
                 model.train()
-        return {"tokens": steps * batch_size * self.settings["length"], "cpu_seconds": seconds, "curve": curve}
+        return {
+            "tokens": steps * batch_size * self.settings["length"],
+            "cpu_seconds" if self.device == "cpu" else "seconds": seconds,
+            "curve": curve,
+        }
+
+    def batch(self, split: Rows, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in split.batch(rows).items()}
 
     def mean_loss(self, model: PreTrainedModel, split: Rows, rows: torch.Tensor) -> float:
         nats, tokens = self.row_losses(model, split, rows)
@@ -189,16 +201,16 @@ class Comparison:
     @torch.no_grad()
     def row_losses(self, model: PreTrainedModel, split: Rows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each row the sum of its tokens' nats, and how many tokens that is."""
-        model.eval()
+        model.to(self.device).eval()
         nats, tokens = [], []
         for part in rows.split(EVALUATION_ROWS):
-            batch = split.batch(part)
+            batch = self.batch(split, part)
             logits, labels = model(**batch).logits, batch["labels"]
             if self.family == "decoder":
                 logits, labels = logits[:, :-1], labels[:, 1:]
             losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-            nats.append(losses.sum(1))
-            tokens.append((labels != IGNORED).sum(1))
+            nats.append(losses.sum(1).cpu())
+            tokens.append((labels != IGNORED).sum(1).cpu())
         return torch.cat(nats), torch.cat(tokens)
 
     def document_losses(self, model: PreTrainedModel, split: Rows) -> list[float]:
@@ -236,7 +248,7 @@ class Comparison:
             kept.update(self.train(model, rows, rate, name, constant=self.arms[arm].get("constant", False)))
 
         self.dense_checkpoint(seed)
-        peak = peak_bytes(train, "cpu")
+        peak = peak_bytes(train, self.device)
         model = kept.pop("model")
         return self.save(arm, seed, rate, model, kept | {"peak_bytes": peak})
 
@@ -270,7 +282,7 @@ class Comparison:
             "rate": rate,
             "settings": self.digest(arm),
             "dense_sha256": sha256_of(self.dense_checkpoint(seed) / "model.safetensors"),
-            "device": device_name("cpu"),
+            "device": device_name(self.device),
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "parameters_total": model.num_parameters(),
             "parameters_active": active_parameters(model),
@@ -298,7 +310,7 @@ class Comparison:
         if not isinstance(model, SparseMoePreTrainedModel) or model.config.router_type == "hash":
             return None
         split = self.text.tuning
-        batches = [split.batch(part) for part in torch.arange(len(split)).split(EVALUATION_ROWS)]
+        batches = [self.batch(split, part) for part in torch.arange(len(split)).split(EVALUATION_ROWS)]
         groups = [split.documents[number][0] for number in split.document.tolist()]
         layers = routing_statistics(model, batches, groups=groups).layers
         return {
@@ -387,8 +399,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"default: {CACHE}")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--scale", help="a table of the configuration whose families stand in place of those, as `gpu`"
+    )
     options = parser.parse_args(arguments)
     configuration = tomllib.loads(options.config.read_text())
+    configuration |= configuration[options.scale] if options.scale else {}
     known = configuration["ablations" if options.ablations else "arms"]
     arms = options.arms or list(known)
     if unknown := [arm for arm in arms if arm not in known]:
@@ -397,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    comparison = Comparison(options.family, configuration, options.data, options.cache, options.output)
+    comparison = Comparison(options.family, configuration, options.data, options.cache, options.output, options.device)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm in arms:  # a seed at a time, so that what is finished is comparable
             comparison.run(arm, seed, comparison.rate(arm))

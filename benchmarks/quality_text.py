@@ -72,7 +72,11 @@ def load_text(family: str, data: Path, settings: dict[str, Any]) -> Text:
 
 
 def _windows(family: str, data: Path, settings: dict[str, Any]) -> Text:
-    train, test = read_domains(data / "domains", "train"), read_domains(data / "domains", "valid")
+    if (data / "domains").is_dir():
+        train, test = read_domains(data / "domains", "train"), read_domains(data / "domains", "valid")
+    else:  # a bare machine has its own text alone: every 20th file is held out
+        train = machine_text(settings["machine_characters"], known=())
+        test = {key: train.pop(key) for key in sorted(train)[::20]}
     tuning: Documents = {}
     for domain in sorted({domain for domain, _ in train}):
         names = sorted((name for other, name in train if other == domain), key=lambda n: zlib.crc32(n.encode()))

@@ -1,7 +1,7 @@
 """Run transformers' own `ModelTesterMixin` on the models of this package and on their dense backbones: `make test-hf`.
 
 Downloads the sdist of the installed transformers version into `.cache/` once, runs `suite.py`, prints a table, writes
-docs/model_tester.md, and fails if a mixture fails a test that its dense backbone passes and for which
+tests/hf/README.md, and fails if a mixture fails a test that its dense backbone passes and for which
 `known_failures.toml` gives no reason, or if a failure listed there is gone.
 """
 
@@ -27,7 +27,7 @@ from hf.backbones import BACKBONES, identifier  # noqa: E402
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "model_tester"
 REPORT = CACHE / "report.xml"
-PAGE = ROOT / "docs" / "model_tester.md"
+PAGE = Path(__file__).parent / "README.md"
 Results = dict[str, dict[str, tuple[str, str]]]
 
 
@@ -91,7 +91,7 @@ def summary(results: Results) -> list[str]:
 
 
 def page(results: Results, reasons: dict[str, list[str]]) -> str:
-    """The text of docs/model_tester.md."""
+    """The text of tests/hf/README.md."""
     where = defaultdict(list)
     for name in BACKBONES:
         for test in own_failures(results, name):
