@@ -9,7 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import (
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+    use_experts_implementation,
+)
 from transformers.utils import logging
 
 
@@ -103,12 +107,21 @@ class SparseMoeExperts(nn.Module):
         return f"{shape}, biased={self.biased}"
 
 
-def _eager_where_unaligned(experts_class: Any) -> Any:
-    """`grouped_mm` of torch refuses rows that are no multiple of 16 bytes; such experts run eagerly instead."""
+def _run_where_possible(experts_class: Any) -> Any:
+    """
+    Another backend where the one that was chosen cannot run. `grouped_mm` of torch refuses rows that are no multiple
+    of 16 bytes, and ONNX has no such product. An exported graph may not loop over the experts of its example.
+    """
     dispatch = experts_class.forward
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
+        arguments = (self, hidden_states, top_k_index, top_k_weights)
         implementation = self.config._experts_implementation
+        if torch.compiler.is_exporting():
+            if torch.onnx.is_in_onnx_export() or not self.is_aligned:
+                return batched_mm_experts_forward(*arguments)
+            if implementation == "eager":
+                return grouped_mm_experts_forward(*arguments)
         on_grouped_mm = implementation == "grouped_mm" or (
             implementation == "auto" and (hidden_states.device.type != "cpu" or torch.compiler.is_compiling())
         )
@@ -117,32 +130,32 @@ def _eager_where_unaligned(experts_class: Any) -> Any:
                 f"Experts of {self.hidden_dim} x {self.intermediate_dim} in {self.down_proj.dtype} have rows that are "
                 "no multiple of 16 bytes, which `grouped_mm` needs: they run with the slower `eager` backend."
             )
-            return SparseMoeExperts.forward(self, hidden_states, top_k_index, top_k_weights)
-        return dispatch(self, hidden_states, top_k_index, top_k_weights)
+            return SparseMoeExperts.forward(*arguments)
+        return dispatch(*arguments)
 
     experts_class.forward = forward
     return experts_class
 
 
-@_eager_where_unaligned
+@_run_where_possible
 @use_experts_implementation(has_gate=True, has_bias=False)
 class SparseMoeGatedExperts(SparseMoeExperts):
     gated, biased = True, False
 
 
-@_eager_where_unaligned
+@_run_where_possible
 @use_experts_implementation(has_gate=True, has_bias=True)
 class SparseMoeGatedBiasedExperts(SparseMoeExperts):
     gated, biased = True, True
 
 
-@_eager_where_unaligned
+@_run_where_possible
 @use_experts_implementation(has_gate=False, has_bias=False)
 class SparseMoePlainExperts(SparseMoeExperts):
     gated, biased = False, False
 
 
-@_eager_where_unaligned
+@_run_where_possible
 @use_experts_implementation(has_gate=False, has_bias=True)
 class SparseMoePlainBiasedExperts(SparseMoeExperts):
     gated, biased = False, True

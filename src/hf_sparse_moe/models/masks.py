@@ -38,7 +38,7 @@ class TokenContext(NamedTuple):
             return None
         mask = mask.reshape(-1, mask.shape[-1])
         length = self.num_tokens // mask.shape[0]
-        if self.side.num_sequences not in (None, len(mask)):  # 3-D, but of pairs of tokens
+        if self.side.num_sequences not in (None, mask.shape[0]):  # 3-D, but of pairs of tokens
             return None
         if length * mask.shape[0] != self.num_tokens or length > mask.shape[1]:
             return None

@@ -73,7 +73,7 @@ class SparseMoeBlock(nn.Module):
         """
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         record = active_record()
-        context = NO_CONTEXT if record is None else record.context(self.side, len(tokens_TH))
+        context = NO_CONTEXT if record is None else record.context(self.side, tokens_TH.shape[0])
         routing = self.gate(tokens_TH, context)
         if record is not None and record.keep:
             record.events.append(RoutingEvent.of(self, routing, context))

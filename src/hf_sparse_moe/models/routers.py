@@ -70,7 +70,7 @@ def within_capacity(
     counts = torch.zeros(num_experts, dtype=torch.long, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert))
     first = counts.cumsum(0) - counts
-    place = torch.arange(len(expert), device=expert.device) - first[expert[order]]
+    place = torch.arange(expert.shape[0], device=expert.device) - first[expert[order]]
     rank = torch.empty_like(place).scatter(0, order, place)
     return (valid & (rank < capacity)).reshape(index_TK.shape)
 
@@ -261,7 +261,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
                 '`router_type="expert_choice"` takes the best tokens of each row, but a row of this batch holds '
                 "several sequences, as its positions or its mask say. Give each sequence a row of its own."
             )
-        sequences, length = context.num_sequences, len(scores_TE) // context.num_sequences
+        sequences, length = context.num_sequences, scores_TE.shape[0] // context.num_sequences
         scores_BSE = scores_TE.unflatten(0, (sequences, length))
         mask_BS = torch.ones_like(scores_BSE[..., 0], dtype=torch.bool)
         if (mask := context.mask) is not None:
@@ -286,7 +286,7 @@ class SparseMoeHashRouter(SparseMoeRouter):
     """
 
     def compute_logits(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return torch.zeros(len(hidden_states_TH), self.num_experts, device=hidden_states_TH.device), None
+        return torch.zeros(hidden_states_TH.shape[0], self.num_experts, device=hidden_states_TH.device), None
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if (ids := context.ids) is None:
