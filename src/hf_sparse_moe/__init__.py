@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         ModelCardCallback as ModelCardCallback,
         add_model_card as add_model_card,
         doctor as doctor,
+        export_adapter as export_adapter,
+        import_adapter as import_adapter,
         load_adapter as load_adapter,
         pull as pull,
         push as push,
@@ -105,7 +107,9 @@ __version__ = "0.1.0"
 _HOMES = {
     ".adapters": "expert_lora_config quantize_experts select_experts",
     ".distributed.consolidation": "consolidate",
-    ".hub": "ModelCardCallback add_model_card doctor load_adapter pull push write_model_card",
+    ".hub": (
+        "ModelCardCallback add_model_card doctor export_adapter import_adapter load_adapter pull push write_model_card"
+    ),
     ".insight": "explain_routing",
     ".models.configuration_sparse_moe": (
         "SparseMoeConfig SparseMoeDecoderConfig SparseMoeEncoderConfig SparseMoeEncoderDecoderConfig"

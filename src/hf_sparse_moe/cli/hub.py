@@ -10,15 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import app
-from .options import JsonOption, OutputArgument, RevisionOption, show
-
-
-BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base", help="Folder or Hub id of an adapter's base model.", show_default="the one that the adapter names"
-    ),
-]
+from .options import BaseOption, JsonOption, OutputArgument, RevisionOption, show
 
 
 @app.command(

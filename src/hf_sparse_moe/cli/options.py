@@ -29,6 +29,12 @@ SettingsOption = Annotated[
     typer.Option("--set", help="NAME=VALUE: an option of the method, or a field of the config. Repeatable."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="Dtype of the result, such as `bfloat16`; `auto` keeps the source's.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Folder or Hub id of an adapter's base model.", show_default="the one that the adapter names"
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from what an interrupted call left.")]

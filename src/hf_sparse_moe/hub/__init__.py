@@ -4,6 +4,7 @@ from typing import Any
 
 import hf_sparse_moe
 
+from .adapter_export import export_adapter, import_adapter
 from .adapter_loading import load_adapter
 from .checkpoint import save_routing_statistics
 from .download import PullReport, pull
@@ -23,6 +24,8 @@ __all__ = [
     "PushReport",
     "add_model_card",
     "doctor",
+    "export_adapter",
+    "import_adapter",
     "load_adapter",
     "pull",
     "push",

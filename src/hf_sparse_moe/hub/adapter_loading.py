@@ -56,16 +56,21 @@ def load_adapter(
         model = load_adapter(model, "me/qwen3-4x-law")
         ```
     """
+    found, name = fetch_adapter(adapter, revision, token), str(adapter)
+    if check_base:
+        refuse_other_base(found.base, identify_base(model)["sha256"], name, f"this `{type(model).__name__}`")
+    return attach(model, found, **kwargs)
+
+
+def fetch_adapter(adapter: str | Path, revision: str | None = None, token: bool | str | None = None) -> Adapter:
+    """The adapter in a folder or on the Hub."""
     folder, name = Path(adapter), str(adapter)
     if not folder.is_dir():
         check_repo_id(name)
         with raise_hub_error(name, revision):
             wanted = ["*.json", ADAPTER_WEIGHTS]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, token=token))
-    found = read_adapter(folder, name)
-    if check_base:
-        refuse_other_base(found.base, identify_base(model)["sha256"], name, f"this `{type(model).__name__}`")
-    return attach(model, found, **kwargs)
+    return read_adapter(folder, name)
 
 
 def refuse_other_base(recorded: Mapping[str, Any], sha256: Mapping[str, str], adapter: str, base: str) -> None:

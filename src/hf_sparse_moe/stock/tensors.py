@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -59,6 +59,26 @@ def part_to_target(
 def our_name(target: ExportTarget, name: str) -> str:
     """The way back of a tensor outside the sparse blocks."""
     return f"dense.{name.replace('.mlp.', f'.{target.feed_forward}.')}"
+
+
+class Place(NamedTuple):
+    """Where a weight of ours is in the target: its names there, and by what it is multiplied."""
+
+    names: tuple[str, ...]
+    factor: int = 1
+
+
+def target_places(target: ExportTarget, model: SparseMoePreTrainedModel) -> dict[str, Place]:
+    """The place of each weight of a mixture that has one."""
+    blocks = [path for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)]
+    inside = tuple(f"{path}." for path in blocks)
+    outside = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    places = {name: Place((*part_to_target(target, "", {name: tensor}, {}),)) for name, tensor in outside.items()}
+    for path in blocks:
+        for ours, theirs in _places(target, model.config.num_experts).items():
+            doubled = bool(target.shared and target.shared.gate and ours == _SHARED_DOWN)
+            places[f"{path}.{ours}"] = Place(tuple(f"{layer_of(path)}.{name}" for name in theirs), 1 + doubled)
+    return places
 
 
 def _places(target: ExportTarget, num_experts: int) -> dict[str, tuple[str, ...]]:

@@ -114,7 +114,7 @@ def export(
     mixture: Any = source if in_memory else find_source(source, revision, token=token)  # type: ignore[arg-type]
     watched = None if in_memory else WatchedSource(mixture)
     config, saved_as = config_of(mixture)
-    row, stock_config = _choose(architecture, config, saved_as)
+    row, stock_config = choose_target(architecture, config, saved_as)
     if in_memory:
         stock_config.dtype = mixture.dtype
     stored, read = _tensors_of(mixture)
@@ -127,7 +127,7 @@ def export(
     return ExportReport(Path(output), row.model_type)
 
 
-def _choose(target: str, config: SparseMoeConfig, saved_as: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
+def choose_target(target: str, config: SparseMoeConfig, saved_as: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
     dense = config.dense_config.model_type
     reports = []
     for row in EXPORT_TARGETS:
