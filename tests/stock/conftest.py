@@ -95,6 +95,7 @@ def rich_fields(target: ExportTarget, scoring: str) -> dict[str, Any]:
         fields |= {"n_group": 2, "topk_group": 1}
     if target.shared:
         fields["num_shared_experts"] = 1 if target.shared.only_one else 2
+        fields["shared_expert_gate"] = target.model_type == "qwen2_moe"
     if target.layers is num_sparse_layers:
         every_second = ["dense", "sparse"] * 2
         fields |= {"encoder_mlp_layer_types": every_second, "moe_intermediate_size": None}

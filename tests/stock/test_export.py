@@ -100,6 +100,25 @@ def test_the_coefficients_of_the_losses_come_along(tmp_path, mixture, dense, cho
     assert config.router_aux_loss_coef == 0.0625
 
 
+@pytest.mark.parametrize(
+    ("dense", "target", "older"),
+    [
+        ("llama", "mixtral", {"rope_theta": 5000.0, "rope_scaling": {"factor": 2.0, "rope_type": "linear"}}),
+        ("qwen3", "qwen3_moe", {"rope_theta": 10000.0, "rope_scaling": None, "num_experts": 4}),
+        ("glm4_moe", "glm4_moe", {"partial_rotary_factor": 0.5, "n_routed_experts": 4}),
+    ],
+)
+def test_the_config_holds_the_names_that_older_readers_know(tmp_path, mixture, dense, target, older):
+    """With them transformers 4.57 computes the same logits; without, it takes its defaults in silence."""
+    model = mixture(dense, **({"scoring_func": "sigmoid"} if target == "glm4_moe" else {}))
+    export(model, tmp_path / "stock", target)
+    fields = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert fields.items() >= {**older, "torch_dtype": "float32"}.items()
+    config = AutoConfig.from_pretrained(tmp_path / "stock")
+    assert config.rope_parameters == fields["rope_parameters"]
+    assert config.num_local_experts == 4
+
+
 def test_companions_come_along(tmp_path, mixture):
     dense = mixture("qwen3").dense.config
     model = upcycle(AutoModelForCausalLM.from_config(dense), num_experts=4)

@@ -97,6 +97,8 @@ def parameters_by_part(model: SparseMoePreTrainedModel) -> dict[str, dict[str, i
         _claim(part_of, block.gate, "router")
         if block.shared_experts is not None:
             _claim(part_of, block.shared_experts, "shared experts")
+        if block.shared_expert_gate is not None:
+            _claim(part_of, block.shared_expert_gate, "shared experts")
     for name, module in model.named_modules():
         if _ATTENTION.search(name) and not isinstance(module, SparseMoeBlock):
             _claim(part_of, module, "attention")

@@ -84,6 +84,8 @@ class SparseMoeConfig(PreTrainedConfig):
         num_shared_experts (`int`, defaults to 0):
             Experts that serve every token, beside the routed ones; together they are one feed-forward of
             `num_shared_experts * moe_intermediate_size` units.
+        shared_expert_gate (`bool`, defaults to `False`):
+            Multiply the shared experts by the sigmoid of a linear of the token, as Qwen2-MoE does.
         router_type (`str`, defaults to `"top_k"`):
             `"top_k"`: each token takes its best experts. `"expert_choice"`: each expert takes its best tokens of a
             sequence; for encoders and the encoder's side alone, because it sees the tokens that follow. `"hash"`: the
@@ -131,6 +133,7 @@ class SparseMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     num_shared_experts: int = 0
+    shared_expert_gate: bool = False
     router_type: str = "top_k"
     scoring_func: str = "softmax"
     norm_topk_prob: bool | None = None  # a `bool` once the config is made
@@ -327,6 +330,8 @@ class SparseMoeConfig(PreTrainedConfig):
         yield "num_experts_per_tok", 1 <= k <= experts, f"between 1 and `num_experts={experts}`"
         yield "moe_intermediate_size", size is None or size >= 1, "None or at least 1"
         yield "num_shared_experts", self.num_shared_experts >= 0, "at least 0"
+        gates_nothing = self.shared_expert_gate and not self.num_shared_experts
+        yield "shared_expert_gate", not gates_nothing, "False unless `num_shared_experts` is at least 1"
 
         top_k, sides = self.router_type == "top_k", self._layer_type_fields.values()
         sees_later = "encoder" in sides and not getattr(self.dense_config, "is_decoder", False)

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 class SparseMoeBlock(nn.Module):
     """
-    `gate` (the router), `experts` (fused 3-D parameters) and, where the config asks, `shared_experts`.
+    `gate` (the router), `experts` (fused 3-D parameters) and, where the config asks, `shared_experts` and their gate.
 
     Tools key on these names and on the call `experts(hidden_states, top_k_index, top_k_weights)`: transformers'
     experts backends and expert-parallel plans, PEFT's `target_parameters`, vLLM's Transformers backend, FSDP2.
@@ -47,10 +47,12 @@ class SparseMoeBlock(nn.Module):
         self.experts = make_experts(
             config, hidden, intermediate, act_fn, dropout, gated=gated, biased=biased, num_experts=num_experts
         )
-        self.shared_experts = None
+        self.shared_experts = self.shared_expert_gate = None
         if config.num_shared_experts:
             shared = intermediate * config.num_shared_experts
             self.shared_experts = SharedExperts(hidden, shared, act_fn, dropout, gated=gated, biased=biased)
+        if config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
         self.dropout = nn.Dropout(feed_forward.outer_dropout)
 
     @torch.no_grad()
@@ -62,6 +64,8 @@ class SparseMoeBlock(nn.Module):
         self.experts.reset_parameters(std_up, std_down)
         if self.shared_experts is not None:
             self.shared_experts.reset_parameters(std_up, std_down)
+        if self.shared_expert_gate is not None:
+            init.normal_(self.shared_expert_gate.weight, mean=0.0, std=std_up)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -83,7 +87,10 @@ class SparseMoeBlock(nn.Module):
             rows = self.experts(tokens_TH[routing.token_index], routing.top_k_index, routing.top_k_weights)
             output_TH = torch.zeros_like(tokens_TH).index_add(0, routing.token_index, rows.to(tokens_TH.dtype))
         if self.shared_experts is not None:
-            output_TH = output_TH + self.shared_experts(tokens_TH)
+            shared_TH = self.shared_experts(tokens_TH)
+            if self.shared_expert_gate is not None:
+                shared_TH = shared_TH * self.shared_expert_gate(tokens_TH).sigmoid()
+            output_TH = output_TH + shared_TH
         return self.dropout(output_TH).reshape(hidden_states.shape)
 
 

@@ -38,8 +38,8 @@ _SAID_OTHERWISE = {
 }  # fmt: skip
 _OUR_FIELDS = {
     "dense_config", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts",
-    "scoring_func", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor", "mlp_layer_types",
-    "encoder_mlp_layer_types", "decoder_mlp_layer_types", "is_encoder_decoder",
+    "shared_expert_gate", "scoring_func", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor",
+    "mlp_layer_types", "encoder_mlp_layer_types", "decoder_mlp_layer_types", "is_encoder_decoder",
 }  # fmt: skip
 # What `PreTrainedConfig` itself holds and a checkpoint of the target needs.
 COMMON_FIELDS = (
@@ -208,6 +208,10 @@ def _obstacles(
         ),
         (config.n_group > 1 and not target.grouped, f"`n_group={config.n_group}`: {name} has no groups of experts"),
         (shared > 0 and target.shared is None, f"`num_shared_experts={shared}`: {name} has no shared experts"),
+        (
+            config.shared_expert_gate and not (target.shared and target.shared.gate),
+            f"`shared_expert_gate=True`: {name} does not weigh its shared experts",
+        ),
         (
             shared > 1 and target.shared is not None and target.shared.only_one,
             f"`num_shared_experts={shared}`: {name} has exactly one, of a routed expert's size",

@@ -164,11 +164,14 @@ def _sparse_config(
     num_experts, top_k, size = (row.top_k if name is None else getattr(stock, name) for name in row.fields)
     scoring = getattr(stock, row.scoring_field) if row.scoring_field else next(iter(row.router))
     normalised = row.router[scoring]
+    shared = _num_shared_experts(row, state, layers, size)
+    gates = [state[f"{layer}.{row.shared.gate}"] for layer in layers] if row.shared and row.shared.gate else []
     fields = {
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": size,
-        "num_shared_experts": _num_shared_experts(row, state, layers, size),
+        "num_shared_experts": shared,
+        "shared_expert_gate": shared > 0 and any(gate.any().item() for gate in gates),
         "scoring_func": scoring,
         "norm_topk_prob": stock.norm_topk_prob if normalised is None else normalised,
         "routed_scaling_factor": getattr(stock, row.scaling_field) if row.scaling_field else 1.0,
@@ -182,9 +185,9 @@ def _sparse_config(
     if report.config is None:
         raise ValueError(f"This `{row.model_type}` cannot be read: {'; '.join(report.obstacles)}.")
     # `_num_shared_experts` saw to these.
-    shared = {row.shared.count_field, row.shared.size_field} if row.shared else set()
+    sizes = {row.shared.count_field, row.shared.size_field} if row.shared else set()
     derived = {"head_dim"} if getattr(stock, "head_dim", 0) is None else set()  # Mixtral's: hidden size / heads
-    for field in own_fields(type(stock)).keys() - _NO_MATTER - row.unread - shared - derived:
+    for field in own_fields(type(stock)).keys() - _NO_MATTER - row.unread - sizes - derived:
         _require(row, stock, field, getattr(report.config, field))
     return config
 
@@ -245,7 +248,9 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
     inside = tuple(f"{layer}." for layer in layers)
     result = {our_name(row, name): tensor for name, tensor in state.items() if not name.startswith(inside)}
     for layer in layers:
-        block, left = block_from_target(row, in_layer(state, layer), config.num_shared_experts)
+        block, left = block_from_target(
+            row, in_layer(state, layer), config.num_shared_experts, config.shared_expert_gate
+        )
         if config.scoring_func == "sigmoid":
             block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
         else:

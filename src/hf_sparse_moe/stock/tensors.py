@@ -17,6 +17,7 @@ from .targets import ExportTarget
 Tensors = dict[str, torch.Tensor]
 
 SCORE_BIAS = "gate.e_score_correction_bias"
+_SHARED_GATE = "shared_expert_gate.weight"
 _SHARED_UP, _SHARED_DOWN = "shared_experts.up_proj.weight", "shared_experts.down_proj.weight"
 
 
@@ -94,6 +95,7 @@ def _places(target: ExportTarget, num_experts: int) -> dict[str, tuple[str, ...]
         places[SCORE_BIAS] = (target.score_bias_name,)
     if target.shared:
         places |= {_SHARED_UP: target.shared.weights[:-1], _SHARED_DOWN: target.shared.weights[-1:]}
+        places |= {_SHARED_GATE: (target.shared.gate,)} if target.shared.gate else {}
     return places
 
 
@@ -121,7 +123,7 @@ def _block_to_target(
             f"The selection bias (`{SCORE_BIAS}`) is trained, and {target.model_type} has none. Set it to zeros to "
             "export without it."
         )
-    if target.shared and gate and (down := target.shared.weights[-1]) in result:
+    if target.shared and gate and gate not in result and (down := target.shared.weights[-1]) in result:
         result[down] = result[down] * 2
     like = block["experts.down_proj"]
     zeros = {bias, gate, *(target.shared.weights if target.shared else ())} & shapes.keys() - result.keys()
@@ -132,11 +134,11 @@ def _block_to_target(
 
 
 def block_from_target(
-    target: ExportTarget, layer: Mapping[str, torch.Tensor], num_shared_experts: int
+    target: ExportTarget, layer: Mapping[str, torch.Tensor], num_shared_experts: int, shared_expert_gate: bool
 ) -> tuple[Tensors, Tensors]:
     """
     The way back: the block's tensors in our names, and what is left of the layer. Shared experts of a mixture without
-    any are zeros and left out; those with a trained gate, which our blocks have not, are a `ValueError`.
+    any are zeros and left out, and so is a gate of zeros, which halves them.
     """
     left, block = dict(layer), Tensors()
     for ours, theirs in _places(target, len(layer[target.router_name])).items():
@@ -148,14 +150,8 @@ def block_from_target(
                 block[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if SCORE_BIAS in block:
         block[SCORE_BIAS] = block[SCORE_BIAS].flatten()
-    gate = left.pop(target.shared.gate, None) if target.shared and target.shared.gate else None
+    if not shared_expert_gate and block.pop(_SHARED_GATE, None) is not None:
+        block[_SHARED_DOWN] = block[_SHARED_DOWN] / 2
     if not num_shared_experts:
         block = {name: tensor for name, tensor in block.items() if name not in (_SHARED_UP, _SHARED_DOWN)}
-    elif target.shared and gate is not None:
-        if gate.any():
-            raise ValueError(
-                f"The gate of the shared experts (`{target.shared.gate}`) is trained, and here they have none. Only "
-                "shared experts without a gate, or with one of zeros, can be read."
-            )
-        block[_SHARED_DOWN] = block[_SHARED_DOWN] / 2
     return block, left

@@ -12,6 +12,7 @@ from warnings import warn
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import CONFIG_NAME
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config
@@ -123,6 +124,7 @@ def export(
     pieces, sizes = conversion.write, (max_shard_size, resume, show_progress)
     with written_shards(output, conversion.outputs, pieces, watched, made_from, *sizes) as (partial, _):
         stock_config.save_pretrained(partial)
+        _add_older_names(partial / CONFIG_NAME, stock_config)
         _write_companions(partial, mixture, row)
     return ExportReport(Path(output), row.model_type)
 
@@ -201,6 +203,19 @@ class _Conversion:
 
     def _convert(self, path: str, part: Mapping[str, torch.Tensor]) -> Tensors:
         return revert_weight_conversion(self._theirs, part_to_target(self._row, path, part, self._shapes))
+
+
+def _add_older_names(path: Path, config: PreTrainedConfig) -> None:
+    """Write what transformers 4 and servers call otherwise under both names: rotary embedding, dtype, experts."""
+    fields = read_json(path)
+    for older, name in {"torch_dtype": "dtype", **config.attribute_map}.items():
+        if name in fields:
+            fields.setdefault(older, fields[name])
+    rope = dict(fields.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # else a dict for each kind of layer, which version 4 does not read
+        fields |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        fields["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_companions(partial: Path, mixture: SparseMoePreTrainedModel | Source, row: ExportTarget) -> None:

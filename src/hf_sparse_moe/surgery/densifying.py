@@ -186,6 +186,10 @@ class _Plan:
 
     def _feed_forward(self, layer: SparseLayer, read: Any) -> FeedForwardWeights:
         config: Any = self.sparse.config
+        if config.shared_expert_gate:
+            raise ValueError(
+                "`shared_expert_gate=True` weighs the shared experts token by token: no dense feed-forward does."
+            )
         site = layer.feed_forward
         names = expert_parameters(site.layout.gated)
         names = {name: key for name, key in names.items() if site.biased or not key.endswith("bias")}

@@ -114,6 +114,8 @@ def mixture_config(
             f"`router_type={everything.router_type!r}` is not allowed with `method={method!r}`, whose experts are "
             "parts of the dense feed-forward that a token's experts make whole together: it must be 'top_k'."
         )
+    if fields.get("shared_expert_gate"):
+        raise ValueError("`shared_expert_gate=True` is not allowed: no dense model has weights for it.")
     if fields.get("num_shared_experts") and not row.makes_shared_experts:
         raise ValueError(
             f"`num_shared_experts={fields['num_shared_experts']}` is not allowed with `method={method!r}`, which "
