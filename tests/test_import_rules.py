@@ -13,7 +13,7 @@ PACKAGE = Path(hf_sparse_moe.__file__).parent
 # neighbours upwards. `models` is what travels to the Hub, so it stands on torch and transformers alone.
 STOREYS = (
     {"models"},
-    {"experts", "checkpoints"},
+    {"experts", "checkpoints", "quantization"},
     {"_register", "routing"},
     {"insight", "upcycling", "adapters"},
     {"stock"},

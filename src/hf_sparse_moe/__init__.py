@@ -19,7 +19,6 @@ from . import _register
 if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Python
     from .adapters import (
         expert_lora_config as expert_lora_config,
-        quantize_experts as quantize_experts,
         select_experts as select_experts,
     )
     from .distributed.consolidation import (
@@ -68,6 +67,10 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from .models.pretrained_model import (
         SparseMoePreTrainedModel as SparseMoePreTrainedModel,
     )
+    from .quantization import (
+        ExpertsQuantizationConfig as ExpertsQuantizationConfig,
+        quantize_experts as quantize_experts,
+    )
     from .routing import (
         RoutingMonitor as RoutingMonitor,
         SelectionBiasCallback as SelectionBiasCallback,
@@ -105,7 +108,7 @@ __version__ = "0.1.0"
 
 # The module of each public name.
 _HOMES = {
-    ".adapters": "expert_lora_config quantize_experts select_experts",
+    ".adapters": "expert_lora_config select_experts",
     ".distributed.consolidation": "consolidate",
     ".hub": (
         "ModelCardCallback add_model_card doctor export_adapter import_adapter load_adapter pull push write_model_card"
@@ -124,6 +127,7 @@ _HOMES = {
         "SparseMoeEncoderForSequenceClassification SparseMoeEncoderForTokenClassification SparseMoeEncoderModel"
     ),
     ".models.pretrained_model": "SparseMoePreTrainedModel",
+    ".quantization": "ExpertsQuantizationConfig quantize_experts",
     ".routing": (
         "RoutingMonitor SelectionBiasCallback add_leading_callback disable_experts find_mixture_layers fix_balance "
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
@@ -138,7 +142,7 @@ __all__ = sorted(_HOME)
 # Names of version 0.1, which work for one more release: old name -> (module, new name). Where the arguments changed,
 # the module holds a function of the old name that takes the old ones.
 _RENAMED: dict[str, tuple[str, str]] = {
-    "dequantize_experts": (".adapters", "adapters.dequantize_experts"),
+    "dequantize_experts": (".quantization", "quantization.dequantize_experts"),
     "explain": (".models.feed_forward", "explain_layouts"),
     "import_native": (".stock", "import_stock"),
     "list_feed_forward_layouts": (".models.feed_forward", "explain_layouts"),

@@ -39,6 +39,10 @@ def _publish(model: Any, repo_id: str, **kwargs):
     return import_module(".hub", __package__).push(model, repo_id, **kwargs).commit
 
 
+def _register_quantizer() -> None:
+    from .models import quantization  # noqa: F401
+
+
 def _register_experts() -> None:
     from . import experts  # noqa: F401
 
@@ -59,6 +63,7 @@ _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.modeling_utils": _register_experts,
+    "transformers.quantizers.auto": _register_quantizer,
     "peft.tuners.tuners_utils": _tell_of_experts_without_adapter,
 }
 # What the steps import. They import transformers themselves, so a step waits while one of them is half-way.

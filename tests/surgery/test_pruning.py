@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_sparse_moe import disable_experts, expand, explain_export, quantize_experts
-from hf_sparse_moe.adapters.quantized_experts import QuantizedWeight
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.surgery import prune_experts
 from models.router_kinds import one_each, pairs_with, routed_model

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
+
 from .expert_factors import ExpertFactor
 from .expert_modules import PROJECTIONS, first_projection, shape_of
 from .low_rank_experts import LowRank, expert_parallel_low_rank, low_rank_experts
-from .quantized_experts import QuantizedWeight
 
 
 if TYPE_CHECKING:

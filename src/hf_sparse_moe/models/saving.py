@@ -19,6 +19,8 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import create_and_tag_model_card
 
+from .quantization import METHOD as METHOD
+
 
 logger = logging.get_logger(__name__)
 

@@ -1,24 +1,17 @@
-"""
-Experts in 8 or 4 bits a weight, frozen, under adapters that train (QLoRA, arXiv 2305.14314).
-
-A `QuantizedWeight` is what every product reads as the float tensor that it stands for.
-"""
+"""Matrices in 8 or 4 bits a weight (QLoRA, arXiv 2305.14314), which every product reads as floats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
-
-from .expert_modules import expert_modules
 
 
 BLOCK_SIZE = 64  # values that share one scale
@@ -29,83 +22,6 @@ _NO_FLOATS = (
 )
 
 aten = torch.ops.aten
-
-
-def quantize_experts(model: PreTrainedModel, bits: Literal[8, 4] = 4) -> PreTrainedModel:
-    """
-    Keep the experts of `model` in 8 or 4 bits a weight from now on, frozen; everything else stays as it is.
-
-    Works on every model whose experts are fused 3-D parameters of a module called `experts`, which the quantising
-    loaders of transformers pass over in silence: this library's, and transformers' own mixtures. Experts are read as
-    floats while a product needs them: one expert at a time with `experts_implementation="auto"` on a CPU, all experts
-    of one projection at a time elsewhere. Neither adapters nor biases nor routers are quantised.
-
-    Args:
-        model (`PreTrainedModel`): The mixture, loaded as floats; changed in place.
-        bits (`int`, defaults to 4): 8 (255 even steps) or 4 (NF4), with a float32 scale for every 64 weights: 1.06 or
-            0.56 bytes a weight.
-
-    Returns:
-        `PreTrainedModel`: The same model.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-        RuntimeError: bitsandbytes has no kernel for the model's device.
-        ValueError: another `bits`; no experts; or experts that are not whole floats in memory.
-
-    Example:
-        ```python
-        model = quantize_experts(model, bits=4)
-        model = get_peft_model(model, expert_lora_config(model, r=16))
-        ```
-    """
-    if bits not in (8, 4):
-        raise ValueError(f"`bits={bits!r}` must be 8 or 4.")
-    if find_spec("bitsandbytes") is None:
-        raise ImportError('`quantize_experts` needs bitsandbytes. Run: pip install "hf-sparse-moe[quantize]"')
-    weights = [
-        (experts, name, parameter)
-        for experts in expert_modules(model).values()
-        for name, parameter in experts.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    ]
-    for experts, name, weight in weights:
-        if type(weight.data) is not torch.Tensor or weight.is_meta or not weight.is_floating_point():
-            kind = "quantised" if isinstance(weight, QuantizedWeight) else f"{weight.dtype} on {weight.device}"
-            raise ValueError(
-                f"`{type(experts).__name__}.{name}` is not a plain float tensor in memory ({kind}). Load the model "
-                "unquantised, without offloading or a `distributed_config`, and quantise it once."
-            )
-    while weights:  # holding on to none of the floats
-        experts, name, weight = weights.pop()
-        setattr(experts, name, nn.Parameter(QuantizedWeight.quantize(weight, bits), requires_grad=False))
-    return model
-
-
-def dequantize_experts(model: nn.Module) -> nn.Module:
-    """
-    Undo [`quantize_experts`], but for what rounding took: the experts are floats again, and stay frozen.
-
-    Args:
-        model (`nn.Module`): What [`quantize_experts`] returned, or PEFT's model around it; changed in place.
-
-    Returns:
-        `nn.Module`: The same model.
-
-    Raises:
-        ValueError: its experts are not quantised.
-    """
-    weights = [
-        (module, name)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(parameter, QuantizedWeight)
-    ]
-    if not weights:
-        raise ValueError(f"`{type(model).__name__}` has no experts that `quantize_experts` has quantised.")
-    for module, name in weights:
-        setattr(module, name, nn.Parameter(getattr(module, name).dequantize(), requires_grad=False))
-    return model
 
 
 class QuantizedWeight(torch.Tensor):
@@ -148,8 +64,11 @@ class QuantizedWeight(torch.Tensor):
     @classmethod
     def quantize(cls, weight: torch.Tensor, bits: int) -> QuantizedWeight:
         """From `(E, out, in)` in any float dtype, matrix by matrix."""
-        parts = [_encode(matrix, bits) for matrix in weight.detach()]
-        codes, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        blocks = -(-prod(weight.shape[1:]) // BLOCK_SIZE)
+        codes = weight.new_empty(len(weight), blocks * BLOCK_SIZE * bits // 8, dtype=torch.uint8)
+        scales = weight.new_empty(len(weight), blocks, dtype=torch.float32)
+        for expert, matrix in enumerate(weight.detach()):
+            codes[expert], scales[expert] = _encode(matrix, bits)
         return cls(codes, scales, (weight.shape[1], weight.shape[2]), weight.dtype)
 
     def dequantize(self) -> torch.Tensor:
@@ -263,16 +182,20 @@ def _even_steps(device: torch.device) -> torch.Tensor:
     return torch.cat([steps, steps[-1:]])
 
 
-def _encode(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    import bitsandbytes  # noqa: F401  (registers the operators)
+@cache
+def _operators() -> Any:
+    import_module("bitsandbytes")  # registers them; transformers refuses code whose imports are not installed
+    return torch.ops.bitsandbytes
 
+
+def _encode(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK_SIZE))
     values = values if values.dtype in _FLOATS else values.float()
     if bits == 8:
         steps = _even_steps(values.device)
-        codes, scales = torch.ops.bitsandbytes.quantize_blockwise(values, steps, BLOCK_SIZE)
+        codes, scales = _operators().quantize_blockwise(values, steps, BLOCK_SIZE)
     else:
-        codes, scales = torch.ops.bitsandbytes.quantize_4bit(values, BLOCK_SIZE, "nf4", torch.uint8)
+        codes, scales = _operators().quantize_4bit(values, BLOCK_SIZE, "nf4", torch.uint8)
     return codes.flatten(), scales
 
 
@@ -281,8 +204,8 @@ def _decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     shape, scales = (*scales.shape[:-1], -1), scales.flatten()
     if codes.numel() == BLOCK_SIZE * len(scales):
         steps = _even_steps(codes.device)
-        values = torch.ops.bitsandbytes.dequantize_blockwise(codes.flatten(), scales, steps, BLOCK_SIZE, dtype)
+        values = _operators().dequantize_blockwise(codes.flatten(), scales, steps, BLOCK_SIZE, dtype)
     else:
         blocks = (len(scales), BLOCK_SIZE)
-        values = torch.ops.bitsandbytes.dequantize_4bit(codes.flatten(), scales, BLOCK_SIZE, "nf4", blocks, dtype)
+        values = _operators().dequantize_4bit(codes.flatten(), scales, BLOCK_SIZE, "nf4", blocks, dtype)
     return values.view(shape)

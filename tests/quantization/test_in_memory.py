@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
 from hf_sparse_moe import expert_lora_config
-from hf_sparse_moe.adapters import dequantize_experts, load_expert_lora, quantize_experts
+from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.adapters.low_rank_experts import LowRank, grouped_low_rank_experts, low_rank_experts
-from hf_sparse_moe.adapters.quantized_experts import QuantizedWeight
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
+from hf_sparse_moe.quantization import dequantize_experts, quantize_experts
 from pairwise import pairwise
 from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse, without_dropout
 
@@ -235,12 +236,10 @@ def test_an_adapter_that_matches_nothing_is_refused():
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixtral"])
-def test_saving_the_base_is_refused_with_what_to_do(name, tmp_path):
+def test_what_is_unpacked_saves_as_floats(name, tmp_path):
     model = quantize_experts(mixture(name), 4)
-    with pytest.raises(NotImplementedError, match=r"Save the adapter alone, .* `dequantize_experts"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
     floats = rounded(model)
+    assert not hasattr(floats.config, "quantization_config")
     floats.save_pretrained(tmp_path)
     inputs = tiny_inputs(model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse_moe.adapters.quantized_experts import BLOCK_SIZE, QuantizedWeight
+from hf_sparse_moe.models.quantized_weight import BLOCK_SIZE, QuantizedWeight
 
 
 pytest.importorskip("bitsandbytes")
