@@ -39,12 +39,9 @@ def _publish(model: Any, repo_id: str, **kwargs):
     return import_module(".hub", __package__).push(model, repo_id, **kwargs).commit
 
 
-def _register_quantizer() -> None:
-    from .models import quantization  # noqa: F401
-
-
 def _register_experts() -> None:
     from . import experts  # noqa: F401
+    from .models import quantization  # noqa: F401
 
 
 def _tell_of_experts_without_adapter() -> None:
@@ -63,7 +60,6 @@ _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.modeling_utils": _register_experts,
-    "transformers.quantizers.auto": _register_quantizer,
     "peft.tuners.tuners_utils": _tell_of_experts_without_adapter,
 }
 # What the steps import. They import transformers themselves, so a step waits while one of them is half-way.

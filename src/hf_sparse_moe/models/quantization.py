@@ -94,7 +94,9 @@ class ExpertsQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         if is_expert_weight(model, param_name):
             return self.quantization_config.bits / 8 + 4 / BLOCK_SIZE
-        return (super() if self.linears is None else self.linears).param_element_size(model, param_name, param)
+        if self.linears is not None:
+            return self.linears.param_element_size(model, param_name, param)
+        return param.element_size()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         if is_expert_weight(model, param_name):
@@ -163,7 +165,7 @@ class _Pack(ConversionOps):
     def __init__(self, quantizer: ExpertsQuantizer):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: Any = None, **kwargs):  # type: ignore[override]
+    def convert(self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: Any = None, **kwargs):
         if self.quantizer.linears is not None and not all(is_expert_weight(model, name) for name in input_dict):
             operation = self.quantizer.linears.get_quantize_ops()
             return operation.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
@@ -180,7 +182,7 @@ class _Unpack(ConversionOps):
     def __init__(self, hf_quantizer: ExpertsQuantizer):
         self.hf_quantizer = hf_quantizer  # of this name, so that transformers does not cast what it is given
 
-    def convert(self, input_dict: dict[str, Any], *, source_patterns: list[str], target_patterns: list[str], **kwargs):  # type: ignore[override]
+    def convert(self, input_dict: dict[str, Any], *, source_patterns: list[str], target_patterns: list[str], **kwargs):
         codes, scales = (input_dict[pattern][0] for pattern in source_patterns)
         like = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         if codes.shape[0] != like.shape[0] or scales.shape[-1] != -(-prod(like.shape[1:]) // BLOCK_SIZE):

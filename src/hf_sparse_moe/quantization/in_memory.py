@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from hf_sparse_moe.models.quantization import (
     ExpertsQuantizationConfig,
@@ -69,8 +70,7 @@ def quantize_experts(model: PreTrainedModel, bits: Literal[8, 4] = 4) -> PreTrai
     while weights:  # holding on to none of the floats
         experts, name, weight = weights.pop()
         setattr(experts, name, nn.Parameter(QuantizedWeight.quantize(weight, bits), requires_grad=False))
-    model.config.quantization_config = config
-    model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=False)  # saves the model packed
+    _set_quantizer(model, ExpertsQuantizer(config, pre_quantized=False))  # which saves the model packed
     return model
 
 
@@ -97,11 +97,15 @@ def dequantize_experts(model: nn.Module) -> nn.Module:
         raise ValueError(f"`{type(model).__name__}` has no experts that `quantize_experts` has quantised.")
     for module, name in weights:
         setattr(module, name, nn.Parameter(getattr(module, name).dequantize(), requires_grad=False))
-    for module in model.modules():
-        quantizer = vars(module).get("hf_quantizer")
-        if isinstance(quantizer, ExpertsQuantizer):
-            quantizer.remove_quantization_config(module)
+    for base in model.modules():  # PEFT's model has it inside
+        quantizer = vars(base).get("hf_quantizer")
+        if isinstance(base, PreTrainedModel) and isinstance(quantizer, ExpertsQuantizer):
+            quantizer.remove_quantization_config(base)
             if quantizer.linears is not None:
-                module.hf_quantizer = quantizer.linears
-                module.config.quantization_config = quantizer.linears.quantization_config
+                _set_quantizer(base, quantizer.linears)
     return model
+
+
+def _set_quantizer(model: Any, quantizer: HfQuantizer) -> None:
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
