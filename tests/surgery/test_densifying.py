@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse_moe import export, upcycle
-from hf_sparse_moe.checkpoints.writer import ShardWriter
-from hf_sparse_moe.surgery import measure_experts, merge_experts, to_dense
+from hf_sparse_moe.surgery import measure_experts, to_dense
 from tiny_models import ARCHITECTURES, tiny_dense, tiny_inputs, tiny_sparse
 
 
@@ -94,39 +93,6 @@ def test_on_disk_as_in_memory(name, tmp_path):
         assert torch.equal(loaded.state_dict()[key], tensor), key
     assert report.receipt["to_dense"]["source"]["sha256"]
     assert {path.name for path in (tmp_path / "dense").iterdir()} >= {"receipt.json", "README.md", "config.json"}
-
-
-@pytest.mark.parametrize("operation", ["to_dense", "merge_experts"])
-def test_a_killed_call_is_resumed(operation, tmp_path, monkeypatch):
-    mixture = tiny_sparse("llama")
-    mixture.save_pretrained(tmp_path / "mixture")
-    measured = measure_experts(mixture, [tiny_inputs(mixture, batch=8, length=16)])
-
-    def run(output, **options):
-        options |= {"output": output, "max_shard_size": "10KB"}
-        if operation == "to_dense":
-            return to_dense(tmp_path / "mixture", measured, "merge", **options)
-        return merge_experts(tmp_path / "mixture", measured, 2, **options)
-
-    run(tmp_path / "whole")
-    write, written = ShardWriter.write, []
-
-    def killed(self, key, piece, begin=0):
-        written.append(key)
-        if len(written) == 8:
-            raise KeyboardInterrupt
-        return write(self, key, piece, begin)
-
-    monkeypatch.setattr(ShardWriter, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "again", resume=True)
-    assert not (tmp_path / "again").exists()
-    left = set(written)
-    monkeypatch.setattr(ShardWriter, "write", lambda self, key, *args: left.discard(key) or write(self, key, *args))
-    run(tmp_path / "again", resume=True)
-    assert left, "what was finished was written again"
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_stock_mixture_becomes_its_dense_sibling(tmp_path):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe.surgery import ExpertMeasurements, measure_experts
 from hub_checkpoints import save_mixture
+from routing.test_mixture_layers import build, inputs_of
 from tiny_models import tiny_inputs, tiny_sparse
 
 
@@ -47,18 +48,46 @@ def test_the_receipts_tell_the_losses(tmp_path):
     ):
         finished = run_cli(command, tmp_path / "mixture", tmp_path / command, *options)
         assert finished.code == 0, finished
-        assert "loss on law: " in finished.out
+        assert "loss on law, in nats" in finished.out
         loss = json.loads((tmp_path / command / "receipt.json").read_text())[verb]["loss"]["law"]
         assert loss["before"] == pytest.approx(measured.losses["law"]["loss"], rel=1e-5)
         assert loss["after"] != loss["before"]
         told = run_cli("info", tmp_path / command)
         if command == "merge":
-            assert "merged by hc in" in told.out
+            assert "merged by hc, experts 3 in 2 layers" in told.out
             assert "## Merging" in card_of(tmp_path / command)
         else:
-            assert f"{loss['after']:.4f}" in (tmp_path / command / "README.md").read_text()
-            assert "A dense model made of a mixture by mean" in run_cli("doctor", tmp_path / command, "--json").out
+            assert_described(tmp_path / command, told.out, f"{loss['after']:.4f}", "to_dense by mean")
         assert run_cli("doctor", tmp_path / command).code == 0
+
+
+@pytest.mark.parametrize("operation", ["prune", "merge", "to-dense"])
+def test_a_stock_mixture_is_described(operation, tmp_path):
+    model = build("mixtral").eval()
+    model.save_pretrained(tmp_path / "stock")
+    measure_experts(model, [inputs_of(model)]).save(tmp_path / "measured")
+    amount = {"prune": ["--keep", "0:6", "--keep", "1:6"], "merge": ["--into", "0:6", "--into", "1:6"], "to-dense": []}
+    options = ["--measured", tmp_path / "measured", *amount[operation]]
+    finished = run_cli(operation, tmp_path / "stock", tmp_path / "out", *options)
+    assert finished.code == 0, finished
+    assert " MixtralForCausalLM" in finished.out or operation == "to-dense"
+    told = run_cli("info", tmp_path / "out")
+    assert told.code == 0, told
+    assert_described(tmp_path / "out", told.out, {"to-dense": "to_dense by mean"}.get(operation, "6 in 2 layers"))
+    assert json.loads(run_cli("info", tmp_path / "out", "--json").out)["receipt"]
+
+
+def assert_described(folder, told, *words):
+    """By `info`, `doctor` and the card, which `card` renders again around what a person wrote."""
+    receipt = json.loads((folder / "receipt.json").read_text())
+    (made,) = (receipt[name] for name in ("pruned", "merged", "to_dense") if name in receipt)
+    words = [*words, f"{made['parameters']['after']:,}", f"{made['bytes']['after']:,}", made["source"]["architecture"]]
+    written = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"{written}\nUse it with care.\n")
+    for text in (told, written, run_cli("doctor", folder, "--json").out, card_of(folder)):
+        assert all(word in text for word in words), text
+    card = (folder / "README.md").read_text()
+    assert card.count("It inherits") == card.count("Use it with care") == 1
 
 
 def card_of(folder):

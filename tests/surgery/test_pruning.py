@@ -1,7 +1,6 @@
 """A pruned mixture computes what the mixture computes without those experts, in memory and on disk."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.models.size import count_parameters
 from hf_sparse_moe.surgery import prune_experts
 from models.router_kinds import one_each, pairs_with, routed_model
-from processes import in_processes, kill_at_file
 from routing.test_mixture_layers import build, inputs_of
 from tiny_models import enlarge_weights, tiny_config, tiny_dense, tiny_inputs, tiny_sparse
 
@@ -131,31 +129,6 @@ def test_stock_checkpoints_load_without_this_package(tmp_path):
     for folder, logits in expected.items():
         assert results[folder]["problems"] == {}
         torch.testing.assert_close(results[folder]["logits"], logits, rtol=1e-4, atol=1e-5)
-
-
-def prune_until_killed(source, target, kill_at=None, **arguments):
-    """To run in a process of its own, killed at the `kill_at`-th file in the folder where it works."""
-    if kill_at is not None:
-        kill_at_file(target.with_name(f".{target.name}."), kill_at)
-    prune_experts(source, keep=3, method="random", output=target, max_shard_size="4KB", **arguments)
-
-
-def test_killed_and_resumed(tmp_path):
-    source, target, whole = tmp_path / "mixture", tmp_path / "out", tmp_path / "whole"
-    tiny_sparse("llama").save_pretrained(source)
-    prune_until_killed(source, whole)
-    for kill_at in (20, 45, 70):
-        assert in_processes(1, prune_until_killed, source, target, kill_at, resume=True) == [-signal.SIGKILL]
-        assert not target.exists()
-    left = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.*/content/*.safetensors")}
-    assert left
-    with pytest.raises(ValueError, match=r"cannot be resumed: .*`seed` was 0 and is 1"):
-        prune_until_killed(source, target, resume=True, seed=1)
-    prune_until_killed(source, target, resume=True)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
-        path.name: path.read_bytes() for path in whole.iterdir()
-    }
-    assert left.items() <= {path.name: path.stat().st_mtime_ns for path in target.iterdir()}.items()
 
 
 BAD = {

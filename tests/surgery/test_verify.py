@@ -10,7 +10,7 @@ from cli_client import run_cli
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.surgery import measure_experts, merge_experts, prune_experts, to_dense
 from hf_sparse_moe.upcycling import verify
-from routing.test_mixture_layers import build
+from routing.test_mixture_layers import build, inputs_of
 from tiny_models import enlarge_weights, tiny_inputs, tiny_sparse
 
 
@@ -93,10 +93,32 @@ def test_the_last_of_several_operations_counts(made, tmp_path):
     assert not verify(tmp_path / "twice", source).passed
 
 
+@pytest.mark.parametrize("made", ["merged", "to_dense"], indirect=True)
+def test_what_no_source_holds_is_held_against_its_hash(made):
+    _, result, source = made
+    change(result, "experts.down_proj" if "merged" in str(made) else "mlp.down_proj", lambda tensor: tensor * 1.001)
+    report = verify(result, source)
+    assert not report.passed
+    assert any("not those that were written" in told for told in report.findings)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_a_stock_mixture(name, tmp_path):
+def test_a_stock_mixture(name, operation, tmp_path):
     torch.manual_seed(0)
-    enlarge_weights(build(name)).save_pretrained(tmp_path / "stock")
-    prune_experts(tmp_path / "stock", drop=[1, 4], output=tmp_path / "pruned")
-    report = verify(tmp_path / "pruned", tmp_path / "stock")
+    model = enlarge_weights(build(name)).eval()
+    model.save_pretrained(tmp_path / "stock")
+    if (name, operation) == ("deepseek_v3", "to_dense"):
+        with pytest.raises(ValueError, match="no dense architecture has both"):
+            to_dense(model, output=tmp_path / "result")
+        return
+    OPERATIONS[operation](tmp_path / "stock", measure_experts(model, [inputs_of(model)]), tmp_path / "result")
+    report = verify(tmp_path / "result", tmp_path / "stock")
     assert report.passed, report.findings
+    assert WORDS[operation] in report.verdict
+    for part in ("mlp" if operation == "to_dense" else "experts.0", "norm"):
+        change(tmp_path / "result", part, lambda tensor: tensor + 0.01)
+        report = verify(tmp_path / "result", tmp_path / "stock")
+        assert not report.passed
+        finished = run_cli("verify", tmp_path / "result", "--against", tmp_path / "stock")
+        assert (finished.code, "not verified" in finished.out) == (1, True), finished

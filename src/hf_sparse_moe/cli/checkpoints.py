@@ -24,9 +24,19 @@ from .options import (
 
 @app.command(epilog="Examples:\n\n`hf-sparse-moe info ./gpt2-8x`\n\n`hf-sparse-moe info user/gpt2-8x --json`")
 def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
-    """Show the experts, parameters and receipt of a mixture. Reads no weights."""
-    from hf_sparse_moe.insight.anatomy import describe_checkpoint
+    """Show the experts, parameters and receipt of a mixture, or what a surgery made of one. Reads no weights."""
+    from hf_sparse_moe.checkpoints.config import read_config
+    from hf_sparse_moe.checkpoints.source import named_architecture
+    from hf_sparse_moe.insight.anatomy import describe_checkpoint, read_receipt
+    from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+    from hf_sparse_moe.surgery.receipts import describe_operation
 
+    config = read_config(source, revision)
+    receipt = None if isinstance(config, SparseMoeConfig) else read_receipt(source, revision)
+    if told := describe_operation(receipt or {}):
+        architecture = named_architecture(config)
+        show({"class": architecture, "receipt": receipt}, as_json, facts_table({"class": architecture, **told}))
+        return
     description = describe_checkpoint(source, revision)
     names = ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers")
     facts = {name.replace("_", " "): description.to_dict()[name] for name in names}
@@ -44,13 +54,13 @@ def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonO
 def _describe_receipt(receipt: dict[str, Any] | None) -> str:
     if receipt is None:
         return "No receipt: the checkpoint does not say how it was made."
-    for operation, experts in (("pruned", "kept"), ("merged", "groups")):
-        if isinstance(made := receipt.get(operation), dict):
-            rest = {name: value for name, value in receipt.items() if name != operation}
-            changed, counts = made.get(experts) or {}, made.get("parameters") or {}
-            told = f"{operation} by {made.get('method')} in {len(changed)} layers"
-            told += f", parameters {counts.get('before')} -> {counts.get('after')}"
-            return "; ".join([told, *([_describe_receipt(rest)] if rest else [])])
+    from hf_sparse_moe.surgery.receipts import describe_operation
+    from hf_sparse_moe.upcycling.surgery_checks import last_surgery
+
+    if facts := describe_operation(receipt):
+        rest = {name: value for name, value in receipt.items() if name != last_surgery(receipt)}
+        told = ", ".join(f"{name} {value}" for name, value in facts.items())
+        return "; ".join([told, *([_describe_receipt(rest)] if rest else [])])
     try:
         source, arguments = receipt["source"], receipt["arguments"]
         return (

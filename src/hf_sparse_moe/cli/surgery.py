@@ -24,6 +24,7 @@ from .options import (
     SeedOption,
     ShardSizeOption,
     SourceArgument,
+    facts_table,
     show,
 )
 
@@ -76,7 +77,7 @@ class _Writing(_Text):
     def run(self, operation: Callable[..., Any], source: str, *arguments: Any, output: Path) -> None:
         """Write a model, and show what its receipt says."""
         from hf_sparse_moe.checkpoints.folder import check_target
-        from hf_sparse_moe.upcycling.surgery_checks import last_surgery
+        from hf_sparse_moe.surgery.receipts import describe_operation
 
         check_target(output)
         report = operation(
@@ -89,8 +90,8 @@ class _Writing(_Text):
             resume=self.resume,
             show_progress=sys.stderr.isatty(),
         )
-        told = describe_operation(report.receipt[last_surgery(report.receipt)])
-        show(report.to_dict(), self.as_json, f"{output}: {report.architecture}", *told)
+        told = facts_table(describe_operation(report.receipt))
+        show(report.to_dict(), self.as_json, f"{output}: {report.architecture}", told)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -207,23 +208,6 @@ def to_dense(
     from hf_sparse_moe.surgery import to_dense as write_dense
 
     options.run(write_dense, source, measured, method, output=output)
-
-
-def describe_operation(made: dict[str, Any]) -> list[str]:
-    """What a receipt says of an operation on experts: sizes, and of the loss a line for each group."""
-    experts = made.get("kept") or made.get("groups") or {}
-    counts = " or ".join(map(str, sorted({len(each) for each in experts.values()})))
-    of_layers = [f"{counts} experts in {len(experts)} layers"] if experts else []
-    parameters, size = made["parameters"], made["bytes"]
-    return [
-        *of_layers,
-        f"parameters {parameters['before']:,} -> {parameters['after']:,}, {size['before'] / 1e6:,.1f} MB -> "
-        f"{size['after'] / 1e6:,.1f} MB",
-        *(
-            f"loss on {group}: {loss['before']:.4f} -> {loss['after']:.4f} ({loss['labels']:,} labels)"
-            for group, loss in (made["loss"] or {}).items()
-        ),
-    ]
 
 
 def _numbers(option: str, given: list[str] | None) -> Any:

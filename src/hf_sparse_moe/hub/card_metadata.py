@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hf_sparse_moe.surgery.receipts import CARD_METADATA
+
 from .adapter_files import Adapter
 from .card_facts import architecture_of, auto_class_of, base_id, is_repo_id, variant_of
-from .checkpoint import Checkpoint, mapping
+from .checkpoint import Checkpoint, SurgeryResult, mapping
 from .evaluation_results import hub_data
 
 
 LISTS = ("language", "datasets", "tags")
 
 
-def derived_metadata(published: Checkpoint | Adapter) -> dict[str, Any]:
+def derived_metadata(published: Checkpoint | SurgeryResult | Adapter) -> dict[str, Any]:
     """What the files of a checkpoint or an adapter say by themselves."""
+    if isinstance(published, SurgeryResult):
+        return dict(CARD_METADATA)
     architecture, base = architecture_of(published), base_id(published)
     variant = variant_of(architecture)
     if isinstance(published, Adapter):

@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_sparse_moe.surgery.receipts import CARD_BEGIN, CARD_END
+
 from .card_metadata import LISTS, words
 
 
-START, END = "<!-- hf-sparse-moe: generated", "<!-- /hf-sparse-moe: generated -->"
+START, END = CARD_BEGIN, CARD_END
 # Cards that a library wrote and nobody edited: there is nothing of a person's in them.
 _STOCK_CARDS = (
     "This model card has been generated automatically according to the information the Trainer had access to",

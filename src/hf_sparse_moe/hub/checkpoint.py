@@ -9,12 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_moe.checkpoints.config import read_mixture_config
+from hf_sparse_moe.checkpoints.config import read_config, read_mixture_config
 from hf_sparse_moe.checkpoints.files import read_json, write_whole
 from hf_sparse_moe.checkpoints.loading import model_without_weights
+from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.insight.pictures import plot_expert_load
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.routing.statistics import RoutingStatistics
+from hf_sparse_moe.upcycling.surgery_checks import last_surgery
 
 
 RECORD_NAME = "training_record.json"
@@ -35,6 +38,15 @@ class Checkpoint:
     has_report: bool = False  # routing.html, which `push` brings along
 
 
+@dataclass(frozen=True)
+class SurgeryResult:
+    """A folder of a class of transformers, which an operation on experts made, and whose receipt says so."""
+
+    architecture: str
+    receipt: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
 def checkpoint_in_memory(model: SparseMoePreTrainedModel) -> Checkpoint:
     """A model as a [`Checkpoint`]; raises a `ValueError` for a model of another package."""
     if not isinstance(model, SparseMoePreTrainedModel):
@@ -45,16 +57,18 @@ def checkpoint_in_memory(model: SparseMoePreTrainedModel) -> Checkpoint:
     return Checkpoint(model, str(model.dtype).removeprefix("torch."), mapping(model.receipt))
 
 
-def read_checkpoint(folder: str | Path) -> Checkpoint:
+def read_checkpoint(folder: str | Path) -> Checkpoint | SurgeryResult:
     """
-    A folder as a [`Checkpoint`], of which no weights are read. Raises a `ValueError` for no mixture, or a file that
-    cannot be read.
+    A folder, of which no weights are read. Raises a `ValueError` for no mixture, but after an operation on experts, or
+    a file that cannot be read.
     """
     folder = Path(folder)
-    model = model_without_weights(read_mixture_config(folder))
-    dtype = str(model.config.dtype or "").removeprefix("torch.")
     names = (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME)
     receipt, record, routing = (read_json(folder / name, optional=True) for name in names)
+    if last_surgery(receipt) and not isinstance(config := read_config(folder), SparseMoeConfig):
+        return SurgeryResult(str(named_architecture(config)), receipt, record)
+    model = model_without_weights(read_mixture_config(folder))
+    dtype = str(model.config.dtype or "").removeprefix("torch.")
     return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
 
 

@@ -21,6 +21,7 @@ from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.models.routers import Routing
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers, observe_routing
 from hf_sparse_moe.stock.targets import EXPORT_TARGETS
+from hf_sparse_moe.surgery.receipts import describe_operation
 
 from .adapter_files import ADAPTER_WEIGHTS, base_difference, file_hashes, is_mixture, read_adapter
 from .adapter_loading import attach
@@ -80,8 +81,8 @@ def examine(folder: Path) -> tuple[list[Finding], dict[str, Any]]:
     loads = f"{type(model).__name__}, {len(files.names)} tensors, {len(layers)} sparse layers."
     if model.config.model_type in {target.model_type for target in EXPORT_TARGETS}:
         loads += " A stock mixture: `hf-sparse-moe import-stock` reads it into this package's classes."
-    if made := mapping(read_json(folder / RECEIPT_NAME, optional=True).get("to_dense")):
-        loads += f" A dense model made of a mixture by {made.get('method')}."
+    if made := describe_operation(read_json(folder / RECEIPT_NAME, optional=True)):
+        loads += f" Expert surgery: {', '.join(f'{name} {value}' for name, value in made.items())}."
     outcomes = {
         "loads": (PASSED, loads),
         "every tensor present": _present(info),

@@ -16,12 +16,13 @@ from transformers import TrainerState
 
 from hf_sparse_moe.checkpoints.files import read_text, write_whole
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.surgery.receipts import surgery_card
 
 from .adapter_files import Adapter, is_adapter, read_adapter
 from .card_facts import FILTERS, card_facts
 from .card_metadata import derived_metadata, merged_metadata
 from .card_words import join, read_words
-from .checkpoint import Checkpoint, checkpoint_in_memory, mapping, read_checkpoint
+from .checkpoint import Checkpoint, SurgeryResult, checkpoint_in_memory, mapping, read_checkpoint
 from .escaping import escape_markdown
 from .evaluation_results import write_evaluation_results
 
@@ -30,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
 def render_model_card(
-    model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path,
+    model: SparseMoePreTrainedModel | Checkpoint | SurgeryResult | Adapter | str | Path,
     repo_id: str,
     *,
     evaluation: Mapping[str, Any] | TrainerState | None = None,
@@ -134,7 +135,9 @@ def write_readme(folder: str | Path, render: Callable[..., str]) -> Path:
     return path
 
 
-def _rendered(published: Checkpoint | Adapter, repo_id: str, given: Mapping[str, Any]) -> str:
+def _rendered(published: Checkpoint | SurgeryResult | Adapter, repo_id: str, given: Mapping[str, Any]) -> str:
+    if isinstance(published, SurgeryResult):
+        return surgery_card(published.receipt, published.architecture, given)
     environment = Environment(
         autoescape=True,  # so that a macro of the template returns text of ours
         finalize=escape_markdown,
@@ -158,8 +161,10 @@ def _present(folder: Path) -> list[str]:
     return [read_text(path)] if path.exists() or path.is_symlink() else []
 
 
-def _read(model: SparseMoePreTrainedModel | Checkpoint | Adapter | str | Path) -> Checkpoint | Adapter:
-    if isinstance(model, Checkpoint | Adapter):
+def _read(
+    model: SparseMoePreTrainedModel | Checkpoint | SurgeryResult | Adapter | str | Path,
+) -> Checkpoint | SurgeryResult | Adapter:
+    if isinstance(model, Checkpoint | SurgeryResult | Adapter):
         return model
     if isinstance(model, str | Path):
         return read_adapter(model) if is_adapter(model) else read_checkpoint(model)

@@ -15,12 +15,15 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from hf_sparse_moe.checkpoints.config import read_config
+from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
+from hf_sparse_moe.upcycling.surgery_checks import last_surgery
 
 from .adapter_files import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_publish import save_adapter, stage_adapter
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, SurgeryResult, read_checkpoint
 from .errors import NOT_DONE, PASSING, raise_hub_error, retried
 from .evaluation_results import RESULTS_FILE, write_evaluation_results
 from .fingerprint import FINGERPRINT_NAME, is_wanted, make_fingerprint
@@ -216,9 +219,9 @@ def _stage(
     base: str | Path | None,
     token: bool | str | None,
     fingerprint: bool | None,
-) -> tuple[Adapter | Checkpoint | None, str]:
+) -> tuple[Adapter | Checkpoint | SurgeryResult | None, str]:
     """Add to `files` what is published besides the folder's own; returns the card's subject and a title."""
-    published: Adapter | Checkpoint | None = None
+    published: Adapter | Checkpoint | SurgeryResult | None = None
     if is_adapter(folder):
         stage_adapter(files, staged, base, token, fingerprint)
         published, title = read_adapter(staged), "Upload adapter"
@@ -230,7 +233,7 @@ def _stage(
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if not make_fingerprint(folder, staged / FINGERPRINT_NAME, is_wanted(fingerprint, weight_bytes)):
             files.pop(FINGERPRINT_NAME, None)  # of other weights
-        if isinstance(config, SparseMoeConfig):
+        if isinstance(config, SparseMoeConfig) or last_surgery(read_json(folder / RECEIPT_NAME, optional=True)):
             published = read_checkpoint(folder)
     if published is not None:
         write_evaluation_results(published.record, staged)

@@ -70,12 +70,6 @@ def describe_checkpoint(
     """
     config = read_mixture_config(source, revision, token)
     model = model_without_weights(config)
-    folder = Path(source)
-    if not folder.is_dir():
-        found = cached_file(
-            str(source), RECEIPT_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
-        )
-        folder = Path(found or "").parent
     return CheckpointDescription(
         family=config.model_type.removeprefix("sparse_moe_").replace("_", "-"),
         architecture=type(model).__name__,
@@ -85,8 +79,21 @@ def describe_checkpoint(
         sparse_layers=len(model.sparse_blocks),
         flops_per_token=count_flops_per_token(model),
         parameters=parameters_by_part(model),
-        receipt=read_json(folder / RECEIPT_NAME, optional=True) or None,
+        receipt=read_receipt(source, revision, token),
     )
+
+
+def read_receipt(
+    source: str | Path, revision: str | None = None, token: bool | str | None = None
+) -> dict[str, Any] | None:
+    """The receipt of a folder or Hub id, of which nothing else is fetched; None where there is none."""
+    folder = Path(source)
+    if not folder.is_dir():
+        found = cached_file(
+            str(source), RECEIPT_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        folder = Path(found or "").parent
+    return read_json(folder / RECEIPT_NAME, optional=True) or None
 
 
 def parameters_by_part(model: SparseMoePreTrainedModel) -> dict[str, dict[str, int]]:

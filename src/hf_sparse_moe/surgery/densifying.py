@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
@@ -25,7 +24,6 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
-from hf_sparse_moe.routing.statistics import ALL
 from hf_sparse_moe.stock import import_stock
 from hf_sparse_moe.upcycling.conversion import (
     LoadedTensors,
@@ -41,7 +39,8 @@ from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
 from .measurements import ExpertMeasurements
-from .rewriting import SurgeryReport, require_numbers, sizes, write_receipt
+from .receipts import write_card, write_receipt
+from .rewriting import SurgeryReport, require_numbers, sizes
 
 
 METHODS = ("mean", "best", "merge")
@@ -105,10 +104,13 @@ def to_dense(
     found = None
     if not isinstance(source, PreTrainedModel):
         found = find_source(source, revision, token=token)
-        if not isinstance(read_config(found), SparseMoeConfig):
+        config = read_config(found)
+        of = {"architecture": named_architecture(config), "model_type": config.model_type}
+        if not isinstance(config, SparseMoeConfig):
             source = import_stock(source, revision=revision, token=token)
     else:
         check_unwrapped(source)
+        of = {"architecture": type(source).__name__, "model_type": source.config.model_type}
         source = source if isinstance(source, SparseMoePreTrainedModel) else import_stock(source)
     plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, measured, method)
     if output is None:
@@ -126,9 +128,9 @@ def to_dense(
         if found is not None:
             copy_companions(found.folder, folder)
         before = found.folder if found and plan.sparse.device.type == "meta" else plan.sparse
-        receipt = plan.receipt(found, sha256, loss_change(before, folder, evaluation))
+        receipt = plan.receipt(found, of, sha256, loss_change(before, folder, evaluation))
         write_receipt(receipt, folder)
-        _card(receipt, Path(output).name, type(plan.dense).__name__).save(folder / "README.md")
+        write_card(receipt, folder, Path(output).name, type(plan.dense).__name__)
     return SurgeryReport(Path(output), type(plan.dense).__name__, receipt)
 
 
@@ -236,16 +238,16 @@ class _Plan:
         return blended([scale(expert) for expert in experts], weights)
 
     def receipt(
-        self, source: Source | None, sha256: dict[str, str], loss: dict[str, dict[str, float]] | None
+        self, source: Source | None, of: dict[str, Any], sha256: dict[str, str], loss: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """How it was made, and of what."""
+        """How it was made, and of what: `of` is the class that a stock mixture had before it was imported."""
         return {
             "to_dense": {
                 "method": self.method,
                 "weighted": "by REAP salience" if self.salience else "evenly",
                 "loss": loss,
                 **sizes(self.sparse, self.dense),
-                "source": describe_source(self.sparse, source, sha256),
+                "source": describe_source(self.sparse, source, sha256) | of,
                 "versions": versions(),
                 "from": self.sparse.receipt,
             }
@@ -342,24 +344,3 @@ def _joined(slices: list[FeedForwardWeights], shared: FeedForwardWeights | None)
         down_bias = blended(slices, [1 / len(slices)] * len(slices)).down_bias[0 : len(down)]
         down_bias = down_bias if shared is None else down_bias + shared.down_bias
     return FeedForwardWeights(join("up"), down, join("up_bias"), down_bias, every[0].gated, every[0].degree)
-
-
-def _card(receipt: dict[str, Any], name: str, architecture: str) -> ModelCard:
-    made = receipt["to_dense"]
-    parameters, size = made["parameters"], made["bytes"]
-    source = made["source"]["name_or_path"] or "a mixture"
-    data = ModelCardData(library_name="transformers", tags=["hf-sparse-moe", "from-mixture"])
-    if "/" in source:
-        data["base_model"] = source
-    loss = (made["loss"] or {}).get(ALL)
-    lost = "What it lost is not measured here"
-    if loss:
-        lost = f"Its loss is {loss['after']:.4f} nats a token where the mixture's was {loss['before']:.4f}"
-    text = f"""# {name}
-
-A dense `{architecture}` with {parameters["after"]:,} parameters ({size["after"] / 1e6:,.1f} MB), made of the
-experts of `{source}` ({parameters["before"]:,} parameters, {size["before"] / 1e6:,.1f} MB) by hf-sparse-moe: method
-`{made["method"]}`, weighted {made["weighted"]}.
-It inherits the biases of its source. {lost}; `receipt.json` says how it was made.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -21,7 +21,7 @@ from hf_sparse_moe.checkpoints.source import missing_weight
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
 from hf_sparse_moe.stock.tensors import Tensors, stored_tensors
 
-from .mixture import Mixture, stored_forms
+from .mixture import Mixture
 
 
 Part = tuple[list[str], Callable[[Mapping[str, torch.Tensor]], Tensors]]  # names, and what makes these tensors
@@ -166,7 +166,7 @@ def _require_all(mixture: Mixture, stored: Mapping[str, torch.Tensor]) -> None:
     """What is stored must be in one of the two forms; where it is quantised, it has tensors of its own."""
     if getattr(mixture.model.config, "quantization_config", None) is not None:
         return
-    forms = stored_forms(mixture.model, stored_tensors(mixture.model))
+    forms = mixture.forms(mixture.model, stored_tensors(mixture.model))
     missing = [sorted(form.keys() - stored.keys()) for form in forms]
     if all(missing):
         fewest = min(missing, key=len)
@@ -193,7 +193,7 @@ def _expert_stacks(
     before = layer.num_experts
     dims: dict[str, int | None] = {}
     known: set[str] = set()
-    forms = (stored_forms(model, _state(at)) for model, at in ((mixture.model, layer), (new, new_layer)))
+    forms = (mixture.forms(model, _state(at)) for model, at in ((mixture.model, layer), (new, new_layer)))
     for form, new_form in zip(*forms, strict=True):
         known |= form.keys()
         for name, tensor in form.items():

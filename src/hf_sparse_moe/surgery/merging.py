@@ -154,7 +154,9 @@ def _merge(
     layer = mixture.layers[place]
     # Granite's files have the stacked projections beside the router.
     experts = {name: tensor for name, tensor in tensors.items() if name.startswith("experts.") or tensor.dim() == 3}
-    packed = next((name for name, tensor in experts.items() if not tensor.is_floating_point()), None)
+    packed = next(
+        (name for name, tensor in experts.items() if not tensor.is_floating_point() or tensor.itemsize == 1), None
+    )
     if packed is not None:
         raise ValueError(f"`{packed}` of `{mixture.name}` is quantised. Merge the experts, then quantise them.")
     for name, tensor in experts.items():

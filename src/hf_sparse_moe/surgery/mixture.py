@@ -44,9 +44,19 @@ class Mixture:
         return self.source.name if self.source else type(self.model).__name__
 
     @property
+    def is_streamed(self) -> bool:
+        return self.source is not None and self.model.device.type == "meta"
+
+    def forms(self, model: PreTrainedModel, names: Mapping[str, torch.Tensor]) -> list[Tensors]:
+        """Tensors of this mixture, or of what becomes of it, in memory and, in files, as transformers writes them."""
+        bare = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in names.items()}
+        as_they_are = isinstance(model, SparseMoePreTrainedModel) or not self.is_streamed
+        return [bare] if as_they_are else [bare, revert_weight_conversion(model, bare)]
+
+    @property
     def before(self) -> PreTrainedModel | Path:
         """What can be run."""
-        return self.source.folder if self.source and self.model.device.type == "meta" else self.model
+        return self.source.folder if self.source and self.is_streamed else self.model
 
 
 def open_mixture(
@@ -81,17 +91,10 @@ def open_mixture(
 def router_tensors(mixture: Mixture, layer: MixtureLayer) -> Tensors:
     """The tensors of a layer's router, read from the files where the model has no storage."""
     state = layer.router.state_dict()
-    if mixture.source is None or not any(tensor.is_meta for tensor in state.values()):
+    if not mixture.source or not mixture.is_streamed:
         return state
     files = TensorFiles(weight_files(mixture.source))
     path = next(name for name, child in layer.block.named_modules() if child is layer.router)
     named = {f"{layer.name}.{path}.{name}": tensor for name, tensor in state.items()}
-    names = {name for form in stored_forms(mixture.model, named) for name in form}
+    names = {name for form in mixture.forms(mixture.model, named) for name in form}
     return {name: files.read(name) for name in names & set(files.names)}
-
-
-def stored_forms(model: PreTrainedModel, names: Mapping[str, torch.Tensor]) -> list[Tensors]:
-    """Tensors of a model as it has them, and as transformers writes them."""
-    bare = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in names.items()}
-    ours = isinstance(model, SparseMoePreTrainedModel)  # these are saved as they are
-    return [bare] if ours else [bare, revert_weight_conversion(model, bare)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hf_sparse_moe.checkpoints.source import Source, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.insight.losses import Evaluation, loss_change
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
-from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.routing.mixture_layers import NUM_EXPERTS_NAMES, MixtureLayer, find_mixture_layers
 from hf_sparse_moe.stock.tensors import Tensors, stored_tensors
 from hf_sparse_moe.upcycling.mixtures import UpcycleReport
@@ -29,6 +28,7 @@ from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
 from .expert_axes import ExpertRows, Rewriting
 from .mixture import Mixture, open_mixture
+from .receipts import write_card, write_receipt
 
 
 logger = logging.get_logger(__name__)
@@ -137,8 +137,9 @@ def _on_disk(
         write_description(new, folder)
         copy_companions(source.folder, folder)
         receipt = _receipt(verb, mixture, new, told, sha256, loss_change(mixture.before, folder, evaluation))
-        write_receipt(receipt, folder)
-    return SurgeryReport(Path(output), type(new).__name__, receipt)
+        held = {"before": stored, "after": rewriting.outputs}  # codes of quantised weights are what is in the files
+        receipt[verb]["bytes"] = {when: sum(each.nbytes for each in held[when].values()) for when in held}
+        return _report(new, receipt, folder, output)
 
 
 def require_numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -148,18 +149,22 @@ def require_numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def write_receipt(receipt: dict[str, Any], folder: Path) -> None:
-    (folder / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-
-
 def _save(model: Any, source: Source | None, output: str | Path, max_shard_size: int | str) -> SurgeryReport:
     """Write a model with its `receipt` and what belongs to its source."""
     with new_folder(output, needed_bytes=sum(parameter.nbytes for parameter in model.parameters())) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if source is not None:
             copy_companions(source.folder, folder)
-        write_receipt(model.receipt, folder)
-    return SurgeryReport(Path(output), type(model).__name__, model.receipt)
+        return _report(model, model.receipt, folder, output)
+
+
+def _report(model: PreTrainedModel, receipt: dict[str, Any], folder: Path, output: str | Path) -> SurgeryReport:
+    """Write receipt and card; the card of a mixture of this package is another, which `hub` writes."""
+    architecture = type(model).__name__
+    write_receipt(receipt, folder)
+    if not isinstance(model, SparseMoePreTrainedModel):
+        write_card(receipt, folder, Path(output).name, architecture)
+    return SurgeryReport(Path(output), architecture, receipt)
 
 
 def _receipt(

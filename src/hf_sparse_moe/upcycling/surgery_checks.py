@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
+
+from hf_sparse_moe.checkpoints.reader import TensorFiles
+from hf_sparse_moe.checkpoints.source import Source, weight_files
 
 from .receipt import allowed_difference, output_difference
 
@@ -29,16 +34,29 @@ def last_surgery(receipt: Mapping[str, Any]) -> str | None:
     return next((name for name in reversed([*receipt]) if name in VERDICTS), None)
 
 
+def weights_sha256(folder: Path) -> str:
+    """Of all tensors of a checkpoint, whichever files they are in."""
+    files, digest = TensorFiles(weight_files(Source(folder.name, folder, None))), hashlib.sha256()
+    for name in sorted(files.names):
+        digest.update(f"{name} {files.dtype(name)} {files.shape(name)}".encode())
+        for piece in files.pieces(name, files.dtype(name)):
+            digest.update(memoryview(piece.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
 def check_surgery(
-    operation: str, made: Mapping[str, Any], result: PreTrainedModel, source: PreTrainedModel
+    operation: str, made: Mapping[str, Any], result: PreTrainedModel, source: PreTrainedModel, folder: Path
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings, and the difference of the outputs where there should be none. `made` is the receipt's part."""
+    """
+    Findings of the result in a folder, and the difference of the outputs where there should be none. `made` is the
+    receipt's part.
+    """
     # Slow to import, and for the other commands not needed.
     from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
     from hf_sparse_moe.routing.switches import disable_experts
 
     if operation == "to_dense":
-        return [_outside_feed_forwards(result, source)], {}
+        return [_outside_feed_forwards(result, source), *_as_written(made, folder)], {}
     groups = made.get("groups") if operation == "merged" else made.get("kept")
     if not isinstance(groups, dict):
         raise ValueError(f"The receipt does not say which experts were {operation}. Fetch it again.")
@@ -53,6 +71,7 @@ def check_surgery(
     findings = [
         _rows({name: (old[name], new[name], chosen) for name, chosen in of_each.items()}),
         _outside_experts(result, source, [*of_each]),
+        *_as_written(made, folder),
     ]
     if operation == "merged":
         return findings, {}
@@ -65,6 +84,15 @@ def check_surgery(
     told = f"The outputs differ by at most {measured['max_abs_difference']:.1e} from those of the source with the "
     told += f"other experts disabled, where they reach {measured['max_abs_output']:.1f}."
     return [(kept, told), *findings], {"float32": measured}
+
+
+def _as_written(made: Mapping[str, Any], folder: Path) -> list[Finding]:
+    """What no source holds is held against its hash, where the receipt has one."""
+    if "weights_sha256" not in made:
+        return []
+    if made["weights_sha256"] == weights_sha256(folder):
+        return [(True, "All tensors are those that were written, bit for bit.")]
+    return [(False, "The tensors are not those that were written: training or damage changed them.")]
 
 
 def _misnamed(name: str, groups: Any, operation: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -182,7 +182,7 @@ def _verify_surgery(
 
         texts = labelled(type(after).__name__, as_batches("evaluation", evaluation, find_tokenizer))
         loss = task_losses({"before": before, "after": after}, texts)
-    findings, measured = check_surgery(operation, made, after, before)
+    findings, measured = check_surgery(operation, made, after, before, result.folder)
     findings.append(_hashes(made_of["sha256"], source_files(source.folder), "source"))
     if loss:
         counted = f"Task loss on the text given, mean of {loss['labels']} labels"
