@@ -40,7 +40,7 @@ def weights_sha256(folder: Path) -> str:
     for name in sorted(files.names):
         digest.update(f"{name} {files.dtype(name)} {files.shape(name)}".encode())
         for piece in files.pieces(name, files.dtype(name)):
-            digest.update(memoryview(piece.view(torch.uint8).numpy()))
+            digest.update(piece.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
