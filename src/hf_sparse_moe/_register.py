@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -44,23 +45,47 @@ def _register_experts() -> None:
     from .models import quantization  # noqa: F401
 
 
-def _tell_of_experts_without_adapter() -> None:
+def _hook_into_peft() -> None:
     tuners: Any = sys.modules["peft.tuners.tuners_utils"]
     include = tuners._maybe_include_all_linear_layers
+    rename = tuners.BaseTuner._remap_adapter_state_dict_for_load.__func__
 
     def include_and_tell(peft_config: Any, model: Any) -> Any:
         if str(getattr(peft_config, "target_modules", "")).lower() == "all-linear":
             import_module(".adapters.expert_modules", __package__).tell_of_experts_left_out(peft_config, model)
         return include(peft_config, model)
 
+    def rename_and_check(cls: type, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        tensors = rename(cls, model, config, adapter_name, state_dict)
+        import_module(".adapters.adapter_match", __package__).check_any_match(model, adapter_name, tensors)
+        return tensors
+
     tuners._maybe_include_all_linear_layers = include_and_tell
+    tuners.BaseTuner._remap_adapter_state_dict_for_load = classmethod(rename_and_check)
+
+
+def _hook_into_transformers_adapters() -> None:
+    mixin: Any = sys.modules["transformers.integrations.peft"].PeftAdapterMixin
+    load = mixin.load_adapter
+
+    @wraps(load)
+    def load_and_check(
+        self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        report = load(self, peft_model_id, adapter_name, *args, **kwargs)
+        match = import_module(".adapters.adapter_match", __package__)
+        match.check_loaded(self, adapter_name or "default", report)
+        return report
+
+    mixin.load_adapter = load_and_check
 
 
 _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.modeling_utils": _register_experts,
-    "peft.tuners.tuners_utils": _tell_of_experts_without_adapter,
+    "transformers.integrations.peft": _hook_into_transformers_adapters,
+    "peft.tuners.tuners_utils": _hook_into_peft,
 }
 # What the steps import. They import transformers themselves, so a step waits while one of them is half-way.
 _OURS = (f"{__package__}.models.", f"{__package__}.experts")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adapted_models import adapted, logits_of, shake
 from cli_client import run_cli
-from hf_sparse_moe import expert_lora_config, export, export_adapter, import_adapter, load_adapter
+from hf_sparse_moe import doctor, expert_lora_config, export, export_adapter, import_adapter, load_adapter
 from hf_sparse_moe.adapters.expert_layer import ExpertLora
 from hf_sparse_moe.stock import EXPORT_TARGETS
 from tiny_models import tiny_inputs
@@ -191,3 +191,40 @@ def test_from_the_shell(make, tmp_path):
     assert "Give it: `--base`" in run_cli("import-stock", tmp_path / "out", tmp_path / "back").err
     run_cli("import-stock", tmp_path / "out", tmp_path / "back", "--base", tmp_path / "base")
     torch.testing.assert_close(logits_of(load_adapter(make("mixtral"), tmp_path / "back"), inputs), wanted)
+
+
+HOW = {
+    "ours": load_adapter,
+    "peft": PeftModel.from_pretrained,
+    "transformers": lambda model, folder: model.load_adapter(str(folder)),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("choice", [{}, {"attention": True}], ids=str)
+def test_an_adapter_of_the_mixture_is_not_laid_onto_its_export_in_silence(how, choice, make, tmp_path):
+    """It found no tensor there, and did nothing: off by as much as it should have changed."""
+    export(make("mixtral"), tmp_path / "stock")
+    ours = adapted(make("mixtral"), **choice)
+    ours.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"0 of (16|48) adapted tensors found.*`export_adapter`"):
+        HOW[how](stock_model(tmp_path / "stock"), tmp_path / "adapter")
+    own = make("mixtral")
+    inputs = tiny_inputs(own, labels=False)
+    HOW[how](own, tmp_path / "adapter")  # which changes it in place
+    torch.testing.assert_close(logits_of(own, inputs), logits_of(ours, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_doctor_counts_the_tensors_that_it_finds_and_that_moved(make, tmp_path):
+    make("mixtral").save_pretrained(tmp_path / "base")
+    export(make("mixtral"), tmp_path / "stock")
+    peft_model = trained(make("mixtral"))
+    for name, parameter in peft_model.named_parameters():
+        if "q_proj.lora_B" in name:
+            parameter.data.zero_()
+    peft_model.save_pretrained(tmp_path / "adapter")
+    finding = doctor(tmp_path / "adapter", base=tmp_path / "base").findings[0]
+    # 4 layers of 4 attention projections, 2 tensors of experts and a router; those of q_proj change nothing
+    assert finding.detail == "On SparseMoeDecoderForCausalLM, 28 of 28 adapted tensors found, 24 moved."
+    wrong = doctor(tmp_path / "adapter", base=tmp_path / "stock")
+    assert not wrong.healthy

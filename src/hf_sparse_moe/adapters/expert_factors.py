@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-
-_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+from .adapter_match import WRAPPERS, check_match
 
 
 class ExpertFactor(nn.Module):
@@ -117,7 +115,7 @@ def pack_in_peft_files() -> None:
     ) -> dict[str, torch.Tensor]:
         tensors = rename(cls, model, config, adapter_name, state_dict)
         if hasattr(config, "projections") or any(isinstance(module, ExpertFactor) for module in model.modules()):
-            _check_all_match(model, adapter_name, tensors)
+            check_match(model, adapter_name, tensors)
         return _unpacked(model, tensors)
 
     def swap_unpacked(model: nn.Module, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
@@ -129,31 +127,9 @@ def pack_in_peft_files() -> None:
 
 
 def _factors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[tuple[str, ExpertFactor]]:
-    named = ((_WRAPPERS.sub("", f"{name}.weight"), module) for name, module in model.named_modules())
+    named = ((WRAPPERS.sub("", f"{name}.weight"), module) for name, module in model.named_modules())
     return [(name, module) for name, module in named if isinstance(module, ExpertFactor) and name in tensors]
 
 
 def _unpacked(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors | {name: factor.from_file(tensors[name], name) for name, factor in _factors(model, tensors)}
-
-
-def _check_all_match(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """PEFT warns of what is missing, passes over the rest, and leaves the adapter as it was drawn."""
-    # A tied head has a name of its own in a file.
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    known = {_WRAPPERS.sub("", name) for name, _ in named}
-    needed = {name for name in known if ".lora_" in name and f".{adapter_name}." in name}
-    missing, unused = sorted(needed - tensors.keys()), sorted(tensors.keys() - known)
-    if missing or unused:
-        faults = [
-            f"{len(names)} of {total} tensors {what}, such as `{names[0]}`"
-            for names, total, what in (
-                (missing, len(needed), "that it needs are not in the file"),
-                (unused, len(tensors), "in the file have no place in it"),
-            )
-            if names
-        ]
-        raise ValueError(
-            f"The adapter does not fit `{type(model).__name__}`: {'; '.join(faults)}. Load it into the model that it "
-            "was trained for."
-        )

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
@@ -106,3 +107,20 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, plain: bool = False, **k
         raise ValueError(
             f"`{adapter.folder.name}` does not load onto `{type(model).__name__}` ({reason}). Load its own base."
         ) from error
+
+
+def count_moved(model: PeftModel) -> tuple[int, int]:
+    """Of the base's tensors, how many an adapter adapts or replaces, and how many of these it changes."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    moved = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            moved += [bool(b.weight.any()) for b in module.lora_B.values()]
+            moved += [bool(b.any()) for b in module.lora_embedding_B.values()]
+        elif isinstance(module, ModulesToSaveWrapper):
+            original = module.original_module.state_dict()
+            for copy in module.modules_to_save.values():
+                moved += [not torch.equal(tensor, original[name]) for name, tensor in copy.state_dict().items()]
+    return len(moved), sum(moved)

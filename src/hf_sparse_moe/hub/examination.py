@@ -24,7 +24,7 @@ from hf_sparse_moe.stock.targets import EXPORT_TARGETS
 from hf_sparse_moe.surgery.receipts import describe_operation
 
 from .adapter_files import ADAPTER_WEIGHTS, base_difference, file_hashes, is_mixture, read_adapter
-from .adapter_loading import attach
+from .adapter_loading import attach, count_moved
 from .checkpoint import mapping
 from .fingerprint import (
     TOLERANCE,
@@ -108,10 +108,12 @@ def examine_adapter(folder: Path, base: Path) -> list[Finding]:
         adapted = attach(model, adapter)
     except _LOADING_FAILS as error:
         return _findings({"loads": (FAILED, str(error))})
+    adapts, moved = count_moved(adapted)
+    found = f"{adapts} of {adapts} adapted tensors found, {moved} moved" if adapts else "every tensor attached"
     taken = take_fingerprint(adapted, folder)
     share = ((probe_output(adapted) - alone).abs().max() / alone.abs().max()).item()
     outcomes = {
-        "loads": (PASSED, f"On {type(adapted.get_base_model()).__name__}, every tensor attached."),
+        "loads": (PASSED, f"On {type(adapted.get_base_model()).__name__}, {found}."),
         "base is its own": _verdict(difference, "It is the one that was recorded."),
         "every tensor finite": _finite(load_file(folder / ADAPTER_WEIGHTS)),
         "outputs change": (FAILED if share <= ROUNDING else PASSED, f"By up to {share:.1e} of the base's largest."),

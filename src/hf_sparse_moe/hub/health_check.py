@@ -64,7 +64,7 @@ def doctor(
     nothing drawn at random, experts that differ, routers that choose, the code that travels, and outputs that equal
     its fingerprint.
 
-    An adapter is loaded with its base: that this is the base it was trained on, every tensor attached and finite,
+    An adapter is loaded with its base: that this is the base it was trained on, every tensor found and finite,
     outputs that differ from the base's own, equal the fingerprint, and are those of plain PEFT.
 
     A checkpoint on the Hub is fetched into a temporary folder first, with the hash of each file checked.
