@@ -115,6 +115,7 @@ def count_moved(model: PeftModel) -> tuple[int, int]:
     from peft.utils import ModulesToSaveWrapper
 
     moved = []
+    module: Any
     for module in model.modules():
         if isinstance(module, LoraLayer):
             moved += [bool(b.weight.any()) for b in module.lora_B.values()]
