@@ -115,13 +115,13 @@ def count_moved(model: PeftModel) -> tuple[int, int]:
     from peft.utils import ModulesToSaveWrapper
 
     moved = []
-    module: Any
     for module in model.modules():
         if isinstance(module, LoraLayer):
             moved += [bool(b.weight.any()) for b in module.lora_B.values()]
             moved += [bool(b.any()) for b in module.lora_embedding_B.values()]
         elif isinstance(module, ModulesToSaveWrapper):
-            original = module.original_module.state_dict()
-            for copy in module.modules_to_save.values():
+            wrapper: Any = module
+            original = wrapper.original_module.state_dict()
+            for copy in wrapper.modules_to_save.values():
                 moved += [not torch.equal(tensor, original[name]) for name, tensor in copy.state_dict().items()]
     return len(moved), sum(moved)
