@@ -118,7 +118,7 @@ def count_moved(model: PeftModel) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             moved += [bool(b.weight.any()) for b in module.lora_B.values()]
-            moved += [bool(b.any()) for b in module.lora_embedding_B.values()]
+            moved += [bool(b.any()) for _, b in module.lora_embedding_B.named_parameters()]
         elif isinstance(module, ModulesToSaveWrapper):
             wrapper: Any = module
             original = wrapper.original_module.state_dict()
