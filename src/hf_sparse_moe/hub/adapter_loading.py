@@ -115,13 +115,13 @@ def count_moved(model: PeftModel) -> tuple[int, int]:
     from peft.utils import ModulesToSaveWrapper
 
     moved = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            moved += [bool(b.weight.any()) for b in module.lora_B.values()]
-            moved += [bool(b.any()) for _, b in module.lora_embedding_B.named_parameters()]
-        elif isinstance(module, ModulesToSaveWrapper):
-            wrapper: Any = module
-            original = wrapper.original_module.state_dict()
-            for copy in wrapper.modules_to_save.values():
+    layer: Any  # PEFT's types say less than the classes do
+    for layer in model.modules():
+        kind = type(layer)
+        if issubclass(kind, LoraLayer):
+            moved += [bool(b.any()) for b in (*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters())]
+        elif issubclass(kind, ModulesToSaveWrapper):
+            original = layer.original_module.state_dict()
+            for copy in layer.modules_to_save.values():
                 moved += [not torch.equal(tensor, original[name]) for name, tensor in copy.state_dict().items()]
     return len(moved), sum(moved)
