@@ -87,6 +87,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     )
     from .stock import (
         explain_export as explain_export,
+        explain_serving as explain_serving,
         export as export,
         import_stock as import_stock,
     )
@@ -132,7 +133,7 @@ _HOMES = {
         "RoutingMonitor SelectionBiasCallback add_leading_callback disable_experts find_mixture_layers fix_balance "
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
     ),
-    ".stock": "explain_export export import_stock",
+    ".stock": "explain_export explain_serving export import_stock",
     ".surgery": "measure_experts merge_experts prune_experts to_dense",
     ".upcycling": "expand plan upcycle verify",
 }

@@ -32,7 +32,10 @@ def export(
         typer.Option("--architecture", "--target", help="The `model_type` to write; `auto` is the first that fits."),
     ] = "auto",
     reader: Annotated[
-        str, typer.Option("--for", help="What reads an adapter: `stock` (PEFT), `vllm` or `sglang`.")
+        str,
+        typer.Option(
+            "--for", help="What reads it: `stock` (transformers, PEFT), `vllm`, `sglang`, `llama.cpp`, `tgi`."
+        ),
     ] = "stock",
     base: BaseOption = None,
     revision: RevisionOption = None,
@@ -59,6 +62,7 @@ def export(
             max_shard_size=max_shard_size,
             resume=resume,
             show_progress=sys.stderr.isatty(),
+            server=None if reader == "stock" else reader,
         )
     show(report.to_dict(), as_json, f"{report.path}: {report.architecture}")
 

@@ -4,6 +4,7 @@ from hf_sparse_moe.models import dense_olmoe  # noqa: F401  registers OLMoE's de
 
 from .fit import ExportExplanation, TargetReport, explain_export
 from .from_stock import ImportReport, import_stock
+from .servers import explain_serving
 from .targets import EXPORT_TARGETS, ExportTarget
 from .to_stock import ExportReport, export
 
@@ -16,6 +17,7 @@ __all__ = [
     "ImportReport",
     "TargetReport",
     "explain_export",
+    "explain_serving",
     "export",
     "import_stock",
 ]

@@ -53,11 +53,12 @@ _ZERO_EXPERT_UNITS = 64
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One stock architecture: what stands in the way, or, where nothing does, the config that it gets."""
+    """A stock architecture or a server: what stands in the way, or, where nothing does, the config that it gets."""
 
     target: str
     obstacles: tuple[str, ...]
     config: PreTrainedConfig | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def possible(self) -> bool:
@@ -67,11 +68,11 @@ class TargetReport:
 @dataclass(frozen=True)
 class ExportExplanation:
     """
-    What [`explain_export`] found.
+    What [`explain_export`] or [`explain_serving`] found.
 
     Args:
         source (`str`): The dense architecture inside the mixture.
-        targets (`tuple[TargetReport, ...]`): The siblings of that architecture first.
+        targets (`tuple[TargetReport, ...]`): The siblings of that architecture first; or the servers.
     """
 
     source: str
@@ -92,14 +93,14 @@ class ExportExplanation:
             if report.target == target:
                 return report
         known = [report.target for report in self.targets]
-        what = "an architecture of transformers that `export` does not write"
-        what = what if target in CONFIG_MAPPING else "no architecture of transformers"
-        raise KeyError(f"`{target}` is {what}. Choose one of {known}.")
+        raise KeyError(f"No mixture is written as `{target}`. Choose one of {known}.")
 
     def __str__(self) -> str:
-        lines = [f"{self.source} mixture: {', '.join(self.possible) or 'no stock architecture'}"]
+        lines = [f"{self.source} mixture: {', '.join(self.possible) or 'none'}"]
         for report in self.targets:
-            lines.append(f"{report.target}: {'possible' if report.possible else '; '.join(report.obstacles)}")
+            model_type = getattr(report.config, "model_type", report.target)
+            found = ("possible" if model_type == report.target else f"as {model_type}", *report.notes)
+            lines.append(f"{report.target}: {'; '.join(report.obstacles or found)}")
         return "\n".join(lines)
 
 

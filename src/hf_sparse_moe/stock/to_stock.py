@@ -29,6 +29,8 @@ from hf_sparse_moe.upcycling.mixtures import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import versions
 
 from .fit import check_fit, config_of, empty_model
+from .gguf import write_gguf
+from .servers import SERVERS, choose_for_server
 from .targets import EXPORT_TARGETS, ExportTarget
 from .tensors import Tensors, part_to_target, parts_of, stored_tensors
 
@@ -61,6 +63,7 @@ def export(
     max_shard_size: int | str = "4GB",
     resume: bool = False,
     show_progress: bool = False,
+    server: str | None = None,
     target: str | None = None,
 ) -> ExportReport:
     """
@@ -81,14 +84,17 @@ def export(
         resume (`bool`, defaults to `False`): Continue an interrupted call from its finished shards. The mixture's
             files and the arguments must be the same; where there is nothing to resume, start. Not for a model.
         show_progress (`bool`, defaults to `False`): A bar with rate and time left, on stderr.
+        server (`str`, *optional*): `"vllm"`, `"sglang"`, `"llama.cpp"` or `"tgi"`: write what it computes as the
+            mixture does, for llama.cpp one file, `model.gguf`, in the mixture's dtype. See `explain_serving`.
         target (`str`, *optional*): The name of `architecture` in version 0.1.
 
     Returns:
         [`ExportReport`]: the folder and its architecture.
 
     Raises:
-        ValueError: an unknown architecture, or one that the mixture does not fit; says what stands in the way. A
-            mixture that changes while it is read, or a `resume` with other arguments.
+        ValueError: an unknown architecture or server, or one that the mixture does not fit; says what stands in the
+            way. A tokenizer that llama.cpp does not know. A mixture that changes while it is read, or a `resume` with
+            other arguments.
         OSError: the output folder is taken, or its disk is too small.
 
     Example:
@@ -103,7 +109,11 @@ def export(
     rows = [row.model_type for row in EXPORT_TARGETS]
     if architecture not in ("auto", *rows):
         raise ValueError(f"`architecture={architecture!r}` is not allowed: it must be 'auto' or one of {rows}.")
+    if server not in (None, *SERVERS):
+        raise ValueError(f"`server={server!r}` is not allowed: it must be None or one of {list(SERVERS)}.")
     in_memory = isinstance(source, SparseMoePreTrainedModel)
+    if resume and server == "llama.cpp":
+        raise ValueError("`resume=True` is not allowed for llama.cpp, whose one file is written from the start.")
     if resume and in_memory:
         raise ValueError(
             "`resume=True` is not allowed with a model in memory, which nothing tells from another one. Save it and "
@@ -115,10 +125,13 @@ def export(
     mixture: Any = source if in_memory else find_source(source, revision, token=token)  # type: ignore[arg-type]
     watched = None if in_memory else WatchedSource(mixture)
     config, saved_as = config_of(mixture)
-    row, stock_config = choose_target(architecture, config, saved_as)
+    row, stock_config = choose_target(architecture, config, saved_as, server)
     if in_memory:
         stock_config.dtype = mixture.dtype
     stored, read = _tensors_of(mixture)
+    if server == "llama.cpp":
+        write_gguf(output, mixture, row, stock_config, parts_of(meta_model(config)), stored, read)
+        return ExportReport(Path(output), row.model_type)
     conversion = _Conversion(row, config, empty_model(stock_config), stored, read)
     made_from = {"export": {"architecture": row.model_type, "max_shard_size": max_shard_size, **versions()}}
     pieces, sizes = conversion.write, (max_shard_size, resume, show_progress)
@@ -129,8 +142,15 @@ def export(
     return ExportReport(Path(output), row.model_type)
 
 
-def choose_target(target: str, config: SparseMoeConfig, saved_as: str | None) -> tuple[ExportTarget, PreTrainedConfig]:
+def choose_target(
+    target: str, config: SparseMoeConfig, saved_as: str | None, server: str | None = None
+) -> tuple[ExportTarget, PreTrainedConfig]:
     dense = config.dense_config.model_type
+    if server is not None:
+        chosen, found = choose_for_server(server, config, saved_as, target)
+        if chosen is None or found.config is None:
+            raise ValueError(f"The {dense} mixture cannot be written for {server}: {'; '.join(found.obstacles)}.")
+        return chosen, found.config
     reports = []
     for row in EXPORT_TARGETS:
         if row.model_type == target or (target == "auto" and dense in row.dense):
