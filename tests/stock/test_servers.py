@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 from typer.testing import CliRunner
 
 from hf_sparse_moe import explain_serving, export
@@ -110,3 +111,25 @@ def test_transformers_serve_loads_the_export_and_not_the_mixture(tmp_path, mixtu
     torch.testing.assert_close(served(input_ids).logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(AttributeError, match="module transformers has no attribute SparseMoeDecoderForCausalLM"):
         manager._load_model(f"{tmp_path / 'ours'}@main")
+
+
+def test_continuous_batching_takes_what_it_is_given(mixture, monkeypatch):
+    """By default it takes 0.6 of the machine's memory, for a mixture as for its dense twin."""
+    planned = []
+    footprint = PagedAttentionMemoryHandler.compute_memory_footprint
+
+    def note(self, *sizes):
+        planned.append(footprint(self, *sizes))
+        return planned[-1]
+
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "compute_memory_footprint", note)
+    model = mixture("qwen3")
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=95, pad_token_id=0)
+    bounded = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    prompts = [[5, 6, 7], list(range(10, 22))]
+    results = model.generate_batch(prompts, settings, continuous_batching_config=bounded, progress_bar=False)
+    expected = [model.generate(torch.tensor([prompt]), settings)[0, len(prompt) :].tolist() for prompt in prompts]
+    assert sorted(result.generated_tokens for result in results.values()) == sorted(expected)
+    dense = AutoModelForCausalLM.from_config(model.config.dense_config).eval()
+    dense.generate_batch(prompts, settings, continuous_batching_config=bounded, progress_bar=False)
+    assert planned[0] == planned[1] < 50e6
