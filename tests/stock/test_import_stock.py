@@ -134,6 +134,17 @@ def test_what_has_no_place_is_refused_by_name(config, message):
         import_stock(stock)
 
 
+def test_a_trained_selection_bias_of_a_softmax_router_is_refused():
+    stock = AutoModelForCausalLM.from_config(hf.Ernie4_5_MoeConfig(**_ROUTED, moe_num_experts=4, moe_k=2))
+    biases = [each for name, each in stock.state_dict().items() if name.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias.fill_(0.1)
+    with pytest.raises(
+        ValueError, match=r"selection bias \(`mlp.gate.moe_statics.e_score_correction_bias`\) .* trained"
+    ):
+        import_stock(stock)
+
+
 def test_only_language_models_are_read():
     config_class, fields = STOCK["qwen3_moe"]
     stock = hf.AutoModelForTokenClassification.from_config(config_class(**fields))

@@ -253,8 +253,11 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
         )
         if config.scoring_func == "sigmoid":
             block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
-        else:
-            block.pop(SCORE_BIAS, None)
+        elif (bias := block.pop(SCORE_BIAS, None)) is not None and bias.any():
+            raise ValueError(
+                f"The selection bias (`{row.score_bias_name}`) of this `{row.model_type}` is trained: here only a "
+                "sigmoid router has one. `fix_balance`, `routing_statistics` and LoRA on experts take the model as it is."
+            )
         result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
         result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}
     return result

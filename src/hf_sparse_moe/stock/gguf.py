@@ -151,11 +151,12 @@ def _add_vocabulary(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> No
         logger.warning("The mixture has no tokenizer.json, so that model.gguf has no vocabulary: it takes token ids.")
         writer.add_tokenizer_model("none")
         return
-    model = tokenizer["model"]
-    texts, types = _tokens(gguf, folder, vocab_size)
+    model, loaded = tokenizer["model"], AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts, types = _tokens(gguf, loaded, vocab_size)
     if model["type"] == "BPE" and model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(loaded.tokenize("a")[0].startswith("▁"))
         writer.add_token_scores([-float(place) for place in range(vocab_size)])
     else:
         writer.add_tokenizer_model("gpt2")
@@ -165,8 +166,7 @@ def _add_vocabulary(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> No
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer)
 
 
-def _tokens(gguf: Any, folder: Path, vocab_size: int) -> tuple[list[str], list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _tokens(gguf: Any, tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:
     texts, types = [], []
     known, added = {place: text for text, place in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
     for place in range(vocab_size):
