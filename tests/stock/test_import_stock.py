@@ -119,12 +119,7 @@ _ROUTED = {**_SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             hf.Qwen2MoeConfig(**_ROUTED, num_experts=4, shared_expert_intermediate_size=20),
             "not a multiple of a routed",
         ),
-        (
-            hf.DeepseekV2Config(
-                **_ROUTED, n_routed_experts=4, n_group=2, topk_group=1, topk_method="group_limited_greedy"
-            ),
-            "`topk_method='group_limited_greedy'` of this `deepseek_v2`",
-        ),
+        (hf.DeepseekV2Config(**_ROUTED, n_routed_experts=4, topk_method="noaux_tc"), "`topk_method='noaux_tc'`"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -112,6 +112,20 @@ PUBLISHED = {
         "topk_group": 1,
         "topk_method": "greedy",
     },
+    "DeepSeek-V2": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v2",
+        "n_group": 4,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 3,
+        "q_lora_rank": 16,
+        "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        "routed_scaling_factor": 16.0,
+        "scoring_func": "softmax",
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+    },
     "DeepSeek-V3": _DEEPSEEK
     | {
         "model_type": "deepseek_v3",

@@ -45,6 +45,7 @@ _OUR_FIELDS = {
 COMMON_FIELDS = (
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "dtype",
 )  # fmt: skip
+GROUPS = ("n_group", "topk_group")
 _LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
 _LANGUAGE_MODELS = (None, "SparseMoeDecoderForCausalLM", "SparseMoeEncoderDecoderForConditionalGeneration")
 # Units of a shared expert of zeros where the target names its size: enough for tensor parallelism to divide.
@@ -260,7 +261,9 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
     if target.router[config.scoring_func] is None:
         fields["norm_topk_prob"] = config.norm_topk_prob
     if target.grouped:
-        fields |= {"n_group": config.n_group, "topk_group": config.topk_group}
+        fields |= {name: getattr(config, name) for name in GROUPS}
+    if target.topk_methods:
+        fields["topk_method"] = target.topk_methods[config.n_group > 1]
     fields[target.scoring_field] = config.scoring_func
     fields[target.scaling_field] = float(config.routed_scaling_factor)
     if shared:

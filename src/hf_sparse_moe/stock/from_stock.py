@@ -30,7 +30,7 @@ from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
 from hf_sparse_moe.upcycling.mixtures import UpcycleReport, check_unwrapped
 from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, versions
 
-from .fit import COMMON_FIELDS, TRAINING_FIELDS, check_fit, empty_model, own_fields
+from .fit import COMMON_FIELDS, GROUPS, TRAINING_FIELDS, check_fit, empty_model, own_fields
 from .targets import EXPORT_TARGETS, LARGEST_CAPACITY, ExportTarget
 from .tensors import SCORE_BIAS, Tensors, block_from_target, in_layer, our_name, stored_tensors
 
@@ -166,6 +166,7 @@ def _sparse_config(
     normalised = row.router[scoring]
     shared = _num_shared_experts(row, state, layers, size)
     gates = [state[f"{layer}.{row.shared.gate}"] for layer in layers] if row.shared and row.shared.gate else []
+    in_groups = row.grouped and (row.topk_methods is None or stock.topk_method == row.topk_methods[1])
     fields = {
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
@@ -175,7 +176,7 @@ def _sparse_config(
         "scoring_func": scoring,
         "norm_topk_prob": stock.norm_topk_prob if normalised is None else normalised,
         "routed_scaling_factor": getattr(stock, row.scaling_field) if row.scaling_field else 1.0,
-        **({"n_group": stock.n_group, "topk_group": stock.topk_group} if row.grouped else {}),
+        **({name: getattr(stock, name) for name in GROUPS} if in_groups else {}),
         **_layer_types(stock, layers),
         **config_fields,
     }
@@ -187,7 +188,9 @@ def _sparse_config(
     # `_num_shared_experts` saw to these.
     sizes = {row.shared.count_field, row.shared.size_field} if row.shared else set()
     derived = {"head_dim"} if getattr(stock, "head_dim", 0) is None else set()  # Mixtral's: hidden size / heads
-    for field in own_fields(type(stock)).keys() - _NO_MATTER - row.unread - sizes - derived:
+    for field in (
+        own_fields(type(stock)).keys() - _NO_MATTER - sizes - derived - (set(GROUPS) if row.grouped else set())
+    ):
         _require(row, stock, field, getattr(report.config, field))
     return config
 
@@ -256,7 +259,7 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
         elif (bias := block.pop(SCORE_BIAS, None)) is not None and bias.any():
             raise ValueError(
                 f"The selection bias (`{row.score_bias_name}`) of this `{row.model_type}` is trained: here only a "
-                "sigmoid router has one. `fix_balance`, `routing_statistics` and LoRA on experts take the model as it is."
+                "sigmoid router has one. `fix_balance`, `routing_statistics` and LoRA on experts take it as it is."
             )
         result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
         result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}

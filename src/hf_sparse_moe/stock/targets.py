@@ -95,6 +95,7 @@ class ExportTarget:
     scaling_field: str | None = None  # of a factor on the routed weights
     top_k: int | None = None  # the only number of experts a token that it knows
     grouped: bool = False  # whether its router chooses among `topk_group` of `n_group` groups of experts
+    topk_methods: tuple[str, str] | None = None  # `topk_method` without and with groups, where the target has it
     min_experts: int = 1  # that its router can choose from, in a group
     gated: bool = True  # whether its experts have a gate
     layers: Callable[[Layers], dict[str, Any]] = all_sparse  # the fields that say which layers are sparse
@@ -106,7 +107,6 @@ class ExportTarget:
     feed_forward: str = "mlp"  # what the dense siblings call what the target calls `mlp`
     needs: tuple[Need, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)  # fields written so, which `import_stock` requires
-    unread: frozenset[str] = frozenset()  # fields that change nothing beside those of `fixed`
     derived: Callable[[Any], dict[str, Any]] = lambda dense: {}  # further fields of the target, of the dense config
     dense_fields: Callable[[Any], dict[str, Any]] = lambda target: {}  # the way back
 
@@ -273,8 +273,8 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         layers=first_k_dense_replace,
         shared=_DEEPSEEK["shared"],
         needs=(Need("rope_interleave", bool, "rotary embeddings that turn neighbouring units"),),
-        fixed={"topk_method": "greedy"},
-        unread=frozenset({"n_group", "topk_group"}),
+        grouped=True,
+        topk_methods=("greedy", "group_limited_greedy"),
         dense_fields=lambda target: {"rope_interleave": True},
     ),
     ExportTarget(
