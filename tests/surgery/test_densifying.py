@@ -5,8 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse_moe import export, upcycle
+from hf_sparse_moe.routing import find_mixture_layers
 from hf_sparse_moe.surgery import measure_experts, to_dense
-from tiny_models import ARCHITECTURES, tiny_dense, tiny_inputs, tiny_sparse
+from routing.test_mixture_layers import build, inputs_of
+from tiny_models import ARCHITECTURES, enlarge_weights, tiny_dense, tiny_inputs, tiny_sparse
 
 
 def fields(config):
@@ -116,8 +118,21 @@ def test_salience_chooses_and_weighs():
         assert torch.equal(one.mlp.c_proj.weight, downs[layer.reap.argmax()])
         weights = (layer.reap / layer.reap.sum()).float()
         torch.testing.assert_close(other.mlp.c_proj.weight, (weights[:, None, None] * downs).sum(dim=0))
-    with pytest.raises(ValueError, match="another model"):
-        to_dense(tiny_sparse("gpt2", num_experts=3), measured)
+    with torch.no_grad():
+        mixture.sparse_blocks[1].gate.weight.add_(1)
+    for other in (mixture, tiny_sparse("gpt2", num_experts=3), tiny_sparse("llama")):
+        with pytest.raises(ValueError, match="another model"):
+            to_dense(other, measured)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_stock_mixture_is_weighed_by_its_own_measurements(name, tmp_path):
+    model = enlarge_weights(build(name)).eval()
+    model.save_pretrained(tmp_path / "stock")
+    measured = measure_experts(model, [inputs_of(model)])
+    dense = to_dense(tmp_path / "stock", measured, "best")
+    down = find_mixture_layers(model)[1].experts.down_proj[measured.layers[1].reap.argmax()]
+    assert torch.equal(dense.model.layers[1].mlp.down_proj.weight, down)
 
 
 def test_bad_input(tmp_path):

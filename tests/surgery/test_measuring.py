@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from hf_sparse_moe import disable_experts, measure_experts, prune_experts
+from hf_sparse_moe import disable_experts, measure_experts, merge_experts, prune_experts
 from hf_sparse_moe.routing import find_mixture_layers, observe_routing
 from hf_sparse_moe.surgery import ExpertMeasurements
 from models.router_kinds import routed_model
@@ -212,8 +212,15 @@ def test_bad_text():
         measure_experts(model, batches(model), ["a"])
     with pytest.raises(ValueError, match="no sparse layer"):
         measure_experts(tiny_dense("llama"), batches(model))
+    block = model.sparse_blocks[1]
+    handle = block.register_forward_pre_hook(lambda _, args: (args[0] * torch.nan, *args[1:]))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp` computed NaN or infinity"):
+        measure_experts(model, batches(model))
+    with pytest.raises(ValueError, match="The loss on this text is NaN"):
+        prune_experts(model, drop=[0], evaluation=(batches(model), None))
+    handle.remove()
     with torch.no_grad():
-        model.sparse_blocks[0].experts.down_proj[:] = torch.nan
+        block.experts.down_proj[:] = torch.nan
     with pytest.raises(ValueError, match="computed NaN or infinity"):
         measure_experts(model, batches(model))
 
@@ -231,6 +238,9 @@ def test_what_a_method_cannot_choose_by():
     measured = measure_experts(jetmoe, [inputs_of(jetmoe)])
     with pytest.raises(ValueError, match="cannot be called one by one"):
         prune_experts(jetmoe, measured, keep=6)
+    for merging in ("hc", "m-smoe", "ream"):
+        with pytest.raises(ValueError, match="cannot be called one by one"):
+            merge_experts(jetmoe, measured, into=6, method=merging)
     prune_experts(jetmoe, measured, keep=6, method="frequency")
     model = routed_model("llama", "softmax", num_experts=32)
     measured = measure_experts(model, batches(model))

@@ -57,6 +57,8 @@ def test_the_receipts_tell_the_losses(tmp_path):
             assert "merged by hc, experts 3 in 2 layers" in told.out
             assert "## Merging" in card_of(tmp_path / command)
         else:
+            tokenizers = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("mixture", command)]
+            assert tokenizers[0] == tokenizers[1]
             assert_described(tmp_path / command, told.out, f"{loss['after']:.4f}", "to_dense by mean")
         assert run_cli("doctor", tmp_path / command).code == 0
 
@@ -93,6 +95,15 @@ def assert_described(folder, told, *words):
 def card_of(folder):
     assert run_cli("card", folder).code == 0
     return (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", [("prune", "--keep", "3"), ("merge", "--into", "3"), ("to-dense",)])
+def test_an_output_that_exists(mixture, tmp_path, command):
+    before = sorted(tmp_path.iterdir())
+    name, *options = command
+    finished = run_cli(name, mixture, tmp_path / "mixture", "--measured", tmp_path / "measured", *options)
+    assert_one_sentence(finished, "is not empty")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("command", [("prune", "--drop", "0:1"), ("merge", "--into", "2"), ("to-dense",)])

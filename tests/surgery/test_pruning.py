@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.test_on_device import BACKENDS
 from hf_sparse_moe import disable_experts, expand, explain_export, quantize_experts
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.models.size import count_parameters
-from hf_sparse_moe.surgery import prune_experts
+from hf_sparse_moe.routing import find_mixture_layers
+from hf_sparse_moe.surgery import measure_experts, merge_experts, prune_experts
 from models.router_kinds import one_each, pairs_with, routed_model
-from routing.test_mixture_layers import build, inputs_of
+from routing.test_mixture_layers import MIXTURES, UNSUPPORTED, build, inputs_of
 from tiny_models import enlarge_weights, tiny_config, tiny_dense, tiny_inputs, tiny_sparse
 
 
@@ -59,9 +62,10 @@ def test_every_router(name, kind):
     assert_cut(model, prune_experts(model, drop=dropped), dropped, tiny_inputs(model, labels=False, pads=2))
 
 
-@pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm", "segment_mm", "auto"])
-def test_every_backend(backend):
-    model = tiny_sparse("llama")
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend(backend, name):
+    model = tiny_sparse(name)
     model.set_experts_implementation(backend)
     pruned = prune_experts(model, drop=[2])
     assert pruned.config._experts_implementation == backend
@@ -112,6 +116,29 @@ def test_stock_mixtures(name):
     assert_cut(model, prune_experts(model, drop=DROPPED), DROPPED, inputs)
 
 
+REFUSED = {
+    "inkling": "its router also chooses among other things than experts",
+    "longcat_flash": "has no field that this package knows for the number of its experts",
+    "nllb_moe": "only 0 and 1 are called",
+    "zaya": "has no field that this package knows for the number of its experts",
+}
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", sorted({*MIXTURES} - {*STOCK} - UNSUPPORTED.keys()))
+def test_every_mixture_of_transformers(name, tmp_path):
+    model, inputs = stock(name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            prune_experts(model, drop=DROPPED)
+        return
+    dropped = DROPPED if find_mixture_layers(model)[0].num_experts == 8 else [1]
+    assert_cut(model, prune_experts(model, drop=dropped), dropped, inputs)
+    model.save_pretrained(tmp_path / "stock")
+    prune_experts(tmp_path / "stock", drop=dropped, output=tmp_path / "pruned")
+    assert_cut(model, load_whole(tmp_path / "pruned").eval(), dropped, inputs)
+
+
 def test_stock_checkpoints_load_without_this_package(tmp_path):
     """As transformers stores them, expert by expert in most, and as it has them in memory."""
     jobs, expected = {}, {}
@@ -152,6 +179,30 @@ def test_bad_input_writes_nothing(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         prune_experts(tmp_path / "mixture", output=tmp_path / "out", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["mixture"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "groups"])
+def test_what_a_config_cannot_hold_is_named_and_nothing_written(name, tmp_path):
+    model = stock(name)[0] if name == "mixtral" else routed_model("llama", "groups by their best")
+    inputs = inputs_of(model) if name == "mixtral" else tiny_inputs(model, labels=False)
+    model.save_pretrained(tmp_path / "mixture")
+    measured, output = measure_experts(model, [inputs]), tmp_path / "out"
+    if name == "mixtral":
+        message = r"`model_type='mixtral'` has one number of experts for all layers, not \[6, 8\]"
+        with pytest.raises(ValueError, match=message):
+            merge_experts(tmp_path / "mixture", measured, into={0: 6}, output=output)
+    else:
+        message = "which its router's 4 groups cannot share evenly"
+    with pytest.raises(ValueError, match=message):
+        prune_experts(tmp_path / "mixture", measured, keep={0: 6}, output=output)
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture"]
+
+
+def test_some_layers_keep_some():
+    model = tiny_sparse("llama")
+    measured = measure_experts(model, [tiny_inputs(model, labels=False, batch=8)])
+    for made in (prune_experts(model, measured, keep={1: 0.75}), merge_experts(model, measured, into={1: 3})):
+        assert made.config.num_experts_per_layer == [4, 3]
 
 
 def test_an_output_that_exists(tmp_path):

@@ -123,6 +123,11 @@ class GroupLosses:
     def by_group(self) -> dict[str, dict[str, float]] | None:
         if not self.is_known:
             return None
+        if not self.sums.isfinite().all():
+            raise ValueError(
+                "The loss on this text is NaN or infinite: the model is broken, or float16 too narrow for it. See "
+                "`hf-sparse-moe doctor`."
+            )
         sums = {**dict(zip(self.names, self.sums.T.tolist(), strict=True)), ALL: self.sums.sum(dim=1).tolist()}
         return {name: {"loss": loss / max(count, 1), "labels": int(count)} for name, (loss, count) in sums.items()}
 

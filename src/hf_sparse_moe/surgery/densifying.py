@@ -38,7 +38,7 @@ from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 
 from .alignment import aligned, blended
-from .measurements import ExpertMeasurements
+from .measurements import ExpertMeasurements, router_sha256
 from .receipts import write_card, write_receipt
 from .rewriting import SurgeryReport, require_numbers, sizes
 
@@ -276,8 +276,14 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
     salience = None
     if measured is not None:  # by place: a stock mixture that was imported has layers of other names
         found = ExpertMeasurements.of(measured).layers
-        if [layer.num_experts for layer in found] != [block.experts.num_experts for block in sparse.sparse_blocks]:
-            raise ValueError("`measured` is of another model: it has other layers, or other numbers of experts.")
+        read = tensors.reader(reuse=False)
+        gates = [block.gate.named_parameters() for block in sparse.sparse_blocks]
+        routers = [
+            router_sha256({name: read(f"{layer.block}.gate.{name}") for name, _ in gate})
+            for layer, gate in zip(layers, gates, strict=True)
+        ]
+        if [layer.router_sha256 for layer in found] != routers:
+            raise ValueError("`measured` is of another model: its routers have other weights. Measure again.")
         salience = [layer.reap.tolist() for layer in found]
     return _Plan(sparse, dense, layers, tensors, method, salience, dtype)
 

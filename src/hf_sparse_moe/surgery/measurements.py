@@ -71,13 +71,17 @@ class LayerMeasurements:
             return self.frequency
         return {"reap": lambda: self.reap, "ean": lambda: self.ean}[method]()
 
-    def _mean(self, name: str) -> torch.Tensor:
+    def found(self, name: str) -> torch.Tensor:
+        """One of the tensors; raises a `ValueError` where it was not measured."""
         if name not in self.tensors:
             raise ValueError(
-                f"The experts of `{self.name}` cannot be called one by one, so their outputs were not measured. Take "
-                '`method="frequency"`.'
+                f"The experts of `{self.name}` cannot be called one by one, so their outputs were not measured. Prune "
+                'them by `method="frequency"`.'
             )
-        return self.tensors[name].sum(dim=0) / self.tokens.clamp(min=1)
+        return self.tensors[name]
+
+    def _mean(self, name: str) -> torch.Tensor:
+        return self.found(name).sum(dim=0) / self.tokens.clamp(min=1)
 
     def to_dict(self) -> dict[str, Any]:
         """What a person reads of it, in plain numbers, for JSON."""

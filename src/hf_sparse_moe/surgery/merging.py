@@ -117,9 +117,9 @@ def _groups_by_layer(
             facts = measured.check(layer, router_tensors(mixture, layer))
             salience = facts.frequency if method == "m-smoe" else facts.reap
             if method == "hc":
-                groups = _clusters(facts.tensors["mean_outputs"], count)
+                groups = _clusters(facts.found("mean_outputs"), count)
             else:
-                alike = _alike(facts.tensors["logits"]) if method == "m-smoe" else facts.tensors["similarity"]
+                alike = _alike(facts.found("logits")) if method == "m-smoe" else facts.found("similarity")
                 groups = _around(salience, alike, count)
             groups = sorted(sorted(group, key=lambda e: -salience[e]) for group in groups)
             weights = [salience[group].clamp(min=1e-12) for group in groups]

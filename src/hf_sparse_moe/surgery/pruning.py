@@ -257,6 +257,8 @@ def check_rest(layer: MixtureLayer, place: int, kept: list[int]) -> None:
     hashed = [name for name, tensor in layer.router.state_dict().items() if not tensor.is_floating_point()]
     if hashed or any(isinstance(module, SparseMoeHashRouter) for module in layer.router.modules()):
         raise ValueError(f"The experts of layer {place} cannot be cut: the token's id decides its experts.")
+    if type(layer.experts).__name__ == "NllbMoeExperts":  # in transformers 5.23; they take the router's mask for ids
+        raise ValueError(f"The experts of layer {place} cannot be cut: whatever is chosen, only 0 and 1 are called.")
     if layer.top_k > len(kept):
         raise ValueError(
             f"Layer {place} would have {len(kept)} experts, but {layer.top_k} serve each token. Keep more."
