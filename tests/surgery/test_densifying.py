@@ -132,7 +132,8 @@ def test_a_stock_mixture_is_weighed_by_its_own_measurements(name, tmp_path):
     measured = measure_experts(model, [inputs_of(model)])
     dense = to_dense(tmp_path / "stock", measured, "best")
     down = find_mixture_layers(model)[1].experts.down_proj[measured.layers[1].reap.argmax()]
-    assert torch.equal(dense.model.layers[1].mlp.down_proj.weight, down)
+    found = dense.model.layers[1].mlp.down_proj.weight  # smaller where the router's weights sum to less than 1
+    assert torch.cosine_similarity(found.flatten(), down.flatten(), dim=0) > 1 - 1e-6
 
 
 def test_bad_input(tmp_path):
