@@ -55,12 +55,20 @@ def _hook_into_peft() -> None:
             import_module(".adapters.expert_modules", __package__).tell_of_experts_left_out(peft_config, model)
         return include(peft_config, model)
 
+    inject = tuners.BaseTuner.inject_adapter
+
+    @wraps(inject)
+    def serve_and_inject(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        import_module(".adapters.expert_lora", __package__).serve_plain_config(self.peft_config[adapter_name])
+        return inject(self, model, adapter_name, *args, **kwargs)
+
     def rename_and_check(cls: type, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
         tensors = rename(cls, model, config, adapter_name, state_dict)
         import_module(".adapters.adapter_match", __package__).check_any_match(model, adapter_name, tensors)
         return tensors
 
     tuners._maybe_include_all_linear_layers = include_and_tell
+    tuners.BaseTuner.inject_adapter = serve_and_inject
     tuners.BaseTuner._remap_adapter_state_dict_for_load = classmethod(rename_and_check)
 
 

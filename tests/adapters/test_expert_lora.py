@@ -77,6 +77,33 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_merges(name):
     torch.testing.assert_close(logits_of(merged, inputs), after, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["decoder", "encoder", "gpt_oss"])
+def test_experts_that_share_an_adapter_train_as_ones_that_are_kept_equal(name):
+    """One A and B instead of four; the gradient is the sum over the experts of those of equal ones."""
+    model, each_model = (without_dropout(mixture(name)) for _ in range(2))
+    inputs = tiny_inputs(model)
+    peft_model = adapted(model, shared=True)
+    each = adapted(each_model)
+    count = sum(parameter.numel() for parameter in trainable(each).values())
+    assert 4 * sum(parameter.numel() for parameter in trainable(peft_model).values()) == count
+    with torch.no_grad():
+        for key, parameter in trainable(each).items():
+            parameter.copy_(trainable(peft_model)[key].expand_as(parameter))
+    for one in (peft_model, each):
+        one(**inputs).loss.backward()
+    for key, parameter in trainable(each).items():
+        summed = parameter.grad.sum(0, keepdim=True)
+        torch.testing.assert_close(trainable(peft_model)[key].grad, summed, rtol=1e-3, atol=1e-5)
+        assert summed.any()
+    losses = train(peft_model, inputs)
+    assert losses[-1] < losses[0]
+    after = logits_of(peft_model, inputs)
+    peft_model.merge_adapter()
+    torch.testing.assert_close(logits_of(peft_model, inputs), after, rtol=1e-4, atol=1e-4)
+    peft_model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(peft_model, inputs), after, rtol=1e-4, atol=1e-4)
+
+
 def test_a_broken_adapter_does_not_merge():
     peft_model = adapted(tiny_sparse("decoder"))
     next(iter(trainable(peft_model).values())).data[0, 0, 0] = float("nan")

@@ -70,6 +70,7 @@ CASES = [
     ("ernie4_5_moe", "rich", {}),
     ("switch_transformers", "rich", {"attention": False}),
     ("mixtral", "plain", {"experts": {1: [0, 2], 3: None}, "projections": ("gate", "down")}),
+    ("mixtral", "plain", {"shared": True, "experts": {1: [0, 2], 3: None}}),
     ("qwen3_moe", "plain", {"rank_pattern": {r".*layers\.1\..*": 5}, "use_rslora": True}),
 ]
 

@@ -27,6 +27,7 @@ class ExpertFactor(nn.Module):
         features (`int`): All inputs or outputs of the projection.
         columns (`slice`): Which of the features it reaches.
         is_b (`bool`): Whether it is B.
+        shared (`bool`): Whether the N experts have one: `weight` is (1, r, features) then.
         like (`torch.Tensor`): Gives device and dtype.
     """
 
@@ -38,22 +39,48 @@ class ExpertFactor(nn.Module):
         features: int,
         columns: slice,
         is_b: bool,
+        shared: bool,
         like: torch.Tensor,
     ):
         super().__init__()
         self.experts, self.num_experts, self.rank = experts, num_experts, rank
-        self.features, self.columns, self.is_b = features, columns, is_b
+        self.features, self.columns, self.is_b, self.shared = features, columns, is_b, shared
         reached = len(range(*columns.indices(features)))
-        self.weight = nn.Parameter(torch.empty(len(experts), rank, reached, device=like.device, dtype=like.dtype))
+        self.weight = nn.Parameter(
+            torch.empty(1 if shared else len(experts), rank, reached, device=like.device, dtype=like.dtype)
+        )
+
+    def of_each(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """`(N, r, reached features)`, the same for each expert where they share one."""
+        weight = self.weight if weight is None else weight
+        return weight.expand(len(self.experts), -1, -1).contiguous() if self.shared else weight
 
     def all_experts(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """`(E, r, features)`, zero where there is no adapter."""
-        weight = self.weight if weight is None else weight
+        weight = self.of_each(weight)
         if len(self.experts) == self.num_experts and weight.shape[-1] == self.features:
             return weight
         full = weight.new_zeros(self.num_experts, self.rank, self.features)
         full[list(self.experts), :, self.columns] = weight
         return full
+
+    def chosen(self, full: torch.Tensor, name: str) -> torch.Tensor:
+        """
+        The parameter's form of `full` (E, r, features). Raises a `ValueError` where that, whose name is `name`, has
+        more than was chosen.
+        """
+        weight = full[list(self.experts)][..., self.columns].contiguous()
+        if self.is_b and weight.count_nonzero() != full.count_nonzero():
+            raise ValueError(
+                f"`{name}` of the adapter is not zero outside of experts {list(self.experts)} and of the chosen "
+                "projections. Choose, in `experts` and `projections`, at least what it was trained for."
+            )
+        if self.shared and not (weight == weight[:1]).all():
+            raise ValueError(
+                f"`{name}` of the adapter is not the same for all experts, which `shared=True` says. Load it with "
+                "`shared=False`."
+            )
+        return weight[:1] if self.shared else weight
 
     def to_file(self, weight: torch.Tensor) -> torch.Tensor:
         """The file's form of `weight` (N, r, features), which is gathered where ranks share it out."""
@@ -63,8 +90,8 @@ class ExpertFactor(nn.Module):
 
     def from_file(self, packed: torch.Tensor, name: str) -> torch.Tensor:
         """
-        The parameter's form, of the adapted experts and columns. Raises a `ValueError` where `packed`, whose name is
-        `name`, is for other experts, another width or another rank.
+        The parameter's form of `packed`. Raises a `ValueError` where that, whose name is `name`, is for other experts,
+        another width or another rank.
         """
         rows = self.num_experts * self.rank
         needed = (self.features, rows) if self.is_b else (rows, self.features)
@@ -79,13 +106,7 @@ class ExpertFactor(nn.Module):
             if self.is_b
             else packed.unflatten(0, (-1, self.rank))
         )
-        weight = full[list(self.experts)][..., self.columns].contiguous()
-        if self.is_b and weight.count_nonzero() != full.count_nonzero():
-            raise ValueError(
-                f"`{name}` of the adapter is not zero outside of experts {list(self.experts)} and of the chosen "
-                "projections. Choose, in `experts` and `projections`, at least what it was trained for."
-            )
-        return weight
+        return self.chosen(full, name)
 
     def extra_repr(self) -> str:
         return f"{len(self.experts)} of {self.num_experts} experts, {tuple(self.weight.shape)}"

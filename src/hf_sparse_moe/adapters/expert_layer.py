@@ -81,9 +81,9 @@ class ExpertLora(_Base):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         experts, columns = self._chosen_experts(config, target_name), self._chosen_columns(config)
-        sizes = (experts, self.num_experts, r)
-        self.lora_A[adapter_name] = ExpertFactor(*sizes, self.in_features, slice(None), False, weight)
-        self.lora_B[adapter_name] = ExpertFactor(*sizes, self.out_features, columns, True, weight)
+        sizes, shared = (experts, self.num_experts, r), getattr(config, "shared", False)
+        self.lora_A[adapter_name] = ExpertFactor(*sizes, self.in_features, slice(None), False, shared, weight)
+        self.lora_B[adapter_name] = ExpertFactor(*sizes, self.out_features, columns, True, shared, weight)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -168,7 +168,7 @@ class ExpertLora(_Base):
                 dropout = self.lora_dropout[name]
                 rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
                 served = None if tokens is None else tokens[name]
-                found.append(LowRank(a.weight, b.weight, self.scaling[name], a.experts, b.columns, rate, served))
+                found.append(LowRank(a.of_each(), b.of_each(), self.scaling[name], a.experts, b.columns, rate, served))
         return found
 
     def _tokens_of(self, adapter_names: Sequence[str] | None, count: int, device: torch.device):

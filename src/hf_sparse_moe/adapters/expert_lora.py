@@ -25,8 +25,8 @@ from .expert_modules import PROJECTIONS, below_adapters, expert_modules, first_p
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-FILE = "expert_lora.json"  # what PEFT's own file has no place for, or refuses on experts
-_OWN = ("lora_dropout", "experts", "projections")
+FILE = "expert_lora.json"  # what PEFT's own file has no place for
+_OWN = ("experts", "projections", "shared")
 _ABSENT_IS_FINE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 _DOWNLOAD = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 _IGNORED = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_modules", "target_parameters")
@@ -47,6 +47,7 @@ def expert_lora_config(
     *,
     experts: Mapping[str | int, Sequence[int] | None] | None = None,
     projections: Collection[str] = PROJECTIONS,
+    shared: bool = False,
     attention: bool = False,
     router: bool = False,
     **lora_kwargs,
@@ -66,6 +67,8 @@ def expert_lora_config(
             The experts to adapt, by layer: the name of its experts module, as [`select_experts`] gives it, or the
             layer's number. None stands for all experts of the layer; layers that are not named get no adapter.
         projections (`Collection[str]`, defaults to `("gate", "up", "down")`): Which of them to adapt.
+        shared (`bool`, defaults to `False`): One A and B for all adapted experts of a layer, instead of one of each: N
+            times fewer parameters for N experts.
         attention (`bool`, defaults to `False`): Adapt the linear layers of the attention too.
         router (`bool`, defaults to `False`): Train the routers too, in full: they are small. Off by default, since a
             router that moves can unlearn its balance on little data.
@@ -106,6 +109,7 @@ def expert_lora_config(
         modules_to_save=modules_to_save or None,
         experts=chosen,
         projections=None if set(projections) == set(PROJECTIONS) else sorted(projections),
+        shared=shared,
         **{"task_type": task_type, **lora_kwargs},
     )
 
@@ -196,19 +200,20 @@ def config_class() -> type[Any]:
         Args:
             experts (`dict[str, list[int]]`, *optional*): The adapted experts of each experts module, by its name.
             projections (`list[str]`, *optional*): Which of "gate", "up" and "down" are adapted.
+            shared (`bool`, defaults to `False`): Whether the experts of a layer share one adapter.
         """
 
         experts: dict[str, list[int]] | None = None
         projections: list[str] | None = None
+        shared: bool = False
 
         def __post_init__(self):
             super().__post_init__()
             self._register_custom_module({nn.Module: cast(type[nn.Module], _make_layer)})  # PEFT only calls it
 
         def to_dict(self) -> dict[str, Any]:
-            """What plain PEFT reads: dropout acts in training only, and PEFT refuses to load it on experts."""
-            settings = super().to_dict()
-            return {name: settings[name] for name in settings if name not in _OWN} | {"lora_dropout": 0.0}
+            """What plain PEFT reads."""
+            return {name: value for name, value in super().to_dict().items() if name not in _OWN}
 
         def save_pretrained(self, save_directory: str, **kwargs) -> None:
             super().save_pretrained(save_directory, **kwargs)
@@ -237,6 +242,14 @@ def _make_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs) ->
     if kwargs.get("parameter_name") is None or not follows_interface(below_adapters(target)):
         return None
     return layer_class()(target, adapter_name, config=config, **kwargs)
+
+
+def serve_plain_config(config: Any) -> None:
+    """Have a plain LoRA config reach this package's layers, where it asks for what PEFT's own refuse on experts."""
+    is_plain = not getattr(config, "_custom_modules", True)
+    if is_plain and config.target_parameters and config.lora_dropout:
+        pack_in_peft_files()
+        config._register_custom_module({nn.Module: cast(type[nn.Module], _make_layer)})
 
 
 def load_expert_lora(

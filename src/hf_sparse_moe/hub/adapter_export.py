@@ -328,6 +328,7 @@ def _write(adapted: _Adapted, base: PreTrainedModel, folder: Path) -> None:
         alpha_pattern={name: alpha for name, alpha in alphas.items() if not isclose(alpha, config.lora_alpha)},
         experts=None if all_chosen else chosen,
         projections=config.projections if on_experts else None,
+        shared=config.shared and bool(on_experts),
         base_model_name_or_path=None,
         revision=None,
     )
@@ -336,10 +337,7 @@ def _write(adapted: _Adapted, base: PreTrainedModel, folder: Path) -> None:
         a, b = layer.lora_A["default"], layer.lora_B["default"]
         lora = loras[name]
         if isinstance(a, ExpertFactor):
-            a.weight, b.weight = (
-                nn.Parameter(one[list(a.experts)][..., factor.columns].contiguous())
-                for one, factor in ((lora.a, a), (lora.b.mT, b))
-            )
+            a.weight, b.weight = nn.Parameter(a.chosen(lora.a, name)), nn.Parameter(b.chosen(lora.b.mT, name))
         else:
             a.weight, b.weight = nn.Parameter(lora.a), nn.Parameter(lora.b)
     for name, module in peft_model.get_base_model().named_modules():

@@ -92,10 +92,13 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, plain: bool = False, **k
     """
     if find_spec("peft") is None:
         raise ValueError('An adapter needs PEFT. Run: pip install "hf-sparse-moe[peft]"')
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     check_weights(adapter)
     is_lora = adapter.config.get("peft_type") == "LORA"
+    if is_lora and plain:
+        kwargs["config"] = LoraConfig.from_pretrained(str(adapter.folder))
+        kwargs["config"].lora_dropout = 0.0  # which PEFT refuses on experts, and which acts in training only
     load = load_expert_lora if is_lora and not plain else PeftModel.from_pretrained
     try:
         with warnings.catch_warnings():
