@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench gpu docs api cards build floor newest test-newest clean
+.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench gpu docs api ecosystem cards build floor newest test-newest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -91,6 +91,9 @@ docs: $(READY)  ## build the documentation site into site/; any warning is an er
 
 api: $(READY)  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/write_api.py
+
+ecosystem: $(READY)  ## run the tests of other tools on mixtures; rewrites docs/ecosystem.md (ARGS=lm-eval for one row)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/write_ecosystem.py $(ARGS)
 
 cards: $(READY)  ## the reference cards of model_cards/ from real runs (ARGS=--no-training: only render them again)
 	OMP_NUM_THREADS=1 $(BIN)/python model_cards/make.py $(ARGS)

@@ -19,12 +19,16 @@ def save_dense_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
     dense = tiny_dense("bert")
     dense.base_model.save_pretrained(folder / "plain")
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"word{i}": i for i in range(1, VOCAB_SIZE)}}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]", model_max_length=16
-    ).save_pretrained(folder / "plain")
+    save_word_tokenizer(folder / "plain", model_max_length=16)
     size = dense.config.hidden_size
     pooled = [Transformer(str(folder / "plain")), Pooling(size, pooling_mode="cls"), Dense(size, 8), Normalize()]
     SentenceTransformer(modules=pooled, device="cpu", prompts={"query": "word5 "}).save(str(folder / "dense"))
     return folder / "dense"
+
+
+def save_word_tokenizer(folder: Path, **options) -> None:
+    """`word7` is token 7."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"word{i}": i for i in range(1, VOCAB_SIZE)}}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]", **options)
+    tokenizer.save_pretrained(folder)

@@ -22,7 +22,7 @@ STAND_INS = {
     "google/flan-t5-small": ("t5_gated", {"num_layers": 8}),
 }
 # Commands that take minutes, a server or a file of text have tests of their own.
-LONG_COMMANDS = ("quickstart", "push", "pull", "look")
+LONG_COMMANDS = ("quickstart", "push", "pull", "look", "evaluate")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -4,7 +4,7 @@ from .app import app, main
 
 
 # The commands register themselves with `app`; the order here is that of the help.
-from . import upcycling, surgery, checkpoints, look, stock, hub, demo  # noqa: F401  # isort: skip
+from . import upcycling, surgery, checkpoints, look, evaluation, stock, hub, demo  # noqa: F401  # isort: skip
 
 
 __all__ = ["app", "main"]
