@@ -42,13 +42,13 @@ import torch
 from hf_sparse_moe import upcycle
 
 model = upcycle("google-bert/bert-base-uncased", num_experts=4).eval()
-inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
 sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}
-program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, sizes))
+program = torch.export.export(model, (), inputs, dynamic_shapes={"input_ids": sizes})
 ```
 
-`torch.onnx.export(model, (), "model.onnx", kwargs=inputs, dynamo=True, ...)` takes the same. The graph holds the
-experts as `grouped_mm`, in ONNX as `batched_mm`, whatever their implementation. A decoder needs `use_cache=False`.
+`torch.onnx.export(model, (), "model.onnx", kwargs=inputs, dynamo=True, ...)` takes the same. Decoders need
+`use_cache=False`. Experts run as `grouped_mm` in the graph, as `batched_mm` in ONNX.
 """
 
 
