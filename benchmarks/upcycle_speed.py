@@ -5,8 +5,9 @@ How fast is streaming upcycling, and how much memory does it take? Side by side 
 
 For each method, generates a Llama-shaped bfloat16 checkpoint with as many layers as the output needs to be large
 enough, then alternates between upcycling it and copying the result, each time up to the moment when the disk holds
-every byte. Each upcycling is a process of its own, whose peak memory is what the system says of it. `cp` reads what
-was just written, so mostly from memory. The processor's seconds say what a busy machine hides. Removes its files.
+every byte. Each upcycling is a process of its own, whose peak memory is what the system says of it; "command" is the
+whole process, with its imports. `cp` reads what was just written, so mostly from memory. The processor's seconds say
+what a busy machine hides. Removes its files.
 """
 
 from __future__ import annotations
@@ -71,11 +72,9 @@ def main() -> None:
                 sys.exit(f"This needs {needed / 2**30:.0f} GiB of disk, and {folder} has {free / 2**30:.0f}.")
             run(GENERATE, layers, folder / "dense")
             rows.append(measure(folder, method, options.max_shard_size, options.rounds))
-    print(
-        "\n| method | output GiB | upcycle GiB/s | cp GiB/s | ratio | upcycle CPU s/GiB | cp CPU s/GiB | peak MiB | "
-        "largest shard MiB | above it MiB |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    heads = ["method", "output GiB", "upcycle GiB/s", "cp GiB/s", "ratio", "command s", "cp s", "upcycle CPU s/GiB"]
+    heads += ["cp CPU s/GiB", "peak MiB", "largest shard MiB", "above it MiB"]
+    print("\n| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
@@ -83,9 +82,11 @@ def main() -> None:
 def measure(folder: Path, method: str, max_shard_size: str, rounds: int) -> list[str]:
     mixture, copy = folder / "mixture", folder / "copy"
     arguments = json.dumps({"num_experts": 8, "method": method, "max_shard_size": max_shard_size})
-    upcycled, copied, peaks, cpus, copy_cpus = [], [], [], [], []
+    commands, upcycled, copied, peaks, cpus, copy_cpus = [], [], [], [], [], []
     for number in range(rounds):
+        start = time.perf_counter()
         measured = json.loads(run(UPCYCLE, folder / "dense", mixture, arguments).splitlines()[-1])
+        commands.append(time.perf_counter() - start)
         files = sorted(mixture.glob("*.safetensors"))
         size, largest = sum(path.stat().st_size for path in files), max(path.stat().st_size for path in files)
         start, before = time.perf_counter(), children_cpu()
@@ -97,9 +98,9 @@ def measure(folder: Path, method: str, max_shard_size: str, rounds: int) -> list
         cpus.append(measured["cpu"])
         peaks.append(measured["peak"])
         print(
-            f"{method}, round {number + 1}, load {os.getloadavg()[0]:.1f}: upcycle {upcycled[-1]:.1f} s, cp "
-            f"{copied[-1]:.1f} s, peak {peaks[-1] / 2**20:.0f} MiB, of which the imports "
-            f"{measured['imported'] / 2**20:.0f} MiB",
+            f"{method}, round {number + 1}, load {os.getloadavg()[0]:.1f}: command {commands[-1]:.1f} s, of it "
+            f"upcycle {upcycled[-1]:.1f} s, cp {copied[-1]:.1f} s, peak {peaks[-1] / 2**20:.0f} MiB, of which the "
+            f"imports {measured['imported'] / 2**20:.0f} MiB",
             flush=True,
         )
         shutil.rmtree(mixture)
@@ -112,6 +113,8 @@ def measure(folder: Path, method: str, max_shard_size: str, rounds: int) -> list
         f"{gib / statistics.median(upcycled):.2f}",
         f"{gib / statistics.median(copied):.2f}",
         f"{ratio:.2f}",
+        f"{statistics.median(commands):.1f}",
+        f"{statistics.median(copied):.1f}",
         f"{statistics.median(cpus) / gib:.2f}",
         f"{statistics.median(copy_cpus) / gib:.2f}",
         f"{peak / 2**20:.0f}",
