@@ -83,12 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes")
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, help="default: 7, and 20 with --tiny")
     parser.add_argument("--steps", nargs="+", help="default: all")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to put before what is installed")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="default: benchmarks/results")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results, and .cache/gpu with --tiny")
     options = parser.parse_args()
-    options.output = options.output.resolve()
+    options.minutes = options.minutes or (20 if options.tiny else 7)
+    options.output = (options.output or (ROOT / ".cache" / "gpu" if options.tiny else HERE / "results")).resolve()
     end = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +100,8 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ |= {"BENCHMARK_RESULTS": str(options.output), "SPARSE_MOE_TEST_DEVICE": options.device}
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if options.tiny:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         told: dict[str, dict[str, object]] = {}
         for name, (share, arguments) in steps(options.device, options.tiny, options.output).items():
             if options.steps is None or name in options.steps:

@@ -31,7 +31,6 @@ COPIED = 0.1  # a document is left out when more of its grams than this are held
 LANGUAGES = ("en", "de", "fr")
 IGNORED = -100
 SPLITS = ("train", "tuning", "test")
-MASKED = 0.15
 
 Documents = dict[tuple[str, str], str]  # by domain and name
 
@@ -102,7 +101,8 @@ def _windows(family: str, data: Path, settings: dict[str, Any]) -> Text:
     held_out = [_held_out_windows(documents, tokenizer, settings) for documents in (tuning, test)]
     vocab_size, splits = len(tokenizer), [learn, *held_out]
     if family == "encoder":
-        splits = [_masked(rows, mask_id=vocab_size, seed=seed) for seed, rows in enumerate(splits)]
+        share = settings["masked"]
+        splits = [_masked(rows, vocab_size, share, seed) for seed, rows in enumerate(splits)]
         vocab_size += 1
     facts = {"documents": kept, "documents left out as copies": {name: read[name] - kept[name] for name in read}}
     return Text(*splits, vocab_size, facts | {"training tokens": ids.numel()})
@@ -177,15 +177,15 @@ def _held_out_windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, 
     return Rows(inputs, torch.tensor(document), list(documents))
 
 
-def _masked(rows: Rows, mask_id: int, seed: int) -> Rows:
-    """15 % of the tokens to be told: 80 % of them masked, 10 % another token, 10 % as they are (BERT)."""
+def _masked(rows: Rows, mask_id: int, share: float, seed: int) -> Rows:
+    """A share of the tokens is to be told: 80 % of them masked, 10 % another token, 10 % as they are (BERT)."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels = rows.inputs["input_ids"].clone(), rows.inputs["labels"].clone()
     draw = torch.rand(ids.shape, generator=generator)
-    labels[draw >= MASKED] = IGNORED
+    labels[draw >= share] = IGNORED
     told = labels != IGNORED
-    ids[told & (draw < 0.8 * MASKED)] = mask_id
-    other = told & (draw >= 0.8 * MASKED) & (draw < 0.9 * MASKED)
+    ids[told & (draw < 0.8 * share)] = mask_id
+    other = told & (draw >= 0.8 * share) & (draw < 0.9 * share)
     ids[other] = torch.randint(0, mask_id, (int(other.sum()),), generator=generator)
     return Rows({"input_ids": ids, "labels": labels}, rows.document, rows.documents)
 
