@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tiny_models import tiny_inputs, tiny_sparse
 
 
-BACKENDS = ("segment_mm", "segment_mm_recompute", "auto")
+BACKENDS = ("sparse_moe", "sparse_moe_recompute")
 WRAPPERS = (DistributedDataParallel, FSDPModule)
 SEQUENCES = 4
 

@@ -8,7 +8,7 @@ import transformers as hf
 from transformers import Trainer, TrainingArguments
 
 from experts.experts_modules import inputs, make
-from experts.test_segment_mm import Products
+from experts.test_function import Products
 from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_sparse, without_dropout
 
 
@@ -49,7 +49,7 @@ def assert_same(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("backend", ["segment_mm", "segment_mm_recompute", "auto"])
+@pytest.mark.parametrize("backend", ["sparse_moe", "sparse_moe_recompute"])
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_models_compute_the_same(name, backend):
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_our_models_compute_the_same(name, checkpointing):
     batch = tiny_inputs(model, pads=2)
     model.set_experts_implementation("eager")
     expected = logits_and_gradients(model, batch)
-    model.set_experts_implementation("segment_mm")
+    model.set_experts_implementation("sparse_moe")
     if checkpointing:
         model.gradient_checkpointing_enable()
     assert_same(logits_and_gradients(model, batch), expected)
@@ -89,12 +89,12 @@ def test_trainer_in_bf16_computes_the_experts_in_bf16(tmp_path):
         tmp_path, max_steps=1, per_device_train_batch_size=4, bf16=True, use_cpu=True, report_to=[], save_strategy="no"
     )
     dtypes = {}
-    for backend in ("segment_mm", "grouped_mm"):
+    for backend in ("sparse_moe", "grouped_mm"):
         model.set_experts_implementation(backend)
         with ExpertsDtypes() as dtypes[backend]:
             Trainer(model, arguments, train_dataset=rows).train()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert dtypes["segment_mm"].seen == {torch.bfloat16}
+    assert dtypes["sparse_moe"].seen == {torch.bfloat16}
     assert dtypes["grouped_mm"].seen == {torch.float32}
 
 
@@ -121,11 +121,11 @@ def warnings_of_the_backend(caplog):
 
 
 def test_a_norm_after_the_experts_is_left_to_grouped_mm_with_one_line(warnings_of_the_backend):
-    experts, tensors = make("mixtral", "segment_mm"), inputs(20, 2)
+    experts, tensors = make("mixtral", "sparse_moe"), inputs(20, 2)
     experts.has_post_expert_norm, experts.post_expert_norm = True, torch.nn.RMSNorm(16)
     found = [experts(*tensors), experts(*tensors)]
     experts.config._experts_implementation = "grouped_mm"
     assert torch.equal(found[0], experts(*tensors))
     lines = [record.message for record in warnings_of_the_backend.records]
-    assert lines == ["`segment_mm` does not run with a norm after the experts: these experts run with `grouped_mm`."]
+    assert lines == ["`sparse_moe` does not run with a norm after the experts: these experts run with `grouped_mm`."]
     assert torch.equal(*found)

@@ -1,28 +1,25 @@
 """
 Experts with low-rank adapters beside their frozen weights: `y = W_e x + s B_e (A_e x)`, grouped by expert.
 
-T tokens, K experts a token, E experts, N adapted ones, H hidden, I intermediate, U rows of the first projection, R
-rows, r rank. No update of W is ever built. On the CPU, the adapters stand beside the products of `segment_mm`: between
-forward and backward stays, of each pair of token and expert, the first projection; the rest is computed again.
+T tokens, K experts a token, E experts, N adapted ones, H hidden, I intermediate, R rows, B rows of a batch, r rank. No
+update of W is ever built: the adapters' thin products stand beside those of the experts' own function.
 """
 
 from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_sparse_moe.experts.segment_mm import compute_dtype, run_segments, unsupported
-from hf_sparse_moe.experts.segments import Segment, Segments
-
-from .expert_modules import first_projection
+from hf_sparse_moe.experts.function import run_experts
+from hf_sparse_moe.experts.products import Matrices, grouped_outer, multiply, split
+from hf_sparse_moe.experts.segments import Batch, Segments
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,6 @@ class LowRank:
         experts = tuple(expert - start for expert in self.experts[slots])
         return replace(self, a=self.a[slots], b=self.b[slots], experts=experts)
 
-    def all_experts(self, num_experts: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """A and B with zeros for experts without adapter, and a rank of whole 16 bytes, as grouped products ask."""
-        factors = [F.pad(one.to(dtype), (0, 0, 0, -one.shape[1] % (16 // dtype.itemsize))) for one in (self.a, self.b)]
-        if len(self.experts) == num_experts:
-            return factors
-        place = torch.tensor(self.experts, device=self.a.device)
-        return [one.new_zeros(num_experts, *one.shape[1:]).index_copy(0, place, one) for one in factors]
-
 
 def low_rank_experts(
     experts: Any,
@@ -83,40 +72,70 @@ def low_rank_experts(
         `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`. Under autocast experts and adapters compute
         in its dtype, otherwise in that of the weights.
     """
-    if unsupported(experts, hidden_states) is None:
-        drops = any(adapter.dropout for adapter in (*up, *down))
-        adapters = _Adapters(up, down, seed=int(torch.randint(2**62, ()).item()) if drops else 0)
-        return run_segments(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
-    dtype = compute_dtype(experts.down_proj)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return grouped_low_rank_experts(experts, hidden_states, top_k_index, top_k_weights, up, down, dtype)
+    drops = any(adapter.dropout for adapter in (*up, *down))
+    adapters = _Adapters(up, down, seed=int(torch.randint(2**62, ()).item()) if drops and not _traced() else None)
+    return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @dataclass(frozen=True)
 class _Adapters:
-    """Those of one call of the experts on the CPU, as [`run_segments`] takes them."""
+    """Those of one call of the experts, as [`run_experts`] takes them."""
 
     up: list[LowRank]
     down: list[LowRank]
-    seed: int
+    seed: int | None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [factor for adapter in (*self.up, *self.down) for factor in (adapter.a, adapter.b)]
 
-    def beside(self, dtype: torch.dtype, segments: Segments) -> list[list[_Products]]:
-        step = len(segments.token_R) + 1
-        seeds = itertools.count(self.seed, step)
-        return [[_Products(one, dtype, next(seeds), segments) for one in side] for side in (self.up, self.down)]
+    def beside(self, dtype: torch.dtype, segments: Segments) -> list[list[_Beside]]:
+        """Those of either projection, each with random numbers of its own."""
+        seeds = itertools.count(self.seed or 0, segments.num_rows + 1)
+        drawn = self.seed is not None
+        return [
+            [_Beside(one, dtype, next(seeds) if drawn else None, segments) for one in side]
+            for side in (self.up, self.down)
+        ]
 
 
-class _Products:
-    """The products of an adapter in one direction of a call. The same `seed` drops the same inputs."""
+class _Factor(Matrices):
+    """A or B of the adapted experts, as matrices (in, out) of all experts."""
 
-    def __init__(self, adapter: LowRank, dtype: torch.dtype, seed: int, segments: Segments):
+    def __init__(self, stored: torch.Tensor, slots: dict[int, int], dtype: torch.dtype, transposed: bool):
+        super().__init__(stored, dtype, transposed)
+        self._slots = slots
+
+    def one(self, expert: int) -> torch.Tensor | None:
+        slot = self._slots.get(expert)
+        return None if slot is None else super().one(slot)
+
+    def several(self, experts: slice) -> torch.Tensor:
+        """With zeros for experts without adapter, and a rank of whole 16 bytes, as grouped products ask."""
+        stored = self._stored.to(self.dtype)
+        stored = F.pad(stored, (0, 0, 0, -stored.shape[1] % (16 // self.dtype.itemsize)))
+        number = experts.stop - experts.start
+        if len(stored) != number:
+            chosen = [slot for expert, slot in self._slots.items() if experts.start <= expert < experts.stop]
+            place = [expert - experts.start for expert in self._slots if experts.start <= expert < experts.stop]
+            place_N = torch.tensor(place, device=stored.device, dtype=torch.long)
+            part = stored[chosen] if len(chosen) != len(stored) else stored
+            stored = stored.new_zeros(number, *stored.shape[1:]).index_copy(0, place_N, part)
+        return stored.mT if self._transposed else stored
+
+
+class _Beside:
+    """What an adapter adds to its projection in one direction of a call. The same `seed` drops the same inputs."""
+
+    def __init__(self, adapter: LowRank, dtype: torch.dtype, seed: int | None, segments: Segments):
         self.adapter, self.seed = adapter, seed
         self.slots = {expert: slot for slot, expert in enumerate(adapter.experts)}
-        self.a, self.b = (factor.detach().to(dtype).unbind(0) for factor in (adapter.a, adapter.b))
+        self.there = [_Factor(adapter.a, self.slots, dtype, True), _Factor(adapter.b, self.slots, dtype, False)]
+        self.back = [_Factor(adapter.b, self.slots, dtype, True), _Factor(adapter.a, self.slots, dtype, False)]
         self.serves_R = None if adapter.tokens is None else adapter.tokens[segments.token_R]
 
     @cached_property
@@ -124,98 +143,49 @@ class _Products:
         """Those of A and B; an expert that no token reaches keeps the zeros."""
         return [torch.zeros_like(one) if one.requires_grad else None for one in (self.adapter.a, self.adapter.b)]
 
-    def add(self, output: torch.Tensor, inputs: torch.Tensor, batch: list[Segment]) -> None:
-        """Add to `output` (R, out) what the adapter makes of `inputs` (R, in)."""
-        thin, output = self._thin(self._dropped(inputs, batch), self.a, batch), output[:, self.adapter.columns]
-        for slot, rows in self._parts(batch):
-            output[rows].addmm_(thin[rows], self.b[slot])
+    def add(self, output: torch.Tensor, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """`output` (B, out) and what the adapter makes of `inputs` (B, in)."""
+        thin = self._thin(self._dropped(inputs, batch), self.there[0], batch)
+        multiply(thin, self.there[1], batch, out=output[:, self.adapter.columns], add=True)
+        return output
 
-    def add_transposed(self, d_inputs: torch.Tensor, gradient: torch.Tensor, batch: list[Segment]) -> None:
+    def add_transposed(self, d_inputs: torch.Tensor, gradient: torch.Tensor, batch: Batch) -> None:
         """Add the gradient of the inputs, from that of the output."""
-        thin = self._thin(gradient[:, self.adapter.columns], self.b, batch)
-        update = d_inputs if not self.adapter.dropout else torch.zeros_like(d_inputs)
-        for slot, rows in self._parts(batch):
-            update[rows].addmm_(thin[rows], self.a[slot])
-        if update is not d_inputs:
-            d_inputs += self._dropped(update, batch)
+        thin = self._thin(gradient[:, self.adapter.columns], self.back[0], batch)
+        if not self.adapter.dropout:
+            multiply(thin, self.back[1], batch, out=d_inputs, add=True)
+        else:
+            d_inputs += self._dropped(multiply(thin, self.back[1], batch), batch)
 
-    def note(self, gradient: torch.Tensor, inputs: torch.Tensor, batch: list[Segment]) -> None:
+    def note(self, gradient: torch.Tensor, inputs: torch.Tensor, batch: Batch) -> None:
         """The gradients of A and B, from that of the output and the inputs."""
         inputs, gradient = self._dropped(inputs, batch), gradient[:, self.adapter.columns]
-        pairs = (self.b, gradient, inputs), (self.a, inputs, gradient)
+        pairs = (self.back[0], gradient, inputs), (self.there[0], inputs, gradient)
         for noted, (factor, x, y) in zip(self.gradients, pairs, strict=True):
-            if noted is not None:
-                thin = self._thin(x, factor, batch)
-                for slot, rows in self._parts(batch):
-                    noted[slot] = thin[rows].t() @ y[rows]
+            if noted is None:
+                continue
+            thin = self._thin(x, factor, batch)
+            if not batch.hit:  # on a device, whose one batch has all experts
+                every = grouped_outer(thin, y.contiguous(), batch)[:, : noted.shape[1]]
+                noted.copy_(every[list(self.slots)])
+            for expert, x_e, y_e in split(batch, thin, y):
+                if expert in self.slots:
+                    noted[self.slots[expert]] = x_e.t() @ y_e
 
-    def _thin(self, inputs: torch.Tensor, factor: Sequence[torch.Tensor], batch: list[Segment]) -> torch.Tensor:
-        """`s A x` of each row (R, r), 0 where there is no adapter; with B in the place of A, that of the gradient."""
-        thin = inputs.new_zeros(len(inputs), self.adapter.a.shape[1])
-        for slot, rows in self._parts(batch):
-            torch.mm(inputs[rows], factor[slot].t(), out=thin[rows])
-        thin *= self.adapter.scale
-        if self.serves_R is not None:
-            thin *= self.serves_R[batch[0].start : batch[-1].stop]
-        return thin
+    def _thin(self, inputs: torch.Tensor, factor: _Factor, batch: Batch) -> torch.Tensor:
+        """`s A x` of each row (B, r), 0 where there is no adapter; with B in the place of A, that of the gradient."""
+        thin = multiply(inputs, factor, batch) * self.adapter.scale
+        return thin if self.serves_R is None else thin * self.serves_R[batch.rows]
 
-    def _parts(self, batch: list[Segment]) -> list[tuple[int, slice]]:
-        """The adapted segments: place in A and B, and rows of the batch."""
-        first, slots = batch[0].start, self.slots
-        return [(slots[expert], slice(i - first, j - first)) for expert, i, j in batch if expert in slots]
-
-    def _dropped(self, inputs: torch.Tensor, batch: list[Segment]) -> torch.Tensor:
-        """After dropout: drawn again, and the same, in backward."""
+    def _dropped(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """After dropout: drawn again, and the same, in backward. In a traced graph, which differentiates it, at once."""
         if not self.adapter.dropout:
             return inputs
-        generator = torch.Generator().manual_seed(self.seed + batch[0].start)
+        if self.seed is None:
+            return F.dropout(inputs, self.adapter.dropout)
+        generator = torch.Generator(inputs.device).manual_seed(self.seed + batch.rows.start)
         share = 1 - self.adapter.dropout
         return inputs * inputs.new_empty(inputs.shape).bernoulli_(share, generator=generator).div_(share)
-
-
-def grouped_low_rank_experts(
-    experts: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    up: list[LowRank],
-    down: list[LowRank],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """[`low_rank_experts`] by grouped products, for accelerators and `torch.compile`: the host waits for nothing."""
-    num_experts, top_k = experts.num_experts, top_k_index.shape[1]
-    expert_R, order_R = top_k_index.flatten().sort(stable=True)
-    token_R = order_R // top_k
-    ends_E = torch.searchsorted(expert_R, torch.arange(1, num_experts + 1, device=expert_R.device)).int()
-    served_R = (expert_R < num_experts)[:, None]
-    expert_R = expert_R.clamp(max=num_experts - 1)
-
-    def project(name: str, adapters: list[LowRank], inputs: torch.Tensor) -> torch.Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_R].to(dtype) if experts.has_bias else None
-        weight = getattr(experts, name).to(dtype)
-        output = _grouped_linear(inputs, weight, ends_E, bias=bias, is_transposed=experts.is_transposed)
-        for adapter in adapters:
-            a, b = adapter.all_experts(num_experts, dtype)
-            dropped = F.dropout(inputs, adapter.dropout) if adapter.dropout else inputs
-            thin = _grouped_linear(dropped, a, ends_E) * adapter.scale
-            if adapter.tokens is not None:
-                thin = thin * adapter.tokens[token_R]
-            update = _grouped_linear(thin, b, ends_E, is_transposed=True)
-            if adapter.columns == slice(None):
-                output = output + update
-            else:
-                output = output.clone()
-                output[:, adapter.columns] += update
-        return torch.where(served_R, output, 0)
-
-    inputs = torch.where(served_R, hidden_states[token_R].to(dtype), 0)
-    first = project(first_projection(experts), up, inputs)
-    second = project("down_proj", down, experts._apply_gate(first) if experts.has_gate else experts.act_fn(first))
-    if experts.has_post_expert_norm:
-        second = experts.post_expert_norm(second)
-    weighted = second * torch.where(served_R, top_k_weights.flatten()[order_R, None], 0)
-    output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(weighted.dtype, torch.float32))
-    return output.index_add(0, token_R, weighted.to(output.dtype)).to(hidden_states.dtype)
 
 
 class _AdaptedConfig:

@@ -8,46 +8,63 @@ import numpy as np
 import torch
 
 
-class Segment(NamedTuple):
-    """The rows `start` to `stop` belong to `expert`."""
+class Batch(NamedTuple):
+    """
+    Neighbouring rows that are computed at once: B rows, F neighbouring experts. `grouped`: whether a product takes all
+    segments in one call, for which `experts`, `ends_F` and `expert_B` are; the host knows `hit` and `lengths` otherwise.
+    """
 
-    expert: int
-    start: int
-    stop: int
+    rows: slice
+    token_B: torch.Tensor  # the token of each row
+    grouped: bool
+    hit: list[int]  # the experts that have rows
+    lengths: list[int]  # how many rows each of them has
+    experts: slice
+    ends_F: torch.Tensor | None = None  # int32: where the rows of each expert end
+    expert_B: torch.Tensor | None = None  # the expert of each row
+    served_B1: torch.Tensor | None = None  # False where no expert here serves the row; None where all are served
 
 
 class Segments(NamedTuple):
-    """R rows cut into segments, one an expert that has any. T tokens, K experts a token."""
+    """R rows in the order of their experts. T tokens, K experts a token."""
 
-    segments: list[Segment]  # in the order of the experts and of the rows
+    batches: list[Batch]
+    num_rows: int
     token_R: torch.Tensor  # the token of each row
     pair_R: torch.Tensor  # the (token, slot) pair of each row, flat; T * K where the row only fills up
     row_TK: torch.Tensor  # the row of each pair; R where no expert here serves it
+    at_once: bool  # whether there is one batch, and each pair has a row in it
 
-    def batches(self, rows: int) -> list[list[Segment]]:
-        """Neighbouring segments together, as long as they have at most `rows` rows; a longer segment stands alone."""
-        batches: list[list[Segment]] = []
-        for segment in self.segments:
-            if batches and segment.stop - batches[-1][0].start <= rows:
-                batches[-1].append(segment)
-            else:
-                batches.append([segment])
-        return batches
+    def to(self, device: torch.device) -> Segments:
+        """On the device of the rows, for loops there."""
+        if device.type == "cpu":
+            return self
+        batches = [batch._replace(token_B=batch.token_B.to(device)) for batch in self.batches]
+        tensors = (tensor.to(device) for tensor in (self.token_R, self.pair_R, self.row_TK))
+        return Segments(batches, self.num_rows, *tensors, self.at_once)
 
 
-def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool, may_skip: bool) -> Segments:
+def find_segments(
+    top_k_index: torch.Tensor,
+    num_experts: int,
+    *,
+    fill_up: bool,
+    may_skip: bool,
+    grouped: bool = False,
+    batch_rows: int = 2**62,
+) -> Segments:
     """
     Sort the pairs of `top_k_index` (T, K) by expert, on the host.
 
     `fill_up` lengthens each segment to one of few lengths ([`padded_lengths`]); the rows that fill up repeat a row of
     the same expert, so that no value of one expert can reach another. `may_skip` allows an index of E and above, a
-    pair that another expert-parallel rank serves; it gets no row.
+    pair that another expert-parallel rank serves; it gets no row. A batch has at most `batch_rows` rows, or one segment.
 
     Raises:
         ValueError: an index below 0, or above E - 1 unless `may_skip`.
     """
     num_tokens, top_k = top_k_index.shape
-    expert_P = require_experts(top_k_index, num_experts, may_skip=may_skip)
+    expert_P = _require_experts(top_k_index, num_experts, may_skip)
     # A stable sort of small integers is a radix sort, 20 times faster than torch's own.
     expert_P = np.minimum(expert_P, num_experts).astype(np.min_scalar_type(num_experts))
     counts_E = np.bincount(expert_P, minlength=num_experts)[:num_experts]
@@ -56,26 +73,74 @@ def find_segments(top_k_index: torch.Tensor, num_experts: int, *, fill_up: bool,
     counts = counts_E[experts]
     lengths = padded_lengths(counts) if fill_up else counts
     stops = np.cumsum(lengths)
-    starts, firsts = stops - lengths, np.cumsum(counts) - counts
     num_rows = int(lengths.sum())
-    within_R = np.arange(num_rows) - np.repeat(starts, lengths)
-    count_R = np.repeat(counts, lengths)
-    pair_R = order[np.repeat(firsts, lengths) + np.minimum(within_R, count_R - 1)]
-    token_R = pair_R // top_k
-    pair_R[within_R >= count_R] = num_tokens * top_k
+    if num_rows == len(order):
+        pair_R = order
+        token_R = pair_R // top_k
+    else:
+        starts, firsts = stops - lengths, np.cumsum(counts) - counts
+        within_R = np.arange(num_rows) - np.repeat(starts, lengths)
+        count_R = np.repeat(counts, lengths)
+        pair_R = order[np.repeat(firsts, lengths) + np.minimum(within_R, count_R - 1)]
+        token_R = pair_R // top_k
+        pair_R[within_R >= count_R] = num_tokens * top_k
     row_P = np.full(num_tokens * top_k + 1, num_rows)
     row_P[pair_R] = np.arange(num_rows)
+    tokens = torch.from_numpy(token_R)
+    batches = list(_batches(experts, stops, tokens, grouped, batch_rows))
     return Segments(
-        segments=[Segment(*row) for row in zip(experts.tolist(), starts.tolist(), stops.tolist(), strict=True)],
-        token_R=torch.from_numpy(token_R),
+        batches=batches,
+        num_rows=num_rows,
+        token_R=tokens,
         pair_R=torch.from_numpy(pair_R),
         row_TK=torch.from_numpy(row_P[:-1]).view(num_tokens, top_k),
+        at_once=len(batches) == 1 and len(order) == num_tokens * top_k,
     )
 
 
-def require_experts(top_k_index: torch.Tensor, num_experts: int, *, may_skip: bool) -> np.ndarray:
-    """`top_k_index`, flat, on the host, after refusing what [`find_segments`] refuses."""
-    expert_P = top_k_index.detach().reshape(-1).numpy()
+def _batches(experts: np.ndarray, stops: np.ndarray, token_R: torch.Tensor, grouped: bool, batch_rows: int):
+    """Neighbouring segments together, as long as they have at most `batch_rows` rows; a longer one stands alone."""
+    first = start = 0
+    while first < len(experts):
+        last = max(first + 1, int(np.searchsorted(stops, start + batch_rows, side="right")))
+        ends = stops[first:last] - start
+        hit, lengths, stop = experts[first:last], np.diff(ends, prepend=0), int(stops[last - 1])
+        batch = Batch(slice(start, stop), token_R[start:stop], grouped, hit.tolist(), lengths.tolist(), slice(0))
+        if grouped:
+            neighbours = slice(int(hit[0]), int(hit[-1]) + 1)
+            ends_F = np.cumsum(np.bincount(hit - hit[0], weights=lengths)).astype(np.int32)
+            expert_B = torch.from_numpy(np.repeat(hit, lengths))
+            batch = batch._replace(experts=neighbours, ends_F=torch.from_numpy(ends_F), expert_B=expert_B)
+        yield batch
+        first, start = last, stop
+
+
+def find_segments_on_device(top_k_index: torch.Tensor, num_experts: int) -> Segments:
+    """
+    Sort the pairs of `top_k_index` (T, K) by expert where they are, for which the host need not wait: one batch, with
+    a row for each pair. An index of E and above is a pair that no expert here serves.
+    """
+    expert_R, pair_R = top_k_index.flatten().sort(stable=True)
+    token_R, served_R = pair_R // top_k_index.shape[1], expert_R < num_experts
+    experts = torch.arange(1, num_experts + 1, device=expert_R.device)
+    batch = Batch(
+        rows=slice(0, len(pair_R)),
+        token_B=token_R,
+        grouped=True,
+        hit=[],
+        lengths=[],
+        experts=slice(0, num_experts),
+        ends_F=torch.searchsorted(expert_R, experts).int(),
+        expert_B=expert_R.clamp(max=num_experts - 1),
+        served_B1=served_R[:, None],
+    )
+    row_TK = torch.empty_like(pair_R).scatter(0, pair_R, torch.arange(len(pair_R), device=pair_R.device))
+    return Segments([batch], len(pair_R), token_R, pair_R, row_TK.view_as(top_k_index), True)
+
+
+def _require_experts(top_k_index: torch.Tensor, num_experts: int, may_skip: bool) -> np.ndarray:
+    """`top_k_index`, flat, on the host."""
+    expert_P = top_k_index.detach().reshape(-1).cpu().numpy()
     if expert_P.size and (expert_P.min() < 0 or (expert_P.max() >= num_experts and not may_skip)):
         wrong = expert_P[(expert_P < 0) | (expert_P >= num_experts)][0]
         raise ValueError(

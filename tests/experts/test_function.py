@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import hf_sparse_moe.experts.segment_mm as segment_mm_module
+import hf_sparse_moe.experts.function as function_module
 from experts.experts_modules import KINDS, inputs, make
 from experts.experts_oracle import experts_oracle
 from hf_sparse_moe.experts.segments import padded_lengths
 from pairwise import pairwise
 
 
-BACKENDS = ("segment_mm", "segment_mm_recompute", "auto")
+BACKENDS = ("sparse_moe", "sparse_moe_recompute")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
@@ -79,13 +79,13 @@ def test_equals_oracle_whatever_the_shapes(data):
 
 @pytest.mark.parametrize("batch_bytes", [1, 1000])
 def test_equals_oracle_however_the_rows_are_batched(monkeypatch, batch_bytes):
-    monkeypatch.setattr(segment_mm_module, "BATCH_BYTES", batch_bytes)
-    assert_equals_oracle(make("ours, learned gate", "segment_mm"), inputs(40, 2), 1e-5)
+    monkeypatch.setattr(function_module, "BATCH_BYTES", batch_bytes)
+    assert_equals_oracle(make("ours, learned gate", "sparse_moe"), inputs(40, 2), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_finite_differences(kind):
-    experts = make(kind, "segment_mm", torch.float64, H=4, I=3, E=3)
+    experts = make(kind, "sparse_moe", torch.float64, H=4, I=3, E=3)
     hidden, index, weights = inputs(5, 2, 3, 4, torch.float64)
 
     def call(hidden, weights, *_):
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_finite_differences(kind):
 @pytest.mark.parametrize("kind", ["gated dropout", "plain dropout"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_drops_what_forward_dropped(monkeypatch, backend, kind):
-    monkeypatch.setattr(segment_mm_module, "BATCH_BYTES", 100)  # several batches, each with masks of its own
+    monkeypatch.setattr(function_module, "BATCH_BYTES", 100)  # several batches, each with masks of its own
     experts = make(kind, backend, torch.float64, H=4, I=6, E=3).train()
     hidden, index, weights = inputs(6, 2, 3, 4, torch.float64)
 
@@ -111,7 +111,7 @@ def test_backward_drops_what_forward_dropped(monkeypatch, backend, kind):
 
 
 def test_backward_leaves_the_random_numbers_alone():
-    experts = make("plain dropout", "segment_mm").train()
+    experts = make("plain dropout", "sparse_moe").train()
     tensors = inputs(6, 2)
     output = experts(*tensors)
     state = torch.get_rng_state()
@@ -132,7 +132,7 @@ UNEVEN = {
 def test_uneven_loads(index, dtype):
     hidden, _, weights = inputs(len(index), len(index[0]), dtype=dtype)
     assert_equals_oracle(
-        make("mixtral", "segment_mm", dtype), (hidden, torch.tensor(index), weights), TOLERANCE[dtype]
+        make("mixtral", "sparse_moe", dtype), (hidden, torch.tensor(index), weights), TOLERANCE[dtype]
     )
 
 
@@ -142,11 +142,11 @@ def test_arguments_need_not_be_contiguous():
     strided[0].requires_grad_()
     strided[2].requires_grad_()
     assert not any(tensor.is_contiguous() for tensor in strided)
-    assert_equals_oracle(make("mixtral", "segment_mm"), strided, 1e-5)
+    assert_equals_oracle(make("mixtral", "sparse_moe"), strided, 1e-5)
 
 
 def test_a_gradient_need_not_be_contiguous():
-    experts, tensors = make("mixtral", "segment_mm"), inputs(12, 2)
+    experts, tensors = make("mixtral", "sparse_moe"), inputs(12, 2)
     (found,) = torch.autograd.grad(experts(*tensors).sum(), tensors[0])  # an expanded scalar
     (expected,) = torch.autograd.grad(experts_oracle(experts, *tensors).sum(), tensors[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -156,7 +156,7 @@ def test_a_gradient_need_not_be_contiguous():
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mixed_dtypes_compute_in_that_of_the_experts(hidden_dtype, weights_dtype, dtype):
-    experts = make("mixtral", "segment_mm", dtype)
+    experts = make("mixtral", "sparse_moe", dtype)
     hidden, index, _ = inputs(20, 2, dtype=hidden_dtype)
     tensors = hidden, index, inputs(20, 2, dtype=weights_dtype)[2]
     with Products() as products:
@@ -187,7 +187,7 @@ def test_few_tokens_without_gradient(kind, dtype):
     """As each step of `generate` has them: the weights of experts that they do not choose may hold anything."""
     for tokens in (1, 3, 40):
         hidden, index, weights = inputs(tokens, 2, dtype=dtype)
-        experts = make(kind, "auto", dtype).eval()
+        experts = make(kind, "sparse_moe", dtype).eval()
         unchosen = [expert for expert in range(5) if expert not in index]
         with torch.no_grad():
             for name, parameter in experts.named_parameters():
@@ -200,24 +200,24 @@ def test_few_tokens_without_gradient(kind, dtype):
 
 def test_few_tokens_without_gradient_heed_autocast_and_odd_sizes():
     hidden, index, weights = inputs(3, 2, H=18)
-    experts = make("mixtral", "auto", H=18, I=23).eval()  # rows of 72 and 92 bytes
+    experts = make("mixtral", "sparse_moe", H=18, I=23).eval()  # rows of 72 and 92 bytes
     with torch.no_grad():
         torch.testing.assert_close(
             experts(hidden, index, weights), experts_oracle(experts, hidden, index, weights).float()
         )
         with Products() as products, torch.autocast("cpu", torch.bfloat16):
-            make("mixtral", "auto").eval()(*inputs(3, 2))
+            make("mixtral", "sparse_moe").eval()(*inputs(3, 2))
     assert set(products.dtypes) == {torch.bfloat16}
 
 
 def test_autocast_leaves_float64_alone():
-    experts, tensors = make("mixtral", "segment_mm", torch.float64), inputs(9, 2, dtype=torch.float64)
+    experts, tensors = make("mixtral", "sparse_moe", torch.float64), inputs(9, 2, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equals_oracle(experts, tensors, 1e-12)
 
 
 def test_only_the_experts_hit_are_touched():
-    experts = make("ours, gated, biased", "segment_mm", E=8)
+    experts = make("ours, gated, biased", "sparse_moe", E=8)
     hit = [2, 5]
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -232,7 +232,7 @@ def test_only_the_experts_hit_are_touched():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_that_is_not_finite_reaches_its_own_experts_only(dtype):
-    experts = make("mixtral", "segment_mm", dtype)
+    experts = make("mixtral", "sparse_moe", dtype)
     hidden, _, weights = inputs(44, 1, dtype=dtype)
     index = torch.tensor([[0]] * 3 + [[1]] * 41)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_a_token_that_is_not_finite_reaches_its_own_experts_only(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pairs_of_another_expert_parallel_rank_add_nothing(dtype):
-    experts = make("ours, gated, biased", "segment_mm", dtype)
+    experts = make("ours, gated, biased", "sparse_moe", dtype)
     experts._is_expert_parallel = True
     hidden, index, weights = inputs(20, 3, E=6, dtype=dtype)  # 5 is not among 0 to 4
     index[3] = 5
@@ -258,7 +258,7 @@ def test_pairs_of_another_expert_parallel_rank_add_nothing(dtype):
 def test_an_expert_that_does_not_exist_is_refused(expert):
     hidden, index, weights = inputs(4, 2)
     index[2, 1] = expert
-    for backend, learns in (("segment_mm", True), ("auto", True), ("auto", False)):
+    for backend, learns in (("sparse_moe", True), ("sparse_moe", True), ("sparse_moe", False)):
         with (
             torch.set_grad_enabled(learns),
             pytest.raises(ValueError, match=rf"`top_k_index` names expert {expert}, but the experts are 0 to 4"),
@@ -285,14 +285,14 @@ def kept_bytes(experts, tensors) -> int:
 def test_keeps_the_first_projection_or_nothing(kind):
     tensors = inputs(40, 2)
     rows, width = 40 * 2, 24 * (1 if kind == "ours, plain" else 2)
-    assert kept_bytes(make(kind, "segment_mm"), tensors) == rows * width * 4
-    assert kept_bytes(make(kind, "segment_mm_recompute"), tensors) == 0
+    assert kept_bytes(make(kind, "sparse_moe"), tensors) == rows * width * 4
+    assert kept_bytes(make(kind, "sparse_moe_recompute"), tensors) == 0
 
 
 def test_frozen_parameters_cost_no_product():
     """Of the 6 products an expert, 2 are the weights' gradients, 1 the input's, and 1 reaches the router and input."""
     hidden, index, weights = inputs(40, 2)
-    experts = make("mixtral", "segment_mm")
+    experts = make("mixtral", "sparse_moe")
 
     def count(backward_of) -> int:
         with Products() as products:
@@ -313,7 +313,7 @@ def test_frozen_parameters_cost_no_product():
 
 @pytest.mark.parametrize("frozen", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
 def test_a_frozen_parameter_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    experts, tensors = make("ours, gated, biased", "segment_mm"), inputs(20, 2)
+    experts, tensors = make("ours, gated, biased", "sparse_moe"), inputs(20, 2)
     expected = results(experts(*tensors), experts, tensors)
     getattr(experts, frozen).requires_grad_(False)
     experts(*tensors).backward(torch.randn(20, 16, generator=torch.Generator().manual_seed(2)))
@@ -325,7 +325,7 @@ def test_a_frozen_parameter_gets_no_gradient_and_the_others_keep_theirs(frozen):
 
 
 def test_backward_twice_over_one_graph():
-    experts, tensors = make("ours, gated", "segment_mm"), inputs(20, 2)
+    experts, tensors = make("ours, gated", "sparse_moe"), inputs(20, 2)
     output = experts(*tensors).sum()
     first = torch.autograd.grad(output, list(experts.parameters()), retain_graph=True)
     experts(*tensors).sum().backward()  # another call between the two
@@ -335,7 +335,7 @@ def test_backward_twice_over_one_graph():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant):
-    experts, tensors = make("gated dropout", "segment_mm").train(), inputs(20, 2)
+    experts, tensors = make("gated dropout", "sparse_moe").train(), inputs(20, 2)
     collected = []
     for call in (experts, lambda *args: checkpoint(experts, *args, use_reentrant=use_reentrant)):
         torch.manual_seed(5)
@@ -353,7 +353,7 @@ def results_by_backward(output, experts, tensors) -> list[torch.Tensor]:
 
 
 def test_there_is_no_second_derivative():
-    experts, tensors = make("mixtral", "segment_mm"), inputs(5, 2)
+    experts, tensors = make("mixtral", "sparse_moe"), inputs(5, 2)
     with pytest.raises(NotImplementedError, match=r'no second derivative.*set_experts_implementation\("eager"\)'):
         torch.autograd.grad(experts(*tensors).sum(), tensors[0], create_graph=True)
 
@@ -362,7 +362,7 @@ def test_runs_under_strict_determinism_and_repeats_itself():
     torch.use_deterministic_algorithms(True, warn_only=False)
     try:
         experts, tensors = (
-            make("ours, gated, biased", "segment_mm", torch.bfloat16),
+            make("ours, gated, biased", "sparse_moe", torch.bfloat16),
             inputs(40, 2, dtype=torch.bfloat16),
         )
         first, second = (results(experts(*tensors), experts, tensors) for _ in range(2))
