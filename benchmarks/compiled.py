@@ -20,7 +20,7 @@ from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
 from measuring import device_name, interleave, save
 
 
-BACKENDS = ("auto", "grouped_mm", "batched_mm")
+BACKENDS = ("sparse_moe", "grouped_mm", "batched_mm")
 TOP_K, EXPERTS = 2, 8
 
 

@@ -87,7 +87,7 @@ def main() -> None:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
     shapes = [Shape(*map(int, shape.split(","))) for shape in options.shapes or ()]
     shapes = shapes or (QUICK if options.quick else FULL)
-    backends = options.backends or _default_backends(options.device)
+    backends = options.backends or _default_backends()
     clock = "CPU time" if options.cpu_time else "wall-clock time"
     print(f"{device_name(options.device)}, {clock}. Times over those of the bare products (ms); memory in MB.\n")
     rows, written = [], None
@@ -117,7 +117,7 @@ def measure(shape: Shape, mode: str, backends: list[str], options: argparse.Name
     forwards: dict[str, Callable] = {"ideal": setting.ideal_forward, "dense": setting.dense_forward}
     forwards["routing"] = setting.route
     steps |= {name: partial(setting.step, name) for name in chosen}
-    forwards |= {name: partial(setting.forward, name) for name in (*chosen, "auto")}
+    forwards |= {name: partial(setting.forward, name) for name in chosen}
     row: dict[str, Any] = {**shape._asdict(), "mode": mode}
     row["step_s"] = setting.seconds(steps, options)
     with torch.no_grad():
@@ -259,14 +259,12 @@ class Dense(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-def _default_backends(device: str) -> list[str]:
-    ours = ["segment_mm", "segment_mm_recompute"] if device == "cpu" else []
-    return [*ours, "grouped_mm", "eager", "batched_mm"]
+def _default_backends() -> list[str]:
+    return ["sparse_moe", "sparse_moe_recompute", "grouped_mm", "eager", "batched_mm"]
 
 
 def _forward_names(backends: list[str]) -> list[str]:
-    """`auto` chooses by the rows an expert gets where there is no backward pass."""
-    return [*backends, "auto", "dense", "routing"]
+    return [*backends, "dense", "routing"]
 
 
 def _line(row: dict[str, Any], backends: list[str]) -> str:

@@ -29,7 +29,7 @@ from measuring import device_name, interleave, save
 
 
 TOP_K, PROMPT = 2, 16
-BACKENDS = ("auto", "grouped_mm", "eager", "batched_mm")
+BACKENDS = ("sparse_moe", "grouped_mm", "eager", "batched_mm")
 BARE, MIXTRAL = "mixture, bare products", "Mixtral"
 
 

@@ -27,8 +27,8 @@ from measuring import SETTLE, TURN, device_name, interleave, save
 
 
 TOP_K, ROWS, LENGTH, VOCAB = 2, 32, 256, 1000
-MODEL = "model of 2 layers, auto"
-CONTENDERS = ("auto", "grouped_mm", "bare products")
+MODEL = "model of 2 layers"
+CONTENDERS = ("sparse_moe", "grouped_mm", "bare products")
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def block_steps(tokens: int, options: argparse.Namespace) -> dict[tuple[int, str
     for experts in options.experts:
         shape = Shape(tokens, options.hidden, options.intermediate, experts, TOP_K)
         setting = Setting(shape, "float32", options.device)
-        for name in ("auto", "grouped_mm"):
+        for name in ("sparse_moe", "grouped_mm"):
             steps[experts, name] = lambda number, setting=setting, name=name: setting.step(name, number)
         steps[experts, "bare products"] = setting.ideal_step
     return steps

@@ -52,8 +52,8 @@ from measuring import device_name, interleave, save
 
 
 FAMILIES = ("encoder", "decoder", "encoder-decoder")
-BACKENDS = ("auto", "grouped_mm", "eager")
-BEFORE, NOW = "grouped_mm", "auto"  # the backends that are profiled
+BACKENDS = ("sparse_moe", "grouped_mm", "eager")
+BEFORE, NOW = "grouped_mm", "sparse_moe"  # the backends that are profiled
 VOCAB, LENGTH, TOP_K = 8192, 256, 2
 PRODUCTS, OURS = "matrix products", ("router", "record", "statistics", "balance loss")
 PARTS = (PRODUCTS, *OURS, "experts, around the products", "optimizer", "dense model and Trainer")

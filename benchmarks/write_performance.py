@@ -35,11 +35,10 @@ make bench                 # ARGS=--quick for a look that writes nothing
 Every figure is a ratio of medians, measured side by side in one process, with fresh tokens or routing in each call.
 T is tokens, H the hidden size, I an expert's intermediate size, E experts, K experts per token. **Bare products** are
 the matrix products alone, on rows that are sorted already. **Dense** is a feed-forward, or a model of them, with as
-many active parameters. `eager`, `batched_mm` and `grouped_mm` are the backends of transformers; `segment_mm` is this
-library's for the CPU, and `auto`, the default, chooses between them.
+many active parameters. `eager`, `batched_mm` and `grouped_mm` are the backends of transformers; `sparse_moe`, the
+default, is this library's.
 
-The figures are those of version 0.1.0. Two of its paths have been removed since: gradients in huge pages, and a loop
-for a few tokens in `generate`.
+The figures are those of version 0.1.0, whose `auto` and `segment_mm` were what `sparse_moe` is now.
 """
 NO_GPU = "Not measured on a GPU.\n"
 SECTIONS = {

@@ -53,12 +53,12 @@ def test_page_shows_what_the_benchmarks_save(writer, tmp_path, monkeypatch, caps
         assert " ".join(SMALL[name]) in page  # the command
         assert len(writer.grid(saved[name]).splitlines()) == 1 + len(saved[name]["rows"])
     generated, (fewest, most) = saved["generate"]["rows"], saved["growth"]["rows"]
-    ratios = [row["seconds"]["dense"] / row["seconds"]["auto"] for row in generated]
-    ratios.append(fewest["seconds"]["auto"] / most["seconds"]["auto"])
+    ratios = [row["seconds"]["dense"] / row["seconds"]["sparse_moe"] for row in generated]
+    ratios.append(fewest["seconds"]["sparse_moe"] / most["seconds"]["sparse_moe"])
     for ratio in ratios:
         assert f"| {ratio:.2f} |" in printed
     for row in saved["training_step"]["rows"]:
-        for parts in (row["parts"]["grouped_mm"], row["parts"]["auto"]):
+        for parts in (row["parts"]["grouped_mm"], row["parts"]["sparse_moe"]):
             assert abs(sum(parts.values()) - 1) < 1e-6
             assert all(parts[part] > 0 for part in ("matrix products", "router", "balance loss", "optimizer"))
             assert f"{parts['router']:.1%}" in printed

@@ -318,9 +318,9 @@ def test_peft_chooses_and_names_the_tensors_of_a_file_by_two_methods():
 
 
 def test_transformers_has_no_backend_of_our_names_and_one_plain_gate():
-    """Else ours hides theirs, or `segment_mm` takes the long way through every gate."""
+    """Else ours hides theirs, or `sparse_moe` takes the long way through every gate."""
     source = inspect.getsource(moe.ExpertsInterface)
-    assert not [name for name in ("auto", "segment_mm") if f'"{name}"' in source]
+    assert not [name for name in ("sparse_moe", "sparse_moe_recompute") if f'"{name}"' in source]
     assert parameters(moe._default_apply_gate) == ["self", "gate_up_out"]
 
 

@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_sparse_moe.adapters.low_rank_experts import LowRank, grouped_low_rank_experts, low_rank_experts
+import hf_sparse_moe.experts.function as function_module
+from hf_sparse_moe.adapters.low_rank_experts import LowRank, low_rank_experts
 from hf_sparse_moe.models.experts import make_experts
 
 
@@ -89,7 +90,10 @@ def with_gradients(function, experts, tokens, up, down):
 
 
 def grouped_in_float32(experts, hidden, index, weights, up, down):
-    return grouped_low_rank_experts(experts, hidden, index, weights, up, down, torch.float32)
+    """As on an accelerator, where the host does not wait for the routing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function_module, "_is_accelerator", lambda tensor: True)
+        return low_rank_experts(experts, hidden, index, weights, up, down)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,7 +85,7 @@ def _check(model_type: str, head: str) -> float:
     sparse = upcycle(dense, num_experts=4, num_experts_per_tok=2)
     # The order of additions differs between backends, and hrm_text, which runs its layers again and again, magnifies
     # rounding: one backend for evaluation and training.
-    sparse.set_experts_implementation("segment_mm")
+    sparse.set_experts_implementation("sparse_moe")
     difference = _compare(dense, sparse, model_type)
     _train_one_step(sparse, model_type)
     return difference

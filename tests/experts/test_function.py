@@ -63,6 +63,52 @@ def test_equals_oracle(backend, kind, dtype):
     assert_equals_oracle(experts, tensors, TOLERANCE[dtype])
 
 
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """One batch, grouped products, and a host that does not wait for the routing: on the CPU's own `grouped_mm`."""
+    monkeypatch.setattr(function_module, "_is_accelerator", lambda tensor: True)
+    refused = AssertionError("the host waited")
+    monkeypatch.setattr(function_module, "find_segments", lambda *_, **__: (_ for _ in ()).throw(refused))
+
+
+@pairwise("backend,kind,dtype", BACKENDS, KINDS, [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_products_equal_oracle(as_on_an_accelerator, backend, kind, dtype):
+    assert_equals_oracle(make(kind, backend, dtype), inputs(90, 2, dtype=dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["gated dropout", "plain dropout"])
+def test_grouped_products_drop_in_backward_what_they_dropped(as_on_an_accelerator, kind):
+    experts, tensors = make(kind, "sparse_moe").train(), inputs(40, 2)
+    torch.manual_seed(3)
+    dropped = [experts.act_fn, experts.dropout][kind == "gated dropout"]
+    masks = []
+    hook = (dropped.dropout if kind == "plain dropout" else dropped).register_forward_hook(
+        lambda module, args, output: masks.append(output.detach() != 0)
+    )
+    experts(*tensors).sum().backward()
+    hook.remove()
+    assert len(masks) == 2
+    assert torch.equal(*masks)
+
+
+def test_grouped_products_skip_the_pairs_of_another_rank(as_on_an_accelerator):
+    experts = make("ours, learned activation", "sparse_moe")
+    hidden, index, weights = inputs(20, 3, E=6)  # 5 is not among 0 to 4
+    assert_equals_oracle(experts, (hidden, index, weights), 1e-5)
+
+
+def test_grouped_products_compute_in_the_dtype_of_autocast(as_on_an_accelerator):
+    experts, tensors = make("mixtral", "sparse_moe"), inputs(40, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = experts(*tensors)
+    expected = results(experts_oracle(experts, *tensors), experts, tensors)
+    for name, value in results(output, experts, tensors).items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(
+            value.double(), expected[name].double(), rtol=0, atol=3e-2 * expected[name].abs().max()
+        )
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_equals_oracle_whatever_the_shapes(data):
@@ -380,6 +426,17 @@ def test_a_compiled_graph_holds_grouped_mm_instead(backend):
     found = results(compiled(*tensors), compiled, tensors)
     for a, b in zip(found.values(), results(experts(*tensors), experts, tensors).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("auto", "sparse_moe"), ("segment_mm", "sparse_moe"), ("segment_mm_recompute", "sparse_moe_recompute")],
+)
+def test_old_names_compute_the_same_and_tell_the_new_one(old, new):
+    tensors = inputs(12, 2)
+    with pytest.warns(FutureWarning, match=f'"{old}"` is now "{new}"'):
+        found = make("mixtral", old)(*tensors)
+    assert torch.equal(found, make("mixtral", new)(*tensors))
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20))

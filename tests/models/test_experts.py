@@ -12,7 +12,7 @@ from pairwise import pairwise
 from tiny_models import BACKBONES, enlarge_weights, tiny_config, tiny_inputs, tiny_sparse
 
 
-BACKENDS = ("eager", "grouped_mm", "batched_mm", "segment_mm", "auto")
+BACKENDS = ("eager", "grouped_mm", "batched_mm", "sparse_moe")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest value
 HIDDEN, INTERMEDIATE = 16, 24
 
@@ -138,8 +138,8 @@ def test_a_model_computes_the_same_with_every_backend(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_default_backend_is_chosen_by_device(name):
-    assert tiny_sparse(name).config._experts_implementation == "auto"
+def test_the_default_backend_is_ours(name):
+    assert tiny_sparse(name).config._experts_implementation == "sparse_moe"
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "encoder_decoder"])

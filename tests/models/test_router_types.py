@@ -60,7 +60,7 @@ def test_a_model_on_every_backend_equals_the_formula(name, kind, training):
     model = without_dropout(routed_model(name, kind, router_aux_loss_coef=0.0)).train(training)
     inputs = tiny_inputs(model, labels=False, pads=3)
     actual = {}
-    for backend in ("eager", "batched_mm", "grouped_mm", "segment_mm"):
+    for backend in ("eager", "batched_mm", "grouped_mm", "sparse_moe"):
         model.set_experts_implementation(backend)
         actual[backend] = model(**inputs).logits
     expected = with_oracle_blocks(model, inputs)(**inputs).logits

@@ -21,7 +21,7 @@ from tiny_models import tiny_config, tiny_sparse
 
 
 TOKENS = 50
-BACKENDS = ["eager", "batched_mm", "grouped_mm", "segment_mm"]
+BACKENDS = ["eager", "batched_mm", "grouped_mm", "sparse_moe"]
 
 
 def make_router(**fields) -> SparseMoeTopKRouter:
@@ -290,7 +290,7 @@ def test_a_batch_of_pads(kind, training):
     assert all(parameter.grad.isfinite().all() for parameter in block.parameters() if parameter.grad is not None)
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "segment_mm"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "sparse_moe"])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_few_tokens_or_none(kind, backend):
     block = routed_block(kind, backend, num_experts=16)

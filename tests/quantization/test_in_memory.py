@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import hf_sparse_moe.experts.function as function_module
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
 from hf_sparse_moe import expert_lora_config
 from hf_sparse_moe.adapters import load_expert_lora
-from hf_sparse_moe.adapters.low_rank_experts import LowRank, grouped_low_rank_experts, low_rank_experts
+from hf_sparse_moe.adapters.low_rank_experts import LowRank, low_rank_experts
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.quantization import dequantize_experts, quantize_experts
 from pairwise import pairwise
@@ -25,7 +26,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 BYTES = {8: 1 + 4 / 64, 4: 1 / 2 + 4 / 64}  # of a weight: its code, and its part of a float32 scale
 HALF_STEP = {8: 1 / 254, 4: 0.152}
-BACKENDS = ("eager", "grouped_mm", "batched_mm", "segment_mm", "segment_mm_recompute", "auto")
+BACKENDS = ("eager", "grouped_mm", "batched_mm", "sparse_moe", "sparse_moe_recompute")
 
 
 def mixture(name):
@@ -159,8 +160,8 @@ def test_adapters_get_the_gradients_that_they_get_on_the_rounded_weights(name, c
         torch.testing.assert_close(quantised, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["grouped_mm", "segment_mm", "adapters on a CPU", "adapters on an accelerator"])
-def test_no_floats_of_experts_wait_for_backward(how):
+@pytest.mark.parametrize("how", ["grouped_mm", "sparse_moe", "adapters on a CPU", "adapters on an accelerator"])
+def test_no_floats_of_experts_wait_for_backward(monkeypatch, how):
     model = quantize_experts(mixture("mixtral"), 4)
     experts = model.model.layers[0].mlp.experts
     low_rank = [
@@ -169,10 +170,9 @@ def test_no_floats_of_experts_wait_for_backward(how):
     ]
     forward = {
         "adapters on a CPU": lambda *call: low_rank_experts(experts, *call, *[[one] for one in low_rank]),
-        "adapters on an accelerator": lambda *call: grouped_low_rank_experts(
-            experts, *call, *[[one] for one in low_rank], torch.float32
-        ),
-    }.get(how, experts)
+    }.get(how.replace("an accelerator", "a CPU"), experts)
+    if how == "adapters on an accelerator":
+        monkeypatch.setattr(function_module, "_is_accelerator", lambda tensor: True)
     if how in BACKENDS:
         model.set_experts_implementation(how)
     hidden = torch.randn(5, 32, requires_grad=True)
@@ -260,7 +260,7 @@ def test_it_loads_a_state_dict_of_floats_or_codes(name):
         torch.testing.assert_close(logits_of(target, inputs), logits_of(expected, inputs))
 
 
-@pytest.mark.parametrize("backend", ["segment_mm", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["sparse_moe", "grouped_mm"])
 def test_it_casts_and_computes_under_autocast(backend):
     model = quantize_experts(mixture("decoder"), 8)
     floats = rounded(model)

@@ -14,7 +14,7 @@ def logits(model) -> torch.Tensor:
         return model(**tiny_inputs(model, labels=False, pads=2)).logits
 
 
-@pytest.mark.parametrize("backend", ["eager", "segment_mm", "grouped_mm", "batched_mm", "auto"])
+@pytest.mark.parametrize("backend", ["eager", "sparse_moe", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_ends_of_beta(name, backend):
     model = tiny_sparse(name, num_experts_per_tok=3)

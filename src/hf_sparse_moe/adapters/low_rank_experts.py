@@ -167,7 +167,7 @@ class _Beside:
             thin = self._thin(x, factor, batch)
             if not batch.hit:  # on a device, whose one batch has all experts
                 every = grouped_outer(thin, y.contiguous(), batch)[:, : noted.shape[1]]
-                noted.copy_(every[list(self.slots)])
+                noted.copy_(every if len(self.slots) == len(every) else every[list(self.slots)])
             for expert, x_e, y_e in split(batch, thin, y):
                 if expert in self.slots:
                     noted[self.slots[expert]] = x_e.t() @ y_e
@@ -178,7 +178,7 @@ class _Beside:
         return thin if self.serves_R is None else thin * self.serves_R[batch.rows]
 
     def _dropped(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """After dropout: drawn again, and the same, in backward. In a traced graph, which differentiates it, at once."""
+        """After dropout: drawn again, and the same, in backward. A traced graph draws as torch does."""
         if not self.adapter.dropout:
             return inputs
         if self.seed is None:

@@ -1,4 +1,4 @@
-"""The experts of a layer as one fast differentiable function, registered with transformers for ours and stock mixtures."""
+"""The experts of a layer as one differentiable function, registered with transformers for ours and stock mixtures."""
 
 from __future__ import annotations
 

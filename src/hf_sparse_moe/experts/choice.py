@@ -37,7 +37,9 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     dtype = torch.get_autocast_dtype(device)
     if device == "cpu" and weight.dtype == torch.float32 and not has_hardware(dtype):
         if not torch.compiler.is_compiling():
-            logger.warning_once(f"This CPU has no instructions for {dtype}: under autocast, experts compute in float32.")
+            logger.warning_once(
+                f"This CPU has no instructions for {dtype}: experts under autocast compute in float32."
+            )
         return weight.dtype
     return dtype
 

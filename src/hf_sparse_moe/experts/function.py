@@ -75,9 +75,9 @@ def run_experts(
     adapters: Any = None,
 ) -> torch.Tensor:
     """
-    [`sparse_moe_experts_forward`] for experts without a norm after them. `adapters`, where given, have `tensors`, which
-    get gradients, and `beside(dtype, segments)`, what they add to either [`Projection`]; pairs with an index of E are
-    then skipped.
+    [`sparse_moe_experts_forward`] for experts without a norm after them. `adapters`, where given, have `tensors`,
+    which get gradients, and `beside(dtype, segments)`, what they add to either [`Projection`]; pairs with an index of
+    E are then skipped.
     """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_bias, down_bias = (getattr(self, f"{up_name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
@@ -129,14 +129,13 @@ class _Call:
         rows_TH = hidden_TH.to(self.dtype)
         first, second = self._projections(up, up_bias, down, down_bias)
         num_rows, at_once = self.segments.num_rows, self.segments.at_once
-        output_RH = None if at_once else rows_TH.new_empty(num_rows + 1, rows_TH.shape[1])
-        if output_RH is not None:
-            output_RH[num_rows] = 0  # of the pairs that no expert here serves
+        output_RH = rows_TH.new_empty(0 if at_once else num_rows + 1, rows_TH.shape[1])
+        output_RH[num_rows:] = 0  # of the pairs that no expert here serves
         kept = []
         for batch in self.segments.batches:
             first_BU = first(rows_TH.index_select(0, batch.token_B), batch)
             activated_BI = self.activation(first_BU).to(self.dtype)
-            output_BH = second(activated_BI, batch, out=None if output_RH is None else output_RH[batch.rows])
+            output_BH = second(activated_BI, batch, out=None if at_once else output_RH[batch.rows])
             if self.keep:
                 kept.append(first_BU)
         output_TH = F.embedding_bag(
@@ -156,7 +155,7 @@ class _Call:
         d_first = ProjectionGradient(first, need_up, need_up_bias)
         d_second = ProjectionGradient(second, need_down, need_down_bias)
         num_rows, at_once = self.segments.num_rows, self.segments.at_once
-        d_rows_RH = rows_TH.new_empty(num_rows + 1, rows_TH.shape[1]) if need_hidden and not at_once else None
+        d_rows_RH = rows_TH.new_empty(num_rows + 1 if need_hidden and not at_once else 0, rows_TH.shape[1])
         d_weights_R = rows_TH.new_empty(num_rows + 1)
         weights_R = torch.cat([weights_TK.to(self.dtype).flatten(), rows_TH.new_zeros(1)])[self.segments.pair_R]
         d_parameters = [torch.zeros_like(parameter) for parameter in self.activation.parameters]
@@ -183,14 +182,11 @@ class _Call:
                         total += part
                 d_first.set(gradient_BU, rows_BH, batch)
             if need_hidden:
-                out = None if d_rows_RH is None else d_rows_RH[rows]
-                d_rows_BH = first.transposed_product(gradient_BU, batch, out)
+                d_rows_BH = first.transposed_product(gradient_BU, batch, None if at_once else d_rows_RH[rows])
         d_hidden = d_weights = None
         if need_hidden:
-            if d_rows_RH is None:
-                d_rows_RH = d_rows_BH
-            else:
-                d_rows_RH[num_rows] = 0
+            d_rows_RH[num_rows:] = 0
+            d_rows_RH = d_rows_BH if at_once else d_rows_RH
             d_hidden = F.embedding_bag(self.segments.row_TK, d_rows_RH, mode="sum").to(hidden_TH.dtype)
         if need_weights:
             d_weights_R[num_rows] = 0
@@ -210,7 +206,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *arguments: torch.Tensor | None) -> torch.Tensor:
         ctx.call, ctx.num_arguments = call, len(arguments)
-        ctx.generator = _generator(arguments[0].device) if call.training else None
+        ctx.generator = _generator(call.segments.row_TK.device) if call.training else None
         ctx.random_state = ctx.generator and ctx.generator.get_state()
         output_TH, kept = call.forward(*arguments)
         # A dropout among the experts' activations must drop the same values when backward computes them again.

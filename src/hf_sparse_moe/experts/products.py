@@ -74,6 +74,8 @@ def multiply(
 
 def split(batch: Batch, *rows: torch.Tensor) -> Iterator[tuple]:
     """Of each expert that has any: its number and its part of each tensor of `rows` (B, ...)."""
+    if not batch.hit:  # on a device, where the host does not know
+        return iter(())
     return zip(batch.hit, *(one.split(batch.lengths) for one in rows), strict=True)
 
 

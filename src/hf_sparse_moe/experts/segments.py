@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ import torch
 
 class Batch(NamedTuple):
     """
-    Neighbouring rows that are computed at once: B rows, F neighbouring experts. `grouped`: whether a product takes all
-    segments in one call, for which `experts`, `ends_F` and `expert_B` are; the host knows `hit` and `lengths` otherwise.
+    Neighbouring rows that are computed at once: B rows, F neighbouring experts. Where `grouped`, a product takes all
+    segments in one call, for which the last four are. On a device, the host does not know `hit` and `lengths`.
     """
 
     rows: slice
@@ -20,8 +20,8 @@ class Batch(NamedTuple):
     hit: list[int]  # the experts that have rows
     lengths: list[int]  # how many rows each of them has
     experts: slice
-    ends_F: torch.Tensor | None = None  # int32: where the rows of each expert end
-    expert_B: torch.Tensor | None = None  # the expert of each row
+    ends_F: Any = None  # int32: where the rows of each expert end
+    expert_B: Any = None  # the expert of each row
     served_B1: torch.Tensor | None = None  # False where no expert here serves the row; None where all are served
 
 
@@ -40,8 +40,8 @@ class Segments(NamedTuple):
         if device.type == "cpu":
             return self
         batches = [batch._replace(token_B=batch.token_B.to(device)) for batch in self.batches]
-        tensors = (tensor.to(device) for tensor in (self.token_R, self.pair_R, self.row_TK))
-        return Segments(batches, self.num_rows, *tensors, self.at_once)
+        token_R, pair_R, row_TK = (tensor.to(device) for tensor in (self.token_R, self.pair_R, self.row_TK))
+        return self._replace(batches=batches, token_R=token_R, pair_R=pair_R, row_TK=row_TK)
 
 
 def find_segments(
@@ -58,7 +58,7 @@ def find_segments(
 
     `fill_up` lengthens each segment to one of few lengths ([`padded_lengths`]); the rows that fill up repeat a row of
     the same expert, so that no value of one expert can reach another. `may_skip` allows an index of E and above, a
-    pair that another expert-parallel rank serves; it gets no row. A batch has at most `batch_rows` rows, or one segment.
+    pair that another expert-parallel rank serves; it gets no row. A batch has one segment or at most `batch_rows` rows.
 
     Raises:
         ValueError: an index below 0, or above E - 1 unless `may_skip`.

@@ -122,10 +122,7 @@ def _run_where_possible(experts_class: Any) -> Any:
                 return batched_mm_experts_forward(*arguments)
             if implementation == "eager":
                 return grouped_mm_experts_forward(*arguments)
-        on_grouped_mm = implementation == "grouped_mm" or (
-            implementation == "auto" and (hidden_states.device.type != "cpu" or torch.compiler.is_compiling())
-        )
-        if on_grouped_mm and not self.is_aligned:
+        if implementation == "grouped_mm" and not self.is_aligned:
             logger.warning_once(
                 f"Experts of {self.hidden_dim} x {self.intermediate_dim} in {self.down_proj.dtype} have rows that are "
                 "no multiple of 16 bytes, which `grouped_mm` needs: they run with the slower `eager` backend."

@@ -299,9 +299,9 @@ class SparseMoePreTrainedModel(SavedMixture):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The package's `"auto"` where nobody asks for another; where this folder travels alone, transformers' own."""
-        if requested_experts is None and "auto" in ALL_EXPERTS_FUNCTIONS.valid_keys():
-            return "auto"
+        """Where nobody asks, the package's `"sparse_moe"`, or transformers' own where this folder travels alone."""
+        if requested_experts is None and "sparse_moe" in ALL_EXPERTS_FUNCTIONS.valid_keys():
+            return "sparse_moe"
         return super().get_correct_experts_implementation(requested_experts)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:

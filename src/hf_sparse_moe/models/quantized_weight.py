@@ -18,7 +18,7 @@ BLOCK_SIZE = 64  # values that share one scale
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what the kernels read and write
 _NO_FLOATS = (
     "Quantised experts have no floats in memory, which saving a model and hand-written kernels need. Save the adapter "
-    'alone, run the model with `experts_implementation="auto"`, or call `dequantize_experts(model)` first.'
+    'alone, run the model with `experts_implementation="sparse_moe"`, or call `dequantize_experts(model)` first.'
 )
 
 aten = torch.ops.aten
