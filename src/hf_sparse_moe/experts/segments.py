@@ -58,7 +58,7 @@ def find_segments(
 
     `fill_up` lengthens each segment to one of few lengths ([`padded_lengths`]); the rows that fill up repeat a row of
     the same expert, so that no value of one expert can reach another. `may_skip` allows an index of E and above, a
-    pair that another expert-parallel rank serves; it gets no row. A batch has one segment or at most `batch_rows` rows.
+    pair that another expert-parallel rank serves; it gets no row. A batch has one segment, or up to `batch_rows` rows.
 
     Raises:
         ValueError: an index below 0, or above E - 1 unless `may_skip`.
