@@ -21,16 +21,15 @@ def _renamed(old: str, new: str) -> Any:
             )
         return ALL_EXPERTS_FUNCTIONS[new](self, *arguments)
 
+    ALL_EXPERTS_FUNCTIONS.register(old, forward)
     return forward
 
 
 ALL_EXPERTS_FUNCTIONS.register("sparse_moe", sparse_moe_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("sparse_moe_recompute", sparse_moe_recompute_experts_forward)
-for _old, _new in (
-    ("auto", "sparse_moe"),
-    ("segment_mm", "sparse_moe"),
-    ("segment_mm_recompute", "sparse_moe_recompute"),
-):
-    ALL_EXPERTS_FUNCTIONS.register(_old, _renamed(_old, _new))
+# The names of version 0.1.
+auto_experts_forward = _renamed("auto", "sparse_moe")
+segment_mm_experts_forward = _renamed("segment_mm", "sparse_moe")
+segment_mm_recompute_experts_forward = _renamed("segment_mm_recompute", "sparse_moe_recompute")
 
 __all__ = ["sparse_moe_experts_forward", "sparse_moe_recompute_experts_forward"]
