@@ -124,7 +124,7 @@ def find_segments_on_device(top_k_index: torch.Tensor, num_experts: int) -> Segm
     token_R, served_R = pair_R // top_k_index.shape[1], expert_R < num_experts
     experts = torch.arange(1, num_experts + 1, device=expert_R.device)
     batch = Batch(
-        rows=slice(0, len(pair_R)),
+        rows=slice(0, pair_R.shape[0]),
         token_B=token_R,
         grouped=True,
         hit=[],
@@ -134,8 +134,8 @@ def find_segments_on_device(top_k_index: torch.Tensor, num_experts: int) -> Segm
         expert_B=expert_R.clamp(max=num_experts - 1),
         served_B1=served_R[:, None],
     )
-    row_TK = torch.empty_like(pair_R).scatter(0, pair_R, torch.arange(len(pair_R), device=pair_R.device))
-    return Segments([batch], len(pair_R), token_R, pair_R, row_TK.view_as(top_k_index), True)
+    row_TK = torch.empty_like(pair_R).scatter(0, pair_R, torch.arange(pair_R.shape[0], device=pair_R.device))
+    return Segments([batch], pair_R.shape[0], token_R, pair_R, row_TK.view_as(top_k_index), True)
 
 
 def _require_experts(top_k_index: torch.Tensor, num_experts: int, may_skip: bool) -> np.ndarray:
