@@ -25,8 +25,8 @@ def quantize_experts(model: PreTrainedModel, bits: Literal[8, 4] = 4) -> PreTrai
 
     Works on every model whose experts are fused 3-D parameters of a module called `experts`, which the quantising
     loaders of transformers pass over in silence: this library's, and transformers' own mixtures. Experts are read as
-    floats while a product needs them: one expert at a time with `experts_implementation="auto"` on a CPU, all experts
-    of one projection at a time elsewhere. Neither adapters nor biases nor routers are quantised.
+    floats while a product needs them: one expert at a time with `experts_implementation="sparse_moe"` on a CPU, all
+    experts of one projection at a time elsewhere. Neither adapters nor biases nor routers are quantised.
 
     Args:
         model (`PreTrainedModel`): The mixture, loaded as floats; changed in place.
