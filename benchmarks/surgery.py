@@ -10,7 +10,8 @@ so that this is the only one. Each cut is a file in `benchmarks/results/surgery/
 
 The loss is the mean over the domains of nats a token on the same windows of the test split. Experts are measured on
 windows of the tuning split: of all domains, with five seeds that choose the windows, or of one. Healing is 100 steps
-of LoRA on the experts (of a dense model on its feed-forwards) on training rows that the mixture has seen.
+of LoRA on the experts (of a dense model on its feed-forwards) on training rows that the mixture has seen. Training on
+is 100 steps of all weights on other such rows, on the labels alone or with the loss of training/run_distill.py.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from hf_sparse_moe import expert_lora_config, measure_experts, merge_experts, prune_experts, to_dense
+from hf_sparse_moe import expand, expert_lora_config, measure_experts, merge_experts, prune_experts, to_dense
 from hf_sparse_moe.routing import skip_experts
 from measuring import RESULTS, interleave
 from quality import CACHE, DATA, HERE, Comparison
@@ -45,7 +48,11 @@ DENSE = ("dense mean", "dense best", "dense merge")
 PRUNING, MERGING = ("reap", "ean", "frequency", "naee", "random"), ("hc", "m-smoe", "ream")
 CALIBRATION_ROWS, TEST_ROWS = 64, 10  # windows of 128 tokens; the second of each domain
 HEALING_STEPS, HEALING_ROWS, HEALING_RATE, RANK = 100, 4, 2e-3, 8
+TRAINING_SEEDS, TRAINING_STEPS, TRAINING_ROWS, TRAINING_RATE = 3, 100, 16, 1e-3
+TEACHER_WEIGHTS = {"labels": 0.0, "distilled": 0.25}
+TRAINED = (("dense mean", 1), ("reap", 4))
 BETAS = (0.25, 0.5, 0.75, "median")
+GROWN = (("by need", 2), ("by need", 4), ("all alike", 2), ("all alike", 4))  # twice the experts, and how many a token
 
 # What is expected, written before the first run: the sign of the first loss minus the second, at a share of experts
 # left, means over the calibration seeds. "-" lower, "+" higher, "0" within two standard deviations of the seeds.
@@ -58,6 +65,8 @@ EXPECTED = (
     ("hc", "reap", 0.25, "+", "few experts of an upcycled copy are averaged away from what they specialised in"),
     ("hc", "reap, healed", 0.5, "+", "100 steps of healing find most of what was lost"),
     ("dense mean", "reap", 0.25, "0", "two experts of eight, always the same two: a dense model of twice the width"),
+    ("dense mean, distilled", "dense mean, labels", 0.25, "-", "the mixture's distribution tells more than one token"),
+    ("reap, distilled", "reap, labels", 0.5, "-", "as above"),
     ("reap, one domain", "reap", 0.5, "+", "experts of other domains look idle on the text of one"),
 )
 
@@ -128,6 +137,37 @@ class Surgery:
             optimizer.zero_grad()
         return healed.eval()
 
+    def train(self, model: PreTrainedModel, how: str, seed: int) -> nn.Module:
+        """100 steps of all weights as training/run_distill.py takes them; `how` is a key of `TEACHER_WEIGHTS`."""
+        sys.path.append(str(HERE.parent / "training"))
+        from run_distill import DistillationTrainer
+
+        rows = self.comparison.rows(ARM, SEED)
+        chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        settings = SimpleNamespace(teacher_weight=TEACHER_WEIGHTS[how], temperature=1.0, hidden_state_weight=0.0)
+        with TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                max_steps=TRAINING_STEPS,
+                per_device_train_batch_size=TRAINING_ROWS,
+                learning_rate=TRAINING_RATE,
+                seed=seed,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                remove_unused_columns=False,
+            )
+            DistillationTrainer(
+                model,
+                arguments,
+                teacher=AutoModelForCausalLM.from_pretrained(self.mixture.name_or_path),  # it is frozen
+                settings=settings,
+                train_dataset=chosen.tolist(),
+                data_collator=lambda rows: self.comparison.text.train.batch(torch.tensor(rows)),
+            ).train()
+        return model.eval()
+
     def cases(self) -> Iterator[tuple[dict[str, Any], Callable[[], nn.Module]]]:
         """All that is run: what a result file says of itself, and what makes the model."""
         mixture = self.mixture
@@ -140,7 +180,7 @@ class Surgery:
             measured = None if method == "random" else self.measure(seed, domain)
             return prune_experts(mixture, measured, keep=kept, method=method, seed=seed)
 
-        def case(method: str, kept: int, seed: int, healed: bool = False, domain: str = "all") -> Any:
+        def case(method: str, kept: int, seed: int, healed: bool | str = False, domain: str = "all") -> Any:
             told = {"method": method, "kept": kept, "of": OF, "seed": seed, "calibration": domain, "healed": healed}
 
             def make() -> nn.Module:
@@ -149,6 +189,8 @@ class Surgery:
                     if kept < OF
                     else AutoModelForCausalLM.from_pretrained(mixture.name_or_path)
                 )
+                if isinstance(healed, str):
+                    return self.train(model, healed, seed)
                 return self.heal(model) if healed else model
 
             return told, make
@@ -162,6 +204,9 @@ class Surgery:
         for kept in (4, 2):
             yield from (case(method, kept, 0, healed=True) for method in (*PRUNING, *MERGING))
         yield from (case(method, 1, 0, healed=True) for method in DENSE)
+        for seed in range(TRAINING_SEEDS):
+            for how in TEACHER_WEIGHTS:
+                yield from (case(method, kept, seed, how) for method, kept in TRAINED)
         for domain in self.domains:
             yield from (case(method, 4, 0, domain=domain) for method in ("reap", "hc"))
 
@@ -186,7 +231,17 @@ class Surgery:
             }
             write(path, result)
             print(f"{name}: {result['loss']:.4f}", file=sys.stderr, flush=True)
+        self.run_growing()
         self.run_skipping()
+
+    def run_growing(self) -> None:
+        """Loss with twice the experts, before any training."""
+        for copies, top_k in GROWN:
+            path = self.output / f"grown-{copies.replace(' ', '_')}-{top_k}.json"
+            if not path.is_file():
+                by = self.measure(0) if copies == "by need" else None
+                losses = self.losses(expand(self.mixture, 2, by=by, num_experts_per_tok=top_k))
+                write(path, {"grown": copies, "num_experts_per_tok": top_k, "loss": fmean(losses.values())})
 
     def run_skipping(self) -> None:
         """Loss and CPU time with experts skipped, beside the same model with all of them, in turns."""
@@ -248,16 +303,18 @@ class Results:
     def __init__(self, folder: Path):
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         self.cuts = [each for each in found if "method" in each]
+        self.grown = {(each["grown"], each["num_experts_per_tok"]): each["loss"] for each in found if "grown" in each}
         self.skipping = sorted((each for each in found if "skipped" in each), key=lambda each: each["skipped"])
 
     def losses(self, name: str, kept: int) -> list[float]:
-        """Of all calibration seeds; `name` may end in `", healed"` or `", one domain"`."""
+        """Of all seeds; `name` may end in `", healed"`, `", labels"`, `", distilled"` or `", one domain"`."""
         method, _, how = name.partition(", ")
+        healed: bool | str = how if how in TEACHER_WEIGHTS else how == "healed"
         kept = 1 if method.startswith("dense") else kept
         return [
             each["loss"]
             for each in self.cuts
-            if (each["method"], each["kept"], each["healed"]) == (method, kept, how == "healed")
+            if (each["method"], each["kept"], each["healed"]) == (method, kept, healed)
             and (each["calibration"] != "all") == (how == "one domain")
         ]
 
@@ -296,10 +353,18 @@ def tables(results: Results) -> str:
     dense = ((name, results.losses(name, 1), results.losses(f"{name}, healed", 1)) for name in DENSE)
     sentences = (f"{name.split()[1]} {told(cut)}, healed {told(later)}" for name, cut, later in dense)
     lines += ["", f"Dense: {'; '.join(sentences)}."]
+    for method, kept in TRAINED:
+        found = [told(results.losses(name, kept)) for name in (method, f"{method}, labels", f"{method}, distilled")]
+        what = "Dense mean" if kept == 1 else f"`{method}` at {kept / OF:.0%}"
+        after = f"after {TRAINING_STEPS} steps of all weights on the labels {found[1]}, distilled {found[2]}"
+        lines += ["", f"{what} {found[0]}: {after} (three seeds)."]
     lines += ["", "Written before the run as the sign of a difference, and what came out:", ""]
     for first, second, share, sign, _ in EXPECTED:
         found = verdict(results, first, second, share, sign)
         lines.append(f"- `{first}` minus `{second}` at {share:.0%} `{sign}`: {found}")
+    if results.grown:
+        cells = (f"{copies}, {top_k} a token {results.grown[copies, top_k]:.3f}" for copies, top_k in GROWN)
+        lines += ["", f"[Twice the experts](upcycling.md#growing-a-mixture), before training: {'; '.join(cells)}."]
     if results.skipping:
         lines += ["", "Skipping, by beta:"]
         for each in results.skipping:

@@ -92,13 +92,13 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
         import_stock as import_stock,
     )
     from .surgery import (
+        expand as expand,
         measure_experts as measure_experts,
         merge_experts as merge_experts,
         prune_experts as prune_experts,
         to_dense as to_dense,
     )
     from .upcycling import (
-        expand as expand,
         plan as plan,
         upcycle as upcycle,
         verify as verify,
@@ -134,8 +134,8 @@ _HOMES = {
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"
     ),
     ".stock": "explain_export explain_serving export import_stock",
-    ".surgery": "measure_experts merge_experts prune_experts to_dense",
-    ".upcycling": "expand plan upcycle verify",
+    ".surgery": "expand measure_experts merge_experts prune_experts to_dense",
+    ".upcycling": "plan upcycle verify",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

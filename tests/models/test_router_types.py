@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 import hf_sparse_moe
-from hf_sparse_moe import expand, explain_export, upcycle
+from hf_sparse_moe import explain_export, upcycle
 from hf_sparse_moe.adapters import expert_lora_config
 from hf_sparse_moe.checkpoints.folder import write_checkpoint
 from hf_sparse_moe.models.routing import active_record
@@ -258,25 +258,6 @@ def test_copies_are_near_where_the_weights_are_no_constant(kind):
     with torch.no_grad():
         first, second = (model(**inputs).logits.flatten() for model in (dense, sparse))
     assert torch.corrcoef(torch.stack([first, second]))[0, 1] > 0.8
-
-
-@pytest.mark.parametrize(("name", "kind"), one_each([pair for pair in FAMILY_PAIRS if pair[1] != "hash"]))
-def test_expand_keeps_the_function(name, kind):
-    model = routed_model(name, kind)
-    expanded = expand(model, 2, router_noise=0.0)
-    assert expanded.config.num_experts == 2 * model.config.num_experts
-    inputs = tiny_inputs(model, labels=False, pads=2)
-    with torch.no_grad():
-        actual, expected = (each(**inputs).logits for each in (expanded, model))
-    if model.config.norm_topk_prob and "choice" not in kind:
-        assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    else:
-        assert actual.isfinite().all()
-
-
-def test_a_hash_mixture_cannot_be_expanded():
-    with pytest.raises(ValueError, match="gives the ids to other experts"):
-        expand(routed_model("llama", "hash"), 2)
 
 
 # ---- generating -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experts.test_on_device import BACKENDS
-from hf_sparse_moe import disable_experts, expand, explain_export, quantize_experts
+from hf_sparse_moe import disable_experts, explain_export, quantize_experts
 from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
@@ -276,8 +276,6 @@ with torch.no_grad():
 
 def test_uneven_layers_where_they_cannot_be():
     model = prune_experts(tiny_sparse("llama"), drop={0: [1]})
-    with pytest.raises(ValueError, match="num_experts_per_layer"):
-        expand(model, 2)
     assert not explain_export(model).possible
     with pytest.raises(ValueError, match="needs as many experts in each layer"):
         prune_experts(routed_model("bert", "expert choice"), drop={0: [1]})

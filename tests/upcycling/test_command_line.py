@@ -61,7 +61,7 @@ def test_expand(folders):
     assert isinstance(larger, SparseMoePreTrainedModel)
     assert (larger.config.num_experts, larger.config.num_experts_per_tok) == (8, 4)
     assert (folders / "larger" / "tokenizer.json").exists()
-    assert_one_sentence(run_cli("expand", folders / "base", folders / "no"), "is not a mixture")
+    assert_one_sentence(run_cli("expand", folders / "base", folders / "no"), "no sparse layer was found")
     assert_one_sentence(run_cli("expand", folders / "mixture", folders / "no", "--factor", 1), "`factor=1`")
     assert not (folders / "no").exists()
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_moe import expert_lora_config, export, upcycle
 from hf_sparse_moe.models.feed_forward import find_feed_forwards
-from hf_sparse_moe.upcycling import expand
+from hf_sparse_moe.surgery import expand
 from hf_sparse_moe.upcycling.initialization import balanced_k_means
 from hf_sparse_moe.upcycling.recipe import layer_types
 from pairwise import pairwise

@@ -202,7 +202,7 @@ def test_arguments_of_another_kind(arguments, message):
 def test_arguments_of_expand(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}=.* is not allowed"):
         expand(tiny_sparse("decoder"), **{"factor": 2, **arguments})
-    with pytest.raises(ValueError, match="is not a mixture"):
+    with pytest.raises(ValueError, match="no sparse layer was found"):
         expand(tiny_dense("llama"), 2)
 
 

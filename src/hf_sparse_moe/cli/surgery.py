@@ -1,4 +1,4 @@
-"""`measure`, `prune`, `merge`, `to-dense`: mixtures with other experts, or none."""
+"""`measure`, `prune`, `merge`, `expand`, `to-dense`: mixtures with other experts, or none."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def measure(
     """
     Measure what each expert of a mixture does on some text: frequency, EAN, REAP, outputs and their similarity.
 
-    Loads the model. The file is what `prune` and `merge` choose by.
+    Loads the model. The file is what `prune`, `merge` and `expand` choose by.
     """
     from hf_sparse_moe.checkpoints.loading import load_whole
     from hf_sparse_moe.checkpoints.source import find_source
@@ -193,6 +193,41 @@ def merge(
     from hf_sparse_moe.surgery import merge_experts
 
     options.run(merge_experts, source, measured, _numbers("into", into), method, align, output=output)
+
+
+@app.command(
+    epilog="Examples:\n\n`hf-sparse-moe expand ./gpt2-8x ./gpt2-16x --factor 2`\n\n"
+    "`hf-sparse-moe expand ./gpt2-8x ./gpt2-16x --by measured.safetensors --data law.txt`\n\n"
+    "`hf-sparse-moe expand ./gpt2-8x ./gpt2-8x-top1 --factor 1 --num-experts-per-tok 1`"
+)
+@_with_options
+def expand(
+    source: SourceArgument,
+    output: OutputArgument,
+    options: _Writing,
+    factor: Annotated[int, typer.Option(help="How many times more experts there will be.")] = 2,
+    by: Annotated[
+        Path | None, typer.Option(help="The file that `measure` wrote: experts that carry more get more copies.")
+    ] = None,
+    num_experts_per_tok: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of experts that each token uses.", show_default="times the factor; as before with --by"
+        ),
+    ] = None,
+    router_noise: Annotated[
+        float, typer.Option(help="Noise on the copies' router rows, relative to the rows; 0 keeps the function.")
+    ] = 0.01,
+    seed: SeedOption = 0,
+) -> None:
+    """
+    Make a mixture with more experts of a mixture of this package, or with another number of them a token.
+
+    Works tensor by tensor: neither model is in memory, but for `--data`.
+    """
+    from hf_sparse_moe.surgery import expand as make_larger
+
+    options.run(make_larger, source, factor, seed, router_noise, by, num_experts_per_tok, output=output)
 
 
 @app.command("to-dense", epilog="Example:\n\n`hf-sparse-moe to-dense ./qwen3-8x ./qwen3-dense`")

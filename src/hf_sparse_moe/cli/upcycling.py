@@ -1,4 +1,4 @@
-"""`plan`, `upcycle`, `expand`, `verify`: from a dense checkpoint to a mixture."""
+"""`plan`, `upcycle`, `verify`: from a dense checkpoint to a mixture."""
 
 from __future__ import annotations
 
@@ -101,6 +101,7 @@ def _gigabytes(count: int) -> str:
     "`hf-sparse-moe upcycle ./my-bert ./my-bert-4x --num-experts 4 --num-experts-per-tok 1 --dtype bfloat16`\n\n"
     "`hf-sparse-moe upcycle ./llama ./llama-64x --method split --num-experts 64 --num-experts-per-tok 8 "
     "--set granularity=8 --layers every_2`\n\n"
+    "`hf-sparse-moe upcycle ./llama-64x ./llama-more --layers first_4`\n\n"
     "`hf-sparse-moe upcycle ./base ./mixed --method branches --sources ./law --sources ./code --prompts law.txt "
     "--prompts code.txt`"
 )
@@ -138,7 +139,7 @@ def upcycle(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Convert a dense checkpoint into a mixture of experts.
+    Convert a dense checkpoint into a mixture of experts, or more layers of a mixture.
 
     Writes weights, config, code, tokenizer, generation config, license and receipt into a new folder that
     `AutoModelFor...from_pretrained` loads. Works tensor by tensor: neither model is ever in memory.
@@ -165,43 +166,12 @@ def upcycle(
         **{name: value for name, value in measured.items() if value},
         **to_settings(settings),
     )
-    counts = report.receipt["parameters"]
-    show(
-        report.to_dict(),
-        as_json,
-        f"{output}: {report.architecture}",
-        f"parameters {counts['dense']:,} dense -> {counts['total']:,}, {counts['active']:,} active",
-        describe_difference(report.receipt["equality"]),
-    )
-
-
-@app.command(epilog="Examples:\n\n`hf-sparse-moe expand ./gpt2-8x ./gpt2-16x --factor 2`")
-def expand(
-    source: SourceArgument,
-    output: OutputArgument,
-    factor: Annotated[int, typer.Option(help="How often each expert is repeated.")] = 2,
-    seed: SeedOption = 0,
-    router_noise: Annotated[
-        float, typer.Option(help="Noise on the copies' router rows, relative to the rows; 0 keeps the function.")
-    ] = 0.01,
-    revision: RevisionOption = None,
-    max_shard_size: ShardSizeOption = "4GB",
-    as_json: JsonOption = False,
-) -> None:
-    """Make a mixture with more experts of a mixture, whose tokens use as many more. Loads the model."""
-    from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
-    from hf_sparse_moe.checkpoints.loading import load_sparse
-    from hf_sparse_moe.checkpoints.source import find_source
-    from hf_sparse_moe.upcycling import UpcycleReport
-    from hf_sparse_moe.upcycling import expand as make_larger
-
-    check_target(output)
-    found = find_source(source, revision)
-    larger = make_larger(load_sparse(found), factor, seed, router_noise)
-    write_checkpoint(larger, output, found.folder, max_shard_size=max_shard_size)
-    report = UpcycleReport(output, type(larger).__name__, larger.receipt or {})
-    experts = f"{larger.config.num_experts} experts a layer, {larger.config.num_experts_per_tok} a token"
-    show(report.to_dict(), as_json, f"{output}: {report.architecture}, {experts}")
+    if made := report.receipt.get("more_layers"):
+        told, equality = f"{len(made['layers'])} more sparse layers", made["equality"]
+    else:
+        counts, equality = report.receipt["parameters"], report.receipt["equality"]
+        told = f"parameters {counts['dense']:,} dense -> {counts['total']:,}, {counts['active']:,} active"
+    show(report.to_dict(), as_json, f"{output}: {report.architecture}", told, describe_difference(equality))
 
 
 @app.command(
@@ -219,7 +189,8 @@ def verify(
     """
     Compare a checkpoint with what it was made of and its receipt. Loads both models.
 
-    A mixture with its dense model; what `prune`, `merge` or `to-dense` wrote with the mixture before.
+    A mixture with its dense model; what `prune`, `merge`, `expand` or `to-dense` wrote, or `upcycle` of a mixture,
+    with the mixture before.
     """
     from hf_sparse_moe.upcycling import verify as measure
 

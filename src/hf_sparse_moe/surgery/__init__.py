@@ -2,6 +2,7 @@
 
 from .adapter_pruning import prune_adapter
 from .densifying import to_dense
+from .expanding import expand
 from .measurements import ExpertMeasurements
 from .measuring import measure_experts
 from .merging import merge_experts
@@ -12,6 +13,7 @@ from .rewriting import SurgeryReport
 __all__ = [
     "ExpertMeasurements",
     "SurgeryReport",
+    "expand",
     "measure_experts",
     "merge_experts",
     "prune_adapter",

@@ -40,10 +40,12 @@ class ExpertRows:
             names start at the sparse layer (`"experts.gate_up_proj"`, `"gate.weight"`); the expert axis is the first,
             E entries long and then N. On disk experts may be apart: `"experts.w1.weight"` then is the stack of
             `"experts.0.w1.weight"` and so on. Without it each new expert is a copy of its one source.
+        finish (`Callable`, *optional*): Makes of such a name and the copies, `(N, ...)`, what is kept of them.
     """
 
     sources: Sequence[Sequence[int]]
     combine: Callable[[Tensors], Tensors] | None = None
+    finish: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, copies: copies
 
 
 class Rewriting:
@@ -81,7 +83,7 @@ class Rewriting:
                     del left[name]
             if layer_rows.combine is None:
                 kept = [only for (only,) in layer_rows.sources]
-                self.parts += [part for stack in stacks for part in stack.cut(kept)]
+                self.parts += [part for stack in stacks for part in stack.cut(kept, layer_rows.finish)]
             else:
                 self.parts.append(_combined(stacks, layer_rows.combine))
         for name, tensor in left.items():
@@ -137,16 +139,22 @@ class _Stack:
             tensor = tensor.flatten(self.dim, self.dim + 1)
         return {self.names[0]: tensor.contiguous()}
 
-    def cut(self, kept: list[int]) -> Iterator[Part]:
+    def cut(self, kept: list[int], finish: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[Part]:
         if self.dim is None:
             for name, old in zip(self.new_names, kept, strict=True):
                 yield [name], partial(_as_it_is, self.names[old], called=name)
         else:
-            yield self.names, partial(self._cut_whole, kept)
+            yield self.names, partial(self._cut_whole, kept, finish)
 
-    def _cut_whole(self, kept: list[int], tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    def _cut_whole(
+        self,
+        kept: list[int],
+        finish: Callable[[str, torch.Tensor], torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> Tensors:
         stacked, stored = self.read(tensors), tensors[self.names[0]]
-        return self.split(stacked.index_select(0, torch.tensor(kept, device=stacked.device)), stored)
+        copies = stacked.index_select(0, torch.tensor(kept, device=stacked.device))
+        return self.split(finish(self.short, copies), stored)
 
 
 def _as_it_is(name: str, tensors: Mapping[str, torch.Tensor], called: str | None = None) -> Tensors:

@@ -94,7 +94,7 @@ def merge_experts(
             for place, (groups, weights) in found.items()
         }
         names = {mixture.layers[place].name: groups for place, (groups, _) in found.items()}
-        return rows, {"method": method, "align": align, "groups": names}
+        return Plan(rows, {"method": method, "align": align, "groups": names})
 
     settings = (max_shard_size, resume, show_progress)
     return rewrite("merged", merge, source, output, evaluation, revision, token, *settings)

@@ -109,7 +109,7 @@ def prune_experts(
         cut_layers = {mixture.layers[place].name: ids for place, ids in kept.items()}
         counts = {mixture.layers[place].name: mixture.layers[place].num_experts for place in kept}
         told = {**arguments, "kept": cut_layers, "num_experts": counts}
-        return {place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told
+        return Plan({place: ExpertRows([[old] for old in ids]) for place, ids in kept.items()}, told)
 
     settings = (max_shard_size, resume, show_progress)
     return rewrite("pruned", cut, source, output, evaluation, revision, token, *settings)

@@ -36,8 +36,9 @@ def describe_operation(receipt: Mapping[str, Any]) -> dict[str, str]:
     experts = [len(each) for each in chosen.values() if isinstance(each, list)]
     facts = {
         "made of": f"{source.get('name_or_path') or 'a model'} ({source.get('architecture')})" if source else None,
-        "operation": f"{operation} by {made.get('method')}" if made else None,
+        "operation": f"{operation} by {made.get('method') or made.get('factor') or 'copies'}" if made else None,
         "experts": f"{' or '.join(map(str, sorted(set(experts))))} in {len(experts)} layers" if experts else None,
+        "experts a token": made.get("num_experts_per_tok") if operation == "expanded" else None,
         "parameters": _change(made.get("parameters"), "{:,}"),
         "bytes": _change(made.get("bytes"), "{:,}"),
         **{f"loss on {group}, in nats": _change(each, "{:.4f}") for group, each in losses.items()},

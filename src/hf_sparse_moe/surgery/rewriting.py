@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +34,13 @@ from .receipts import write_card, write_receipt
 
 logger = logging.get_logger(__name__)
 
-Plan = tuple[dict[int, ExpertRows], dict[str, Any]]  # by the layer's place, and what the receipt says of it
+
+class Plan(NamedTuple):
+    """The experts by the place of their layer, what the receipt says of it, and other fields of our config."""
+
+    rows: dict[int, ExpertRows]
+    told: dict[str, Any]
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 class SurgeryReport(UpcycleReport):
@@ -55,7 +62,7 @@ def rewrite(
     Hub id where its files allow that.
 
     Args:
-        verb (`str`): What is done to the experts, under which the receipt tells it: `"pruned"`, `"merged"`.
+        verb (`str`): What is done to the experts, under which the receipt tells it, such as `"pruned"`.
         settings: `max_shard_size`, `resume` and `show_progress`.
     """
     if output is not None:
@@ -67,19 +74,19 @@ def rewrite(
         except NotStreamableError as reason:
             logger.warning(f"The mixture is {verb} in memory, not streamed: {reason}.")
     mixture = open_mixture(source, into_memory=True, revision=revision, token=token)
-    rows, told = plan(mixture)
-    model: Any = _in_memory(mixture, rows)
-    model.receipt = _receipt(verb, mixture, model, told, None, loss_change(mixture.model, model, evaluation))
+    planned = plan(mixture)
+    model: Any = _in_memory(mixture, planned)
+    model.receipt = _receipt(verb, mixture, model, planned.told, None, loss_change(mixture.model, model, evaluation))
     return model if output is None else _save(model, mixture.source, output, settings[0])
 
 
 @torch.no_grad()
-def _in_memory(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTrainedModel:
-    """A new model in evaluation mode, that shares no memory with `mixture`, whose layer `place` has `rows[place]`."""
+def _in_memory(mixture: Mixture, plan: Plan) -> PreTrainedModel:
+    """A new model in evaluation mode, that shares no memory with `mixture`."""
     old = mixture.model
-    new = _resized(mixture, rows)
+    new = _resized(mixture, plan)
     state = stored_tensors(old)
-    rewriting = Rewriting(mixture, new, rows, state)
+    rewriting = Rewriting(mixture, new, plan.rows, state)
     made: Tensors = {}
     for _, make in rewriting.parts:
         for name, tensor in make(state).items():
@@ -111,14 +118,13 @@ def _on_disk(
     show_progress: bool,
 ) -> SurgeryReport:
     """Memory holds one tensor at a time, or where `rows` combine experts those of a layer."""
-    rows, told = plan
-    source = mixture.source
+    told, source = plan.told, mixture.source
     assert source is not None
     watched, files = WatchedSource(source), TensorFiles(weight_files(source))
     stored = {name: torch.empty(files.shape(name), dtype=files.dtype(name), device="meta") for name in files.names}
     with sensible_config(source):
-        new = _resized(mixture, rows)
-        rewriting = Rewriting(mixture, new, rows, stored)
+        new = _resized(mixture, plan)
+        rewriting = Rewriting(mixture, new, plan.rows, stored)
 
     def write(writer: ShardWriter) -> Generator[int]:
         for names, make in rewriting.parts:
@@ -181,8 +187,8 @@ def _receipt(
     return {
         **{name: value for name, value in before.items() if name != verb},  # the last operation is the last
         verb: {
-            **told,
             "num_experts_per_tok": mixture.layers[0].top_k,
+            **told,
             "loss": loss,
             **sizes(old, new),
             "source": describe_source(old, mixture.source, sha256),
@@ -201,13 +207,15 @@ def sizes(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, dict[str
     }
 
 
-def _resized(mixture: Mixture, rows: Mapping[int, ExpertRows]) -> PreTrainedModel:
+def _resized(mixture: Mixture, plan: Plan) -> PreTrainedModel:
     """The model with other numbers of experts, without storage."""
-    old, layers = mixture.model, mixture.layers
+    old, layers, rows = mixture.model, mixture.layers, plan.rows
     counts = [len(rows[place].sources) if place in rows else layer.num_experts for place, layer in enumerate(layers)]
     config = copy.deepcopy(old.config)
     if isinstance(config, SparseMoeConfig):
         _resize_ours(config, counts)
+        for name, value in plan.fields.items():
+            setattr(config, name, value)
     else:
         _resize_stock(config, layers, counts)
     with torch.device("meta"):

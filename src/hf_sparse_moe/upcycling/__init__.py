@@ -1,6 +1,5 @@
 """Dense checkpoints become mixtures."""
 
-from .expansion import expand
 from .initialization import INITIALIZATION_METHODS
 from .mixtures import UpcycleReport, upcycle
 from .planning import UpcyclePlan, plan
@@ -12,7 +11,6 @@ __all__ = [
     "UpcyclePlan",
     "UpcycleReport",
     "Verification",
-    "expand",
     "plan",
     "upcycle",
     "verify",

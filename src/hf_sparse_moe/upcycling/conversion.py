@@ -159,8 +159,8 @@ class Conversion:
     def outputs(self) -> dict[str, torch.Tensor]:
         """Every tensor of the mixture, tied ones once, without storage and in its dtype."""
         dtypes, tied = loaded_dtypes(self.sparse, self.dtype), set(self.sparse.all_tied_weights_keys)
-        if isinstance(self.tensors, LoadedTensors):  # a checkpoint may have untied what its config ties
-            tied -= {f"dense.{name}" for name in self.tensors.names}
+        # A model in memory may have untied what its config ties.
+        tied -= {f"dense.{name}" for name in getattr(self.tensors, "names", ())}
         return {
             key: torch.empty(tensor.shape, dtype=dtypes[key], device="meta")
             for key, tensor in self.sparse.state_dict().items()
@@ -168,8 +168,8 @@ class Conversion:
         }
 
     def layer_of(self, key: str) -> int | None:
-        """The position of the sparse layer that makes a tensor of `outputs`; None for one of the dense model's own."""
-        return next((layer.position for layer in self.layers if key.startswith(f"{layer.block}.")), None)
+        """The place in `layers` of the one that makes a tensor of `outputs`; None for one of the dense model's own."""
+        return next((place for place, layer in enumerate(self.layers) if key.startswith(f"{layer.block}.")), None)
 
     def make(self, layer: SparseLayer, reuse: bool = False, **measured: Any) -> Made:
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from hf_sparse_moe.checkpoints.journal import WatchedSource
 from hf_sparse_moe.checkpoints.loading import load_dense
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
 from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion
-from .expansion import upcycle_more_layers
 from .measuring import as_batches, inputs_of, labelled, task_losses
+from .more_layers import upcycle_more_layers
 from .receipt import describe_source, make_receipt, name_of
 from .recipe import Layers, check_dtype, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
@@ -86,8 +88,8 @@ def upcycle(
     memory, on disk and in shards.
 
     Args:
-        source (`PreTrainedModel`, `str` or `Path`): A dense text model, or the folder or Hub id of one; or a mixture
-            in memory, whose dense `layers` become sparse too. With `method="branches"`, the model that the branches
+        source (`PreTrainedModel`, `str` or `Path`): A dense text model, or the folder or Hub id of one; or a mixture,
+            whose dense `layers` become sparse too. With `method="branches"`, the model that the branches
             were fine-tuned from; optional.
         num_experts (`int`, *optional*): Routed experts of a layer. Defaults to 8, or to the number of `sources`.
         num_experts_per_tok (`int`, defaults to 2): Experts that serve one token.
@@ -152,17 +154,20 @@ def upcycle(
         raise ValueError(f"`prompts` has {len(prompts)} entries for {len(sources)} `sources`. Give one each.")
     if source is None and method != "branches":
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
-    if isinstance(source, SparseMoePreTrainedModel):
-        asked = (num_experts, num_experts_per_tok, method, output, distributed_config, data, evaluation)
-        if asked != (None, 2, "copy", None, None, None, None) or sources or options_and_fields:
-            raise ValueError(
-                "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
-            )
-        return upcycle_more_layers(source, layers, seed)
     if output is not None and distributed_config is not None:
         raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
     if output is not None:
         check_target(output)
+    found = find_source(source, revision, allow_pickle, token) if isinstance(source, str | Path) else None
+    if isinstance(source, SparseMoePreTrainedModel) or (found and isinstance(read_config(found), SparseMoeConfig)):
+        asked = (num_experts, num_experts_per_tok, method, distributed_config, data, evaluation, dtype)
+        if asked != (None, 2, "copy", None, None, None, "auto") or sources or options_and_fields:
+            raise ValueError(
+                "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
+            )
+        settings = (max_shard_size, resume, show_progress)
+        grown: Any = upcycle_more_layers(found or source, layers, seed, output, *settings)  # type: ignore[arg-type]
+        return grown if output is None else UpcycleReport(Path(output), type(grown).__name__, grown.receipt)
     recipe, fields = make_recipe(method, seed, options_and_fields)
     from_branches = len(sources) * recipe.options.get("granularity", 1)
     num_experts = num_experts if num_experts is not None else from_branches or 8
@@ -182,7 +187,7 @@ def upcycle(
             for name, value in needs.items():
                 if value is not None:
                     raise NotStreamableError(f"`{name}` needs the model itself")
-            found = find_source(source, revision, allow_pickle, token)  # type: ignore[arg-type]
+            assert found is not None
             check_not_quantised(read_config(found), found.name)
             watched = WatchedSource(found)
             conversion = plan_from_disk(found, recipe, fields, layers, chosen_dtype)
@@ -196,12 +201,14 @@ def upcycle(
         else:
             if output is None:
                 return load_shards(conversion, found, watched, distributed_config)  # type: ignore[arg-type]
-            receipt = write_mixture(conversion, found, watched, output, max_shard_size, resume, show_progress)
-            return UpcycleReport(Path(output), type(conversion.sparse).__name__, receipt)
+            sparse: Any = conversion.sparse
+            tell = partial(make_receipt, conversion.dense, sparse, found, recipe, conversion.fields)
+            write_mixture(conversion, found, watched, tell, output, max_shard_size, resume, show_progress)
+            return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
 
     def load(each: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Source | None]:
         if isinstance(each, str | Path):
-            read_from = find_source(each, revision, allow_pickle, token)
+            read_from = found if found and each is source else find_source(each, revision, allow_pickle, token)
             check_not_quantised(read_config(read_from), read_from.name)
             return load_dense(read_from, dtype, allow_pickle), read_from
         check_plain(each)
@@ -246,7 +253,7 @@ def upcycle(
         by_layer = {name: found[layer.position] for name, found in measured.items()}
         return {**by_layer, "branches": [layer.weights(each.reader()) for each in tensors]}
 
-    sparse: Any = conversion.load(measurements, getattr(dense, "generation_config", None))
+    sparse = conversion.load(measurements, getattr(dense, "generation_config", None))
     sparse = sparse.to(dense.device)
     sparse.receipt = make_receipt(dense, sparse, None if dense is not base else base_source, recipe, conversion.fields)
     if texts is not None:

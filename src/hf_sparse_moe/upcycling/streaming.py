@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from math import prod
@@ -62,14 +62,15 @@ def write_mixture(
     conversion: Conversion,
     source: Source,
     watched: WatchedSource,
+    tell: Callable[[dict[str, str]], dict[str, Any]],
     output: str | Path,
     max_shard_size: int | str,
     resume: bool,
     show_progress: bool,
-) -> dict[str, Any]:
+) -> None:
     """
-    Write the mixture to a folder, tensor by tensor, and return its receipt: memory holds two layers' dense weights,
-    whatever their number.
+    Write the mixture to a folder, tensor by tensor: memory holds two layers' dense weights, whatever their number.
+    `tell` makes its receipt, given the hashes of the source's files.
     """
     recipe, fields, sparse = conversion.recipe, conversion.fields, conversion.sparse
     asked_for = {
@@ -92,10 +93,9 @@ def write_mixture(
         resume,
         show_progress,
     ) as (folder, sha256):
-        sparse.receipt = make_receipt(conversion.dense, sparse, source, recipe, fields, sha256)
+        sparse.receipt = tell(sha256)
         write_description(sparse, folder)
         copy_companions(source.folder, folder)
-    return sparse.receipt
 
 
 def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int]:

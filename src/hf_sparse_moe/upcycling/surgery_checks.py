@@ -1,4 +1,4 @@
-"""What `verify` holds a pruned or merged mixture to, and a dense model made of one: its receipt and its source."""
+"""What `verify` holds a mixture made of another to, and a dense model made of one: its receipt and its source."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ VERDICTS = {
     "what it computes",
     "to_dense": "verified: the dense model is its source but for the feed-forwards, which are made of the experts; "
     "that changes what it computes",
+    "expanded": "verified: the mixture is its source with the copies of experts, and the number of them a token, that "
+    "the receipt names",
+    "more_layers": "verified: the mixture is its source with the more sparse layers that the receipt names",
 }
 
 
@@ -57,6 +60,8 @@ def check_surgery(
 
     if operation == "to_dense":
         return [_outside_feed_forwards(result, source), *_as_written(made, folder)], {}
+    if operation in ("expanded", "more_layers"):
+        return _check_growth(operation, made, result, source)
     groups = made.get("groups") if operation == "merged" else made.get("kept")
     if not isinstance(groups, dict):
         raise ValueError(f"The receipt does not say which experts were {operation}. Fetch it again.")
@@ -77,13 +82,55 @@ def check_surgery(
         return findings, {}
     places = {layer.name: place for place, layer in enumerate(find_mixture_layers(source))}
     gone = {places[name]: sorted(set(range(old[name].num_experts)) - set(chosen)) for name, chosen in groups.items()}
-    source, result = source.float(), result.float()
     with disable_experts(source, gone):
-        measured: Any = output_difference(source, result)  # type: ignore[arg-type]
+        outputs, measured = _outputs(result, source, True, "the source with the other experts disabled")
+    return [outputs, *findings], measured
+
+
+def _check_growth(
+    operation: str, made: Mapping[str, Any], result: PreTrainedModel, source: PreTrainedModel
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Of [`expand`], and of [`upcycle`] of a mixture."""
+    from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
+
+    old, new = ({layer.name: layer for layer in find_mixture_layers(model)} for model in (source, result))
+    if operation == "more_layers":
+        layers = sorted(new.keys() - old.keys())
+        told = f"{len(layers)} layers are sparse that were dense in the source."
+        if layers != sorted(map(str, made.get("layers") or ())):
+            return [(False, f"{told} The receipt says others.")], {}
+        before, after = source.state_dict(), result.state_dict()
+        outside = [name for name in after if not name.startswith(tuple(f"{layer}." for layer in layers))]
+        findings = [(True, told), _same(outside, before, after)]
+    else:
+        every = {name: [*range(layer.num_experts)] for name, layer in old.items()}
+        copied = made.get("copied")
+        for name, layer in new.items():
+            ids = copied.get(name) if isinstance(copied, dict) else None
+            if not isinstance(ids, list) or name not in old or not all(expert in every[name] for expert in ids):
+                return [(False, f"The receipt does not say of which experts of `{name}` there are copies.")], {}
+            every[name] += ids
+            if layer.num_experts != len(every[name]):
+                told = f"`{name}` has {layer.num_experts} experts, but the receipt says {len(every[name])}."
+                return [(False, told)], {}
+        groups = {name: [[expert] for expert in ids] for name, ids in every.items()}
+        grown = [name for name, layer in old.items() if len(every[name]) > layer.num_experts]
+        findings = [
+            _rows({name: (old[name], new[name], each) for name, each in groups.items()}),
+            _outside_experts(result, source, grown),
+        ]
+    outputs, measured = _outputs(result, source, made.get("exact") is True, "the source")
+    return [outputs, *findings], measured
+
+
+def _outputs(
+    result: PreTrainedModel, source: PreTrainedModel, promised: bool, of: str
+) -> tuple[Finding, dict[str, Any]]:
+    measured: Any = output_difference(source.float(), result.float())
     kept = measured["max_abs_difference"] <= 10 * allowed_difference(measured, torch.float32)
-    told = f"The outputs differ by at most {measured['max_abs_difference']:.1e} from those of the source with the "
-    told += f"other experts disabled, where they reach {measured['max_abs_output']:.1f}."
-    return [(kept, told), *findings], {"float32": measured}
+    told = f"The outputs differ by at most {measured['max_abs_difference']:.1e} from those of {of}, where they reach "
+    told += f"{measured['max_abs_output']:.1f}{'' if promised else '; the receipt does not promise the same'}."
+    return (kept or not promised, told), {"float32": measured}
 
 
 def _as_written(made: Mapping[str, Any], folder: Path) -> list[Finding]:
@@ -111,13 +158,19 @@ def _misnamed(name: str, groups: Any, operation: str, old: dict[str, Any], new: 
 
 
 def _rows(layers: Mapping[str, tuple[MixtureLayer, MixtureLayer, Sequence[Sequence[int]]]]) -> Finding:
-    """Router rows are those of each group's first expert; an expert of a group of its own is what it was."""
+    """
+    Router rows are those of each group's first expert, but those of copies, which have noise; an expert of a group of
+    its own is what it was.
+    """
     different, alone = [], 0
     for name, (old, new, groups) in layers.items():
         firsts = [group[0] for group in groups]
         single = [place for place, group in enumerate(groups) if len(group) == 1]
         alone += len(single)
-        parts = ((old.router, new.router, [*range(len(groups))]), (old.experts, new.experts, single))
+        parts = (
+            (old.router, new.router, [*range(min(len(groups), old.num_experts))]),
+            (old.experts, new.experts, single),
+        )
         for before, after, places in parts:
             tensors = after.state_dict()
             for key, tensor in before.state_dict().items():

@@ -36,7 +36,8 @@ class Verification:
         measured (`dict`): The difference to the dense model in `"float32"` and `"as_stored"`.
         recorded (`dict`, *optional*): The receipt's measurement, where it holds one.
         loss (`dict`, *optional*): The task loss of both models, where there was `evaluation`.
-        operation (`str`, *optional*): `"pruned"`, `"merged"` or `"to_dense"` where that was held against its source.
+        operation (`str`, *optional*): `"pruned"`, `"merged"`, `"expanded"`, `"more_layers"` or `"to_dense"` where that
+            was held against its source.
     """
 
     passed: bool
@@ -81,8 +82,9 @@ def verify(
     with the receipt: its numbers, its promise of equality, its hashes of the source.
 
     Both models are loaded, and measured in the mixture's own dtype, as the receipt was, and in float32. What
-    [`prune_experts`], [`merge_experts`] and [`to_dense`] wrote is held against the mixture that it was made of: the
-    receipt's experts and hashes, all tensors that should be the same, and after a cut the outputs.
+    [`prune_experts`], [`merge_experts`], [`expand`] and [`to_dense`] wrote, or [`upcycle`] of a mixture, is held
+    against the mixture that it was made of: the receipt's experts and hashes, all tensors that should be the same, and
+    the outputs where the receipt promises them.
 
     Args:
         source (`str` or `Path`): Folder or Hub id of a mixture with a receipt, or of a dense model made of one.
@@ -189,7 +191,7 @@ def _verify_surgery(
         findings.append((True, f"{counted}: before {loss['before']:.4f}, after {loss['after']:.4f}."))
     return Verification(
         passed=all(kept for kept, _ in findings),
-        promised=operation == "pruned",
+        promised=made.get("exact", operation == "pruned"),
         findings=tuple(sentence for _, sentence in findings),
         promise=VERDICTS[operation],
         measured=measured,
