@@ -112,8 +112,8 @@ def _plan(model: SparseMoePreTrainedModel, tensors: Any, layers: Layers, seed: i
     new = [SparseLayer(place, *each) for place, each in enumerate(found) if each[0].block_path not in before]
     if not new:
         raise ValueError(
-            f"`layers={layers!r}` names no dense layer: all of them are those of a mixture already. Pass a dense model, "
-            "or `expand` this one."
+            f"`layers={layers!r}` names no dense layer: all of them are those of a mixture already. Pass a dense "
+            "model, or `expand` this one."
         )
     fields = {name: getattr(config, name) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
     recipe.initialization.sizes(fields, new[0].feed_forward.intermediate_size, {})
