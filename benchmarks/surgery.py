@@ -324,7 +324,7 @@ class Results:
 
 
 def told(losses: list[float]) -> str:
-    spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+    spread = f"±{stdev(losses):.3f}" if len(losses) > 1 else ""
     return f"{fmean(losses):.3f}{spread}" if losses else "-"
 
 
