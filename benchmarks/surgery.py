@@ -353,15 +353,16 @@ def tables(results: Results) -> str:
     dense = ((name, results.losses(name, 1), results.losses(f"{name}, healed", 1)) for name in DENSE)
     sentences = (f"{name.split()[1]} {told(cut)}, healed {told(later)}" for name, cut, later in dense)
     lines += ["", f"Dense: {'; '.join(sentences)}."]
+    after = []
     for method, kept in TRAINED:
-        found = [told(results.losses(name, kept)) for name in (method, f"{method}, labels", f"{method}, distilled")]
-        what = "Dense mean" if kept == 1 else f"`{method}` at {kept / OF:.0%}"
-        after = f"after {TRAINING_STEPS} steps of all weights on the labels {found[1]}, distilled {found[2]}"
-        lines += ["", f"{what} {found[0]}: {after} (three seeds)."]
-    lines += ["", "Written before the run as the sign of a difference, and what came out:", ""]
+        labels, distilled = (told(results.losses(f"{method}, {how}", kept)) for how in TEACHER_WEIGHTS)
+        what = method if kept == 1 else f"`{method}` at {kept / OF:.0%}"
+        after.append(f"{what} on the labels {labels}, distilled {distilled}")
+    lines += ["", f"After {TRAINING_STEPS} steps of all weights, {TRAINING_SEEDS} seeds: {'; '.join(after)}."]
+    lines += ["", "The sign expected before the run, and what came out:", ""]
     for first, second, share, sign, _ in EXPECTED:
         found = verdict(results, first, second, share, sign)
-        lines.append(f"- `{first}` minus `{second}` at {share:.0%} `{sign}`: {found}")
+        lines.append(f"- `{first}` minus `{second}`, {share:.0%} `{sign}`: {found}")
     if results.grown:
         cells = (f"{copies}, {top_k} a token {results.grown[copies, top_k]:.3f}" for copies, top_k in GROWN)
         lines += ["", f"[Twice the experts](upcycling.md#growing-a-mixture), before training: {'; '.join(cells)}."]
