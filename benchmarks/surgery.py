@@ -364,7 +364,7 @@ def tables(results: Results) -> str:
         found = verdict(results, first, second, share, sign)
         lines.append(f"- `{first}` minus `{second}`, {share:.0%} `{sign}`: {found}")
     if results.grown:
-        cells = (f"{copies}, {top_k} a token {results.grown[copies, top_k]:.3f}" for copies, top_k in GROWN)
+        cells = (f"{copies}, {top_k} a token {loss:.3f}" for (copies, top_k), loss in sorted(results.grown.items()))
         lines += ["", f"[Twice the experts](upcycling.md#growing-a-mixture), before training: {'; '.join(cells)}."]
     if results.skipping:
         lines += ["", "Skipping, by beta:"]
