@@ -1,10 +1,14 @@
 """What each inference server computes as the mixture does, and what stands in the way."""
 
 import json
+from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.cli.serve import Serve
+from transformers.cli.serving import model_manager
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 from typer.testing import CliRunner
@@ -97,10 +101,10 @@ def test_the_command_writes_what_the_server_reads(tmp_path, mixture):
         export(tmp_path / "ours", tmp_path / "none", server="ollama")
 
 
-def test_transformers_serve_loads_the_export_and_not_the_mixture(tmp_path, mixture):
+def test_transformers_serve_loads_exports_and_our_serve_mixtures(tmp_path, mixture, monkeypatch):
     """
     What `transformers serve` does with a request's model. It looks the class up in transformers' own namespace, so
-    that no remote code is ever found there: when the second half fails, docs/export.md can say less.
+    that no remote code is ever found there: when that changes, `hf-sparse-moe serve` can go.
     """
     model = mixture("qwen3")
     model.save_pretrained(tmp_path / "ours")
@@ -111,6 +115,18 @@ def test_transformers_serve_loads_the_export_and_not_the_mixture(tmp_path, mixtu
     torch.testing.assert_close(served(input_ids).logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(AttributeError, match="module transformers has no attribute SparseMoeDecoderForCausalLM"):
         manager._load_model(f"{tmp_path / 'ours'}@main")
+
+    namespace = SimpleNamespace(**vars(model_manager.transformers))
+    monkeypatch.setattr(model_manager, "transformers", namespace)
+    calls = []
+    start = wraps(Serve.__init__)(lambda self, **options: calls.append(options))  # the options are read from it
+    monkeypatch.setattr(Serve, "__init__", start)
+    arguments = ["serve", str(tmp_path / "ours"), "--device", "cpu", "--port", "8123"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert calls[0]["force_model"] == arguments[1]
+    assert calls[0]["port"] == 8123
+    again = ModelManager(device="cpu", model_timeout=-1)._load_model(f"{tmp_path / 'ours'}@main")
+    assert torch.equal(again(input_ids).logits, model(input_ids).logits)
 
 
 def test_continuous_batching_takes_what_it_is_given(mixture, monkeypatch):

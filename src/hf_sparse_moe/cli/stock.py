@@ -16,6 +16,7 @@ from .options import (
     ResumeOption,
     RevisionOption,
     ShardSizeOption,
+    SourceArgument,
     show,
 )
 
@@ -95,3 +96,20 @@ def import_stock(
 
         report = read_stock(source, output, revision=revision)
     show(report.to_dict(), as_json, f"{report.path}: {report.architecture}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example:\n\n`hf-sparse-moe serve ./gemma-8x --device cpu --port 8000`",
+)
+def serve(context: typer.Context, source: SourceArgument) -> None:
+    """
+    Run `transformers serve`, which looks for a model's class in transformers alone, so that it finds a mixture's too.
+    Takes all its options.
+    """
+    from transformers.cli.transformers import app as transformers_app
+
+    from hf_sparse_moe.stock.servers import add_classes_to_transformers
+
+    add_classes_to_transformers()
+    transformers_app(["serve", source, *context.args], prog_name="transformers")

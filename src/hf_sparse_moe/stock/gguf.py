@@ -43,11 +43,12 @@ def write_gguf(
     read: Callable[[str], torch.Tensor],
 ) -> None:
     """
-    Write the folder `output` with `model.gguf`, read that again and compare every tensor with the mixture's.
+    Write the folder `output` with `model.gguf`, read that again and compare every tensor with the mixture's. Matrices
+    keep their dtype; norms and routers are float32.
 
     Args:
         mixture (`SparseMoePreTrainedModel` or `Source`): Where the vocabulary is; without one the file has none.
-        config (`PreTrainedConfig`): The stock config, whose `dtype` the matrices get. Norms and routers are float32.
+        config (`PreTrainedConfig`): The stock config.
         parts (`list`): Of [`parts_of`].
         stored, read: The tensors without storage, and how to read one.
     """
@@ -77,7 +78,7 @@ def write_gguf(
         _add_vocabulary(writer, gguf, folder, config.vocab_size)
         types = {}
         for name, tensor in converted(stored.__getitem__):
-            types[name] = kind = _type_of(gguf, name, tensor, config.dtype)
+            types[name] = kind = _type_of(gguf, name, tensor)
             block, size = gguf.GGML_QUANT_SIZES[kind]
             writer.add_tensor_info(
                 name, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, raw_dtype=kind
@@ -111,11 +112,11 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
 
 
-def _type_of(gguf: Any, name: str, tensor: torch.Tensor, dtype: Any) -> Any:
+def _type_of(gguf: Any, name: str, tensor: torch.Tensor) -> Any:
     types = gguf.GGMLQuantizationType
     if tensor.dim() == 1 or name.endswith("ffn_gate_inp.weight"):
         return types.F32
-    return {torch.float16: types.F16, torch.bfloat16: types.BF16}.get(dtype, types.F32)
+    return {torch.float16: types.F16, torch.bfloat16: types.BF16}.get(tensor.dtype, types.F32)
 
 
 def _add_settings(writer: Any, gguf: Any, config: Any) -> None:

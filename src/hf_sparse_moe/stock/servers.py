@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_sparse_moe.checkpoints.families import AUTO_CLASSES
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
@@ -62,6 +63,15 @@ def explain_serving(
     config, saved_as = config_of(source, revision, token)
     reports = [choose_for_server(server, config, saved_as)[1] for server in SERVERS]
     return ExportExplanation(config.dense_config.model_type, tuple(reports))
+
+
+def add_classes_to_transformers() -> None:
+    """Put the families' classes where `transformers serve` looks for the class that a config names."""
+    from transformers.cli.serving import model_manager  # not before a server is wanted
+
+    for config_class, classes in AUTO_CLASSES.items():
+        for each in (config_class, *classes.values()):
+            setattr(model_manager.transformers, each.__name__, each)
 
 
 def choose_for_server(
