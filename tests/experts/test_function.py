@@ -398,8 +398,38 @@ def results_by_backward(output, experts, tensors) -> list[torch.Tensor]:
     return [output, *(leaf.grad for leaf in leaves)]
 
 
-def test_there_is_no_second_derivative():
-    experts, tensors = make("mixtral", "sparse_moe"), inputs(5, 2)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "learned" not in kind])
+def test_second_derivatives(kind, backend):
+    experts, (hidden, index, weights) = (
+        make(kind, backend, torch.float64, H=4, I=3),
+        inputs(3, 2, H=4, dtype=torch.float64),
+    )
+    wanted = {"input": hidden, "weights": weights, **dict(experts.named_parameters())}
+
+    def function(*values):
+        parameters = dict(list(zip(wanted, values, strict=True))[2:])
+        return torch.func.functional_call(experts, parameters, (values[0].tanh(), index, values[1]))
+
+    values = [value.detach().requires_grad_() for value in wanted.values()]
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
+def test_second_derivatives_where_the_weights_depend_on_the_input():
+    found = []
+    for implementation in ("sparse_moe", "eager"):
+        experts = make("ours, gated, biased", implementation, torch.float64)
+        hidden, index, _ = inputs(9, 2, dtype=torch.float64)
+        output = experts(hidden, index, hidden[:, :2].sigmoid())
+        (gradient,) = torch.autograd.grad(output.square().sum(), hidden, create_graph=True)
+        leaves = (hidden, *experts.parameters())
+        found.append([gradient, *torch.autograd.grad(gradient.square().sum(), leaves)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_no_second_derivative_with_a_learned_activation():
+    experts, tensors = make("ours, learned activation", "sparse_moe"), inputs(5, 2)
     with pytest.raises(NotImplementedError, match=r'no second derivative.*set_experts_implementation\("eager"\)'):
         torch.autograd.grad(experts(*tensors).sum(), tensors[0], create_graph=True)
 

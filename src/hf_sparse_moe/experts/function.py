@@ -99,7 +99,8 @@ def run_experts(
             grouped=chooses_grouped(self, up, down, top_k_index, dtype),
             batch_rows=BATCH_BYTES // (up.shape[2 if self.is_transposed else 1] * dtype.itemsize),
         ).to(hidden_states.device)
-    call = _Call(segments, activation, dtype, self.is_transposed, self.training, learns and not recompute, adapters)
+    keep = learns and not recompute
+    call = _Call(segments, top_k_index, activation, dtype, self.is_transposed, self.training, keep, adapters)
     # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
     device = hidden_states.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
@@ -117,6 +118,7 @@ class _Call:
     """One call of the experts: its routing and its choices. Owns no memory between forward and backward."""
 
     segments: Segments
+    index_TK: torch.Tensor
     activation: Activation
     dtype: torch.dtype
     transposed: bool
@@ -194,6 +196,32 @@ class _Call:
         d_parameters += [gradient for one in (*first.beside, *second.beside) for gradient in one.gradients]
         return (d_hidden, d_weights, d_first.weight, d_first.bias, d_second.weight, d_second.bias, *d_parameters)
 
+    def plain(self, hidden_TH, weights_TK, up, up_bias, down, down_bias) -> torch.Tensor:
+        """[`forward`] in operations that torch differentiates any number of times."""
+
+        def project(rows, weight, bias, expert):
+            matrix = weight[expert].mT if self.transposed else weight[expert]
+            return F.linear(rows, matrix.to(self.dtype), None if bias is None else bias[expert].to(self.dtype))
+
+        output_TH = torch.zeros_like(hidden_TH, dtype=self.dtype)
+        for expert in self.index_TK.unique().tolist():
+            if expert >= len(up):  # of another expert-parallel rank
+                continue
+            token, slot = torch.where(self.index_TK == expert)
+            first = project(hidden_TH[token].to(self.dtype), up, up_bias, expert)
+            second = project(self.activation.function(first).to(self.dtype), down, down_bias, expert)
+            output_TH = output_TH.index_add(0, token, second * weights_TK[token, slot, None].to(self.dtype))
+        return output_TH.to(hidden_TH.dtype)
+
+    def differentiable_backward(self, needs, gradient_TH, *arguments):
+        """[`backward`] for `create_graph=True`."""
+        # Each argument by a name of its own, for one may have been computed from another.
+        named = [None if argument is None else argument.view_as(argument) for argument in arguments]
+        output_TH = self.plain(*named)
+        wanted = [argument for argument, need in zip(named, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output_TH, wanted, gradient_TH, create_graph=True, allow_unused=True))
+        return tuple(next(found) if need else None for need in needs)
+
     def _projections(self, up, up_bias, down, down_bias) -> tuple[Projection, Projection]:
         beside = self.adapters.beside(self.dtype, self.segments) if self.adapters else ((), ())
         return (
@@ -217,13 +245,16 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "The experts implementation `sparse_moe` has no second derivative (`create_graph=True`). "
-                'Call `model.set_experts_implementation("eager")` for it.'
-            )
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
         arguments, kept = saved[: ctx.num_arguments], saved[ctx.num_arguments :]
+        if torch.is_grad_enabled():
+            if ctx.call.adapters or ctx.call.activation.parameters or ctx.generator:
+                raise NotImplementedError(
+                    "The experts implementation `sparse_moe` has no second derivative (`create_graph=True`) with "
+                    "adapters, dropout or a learned activation in the experts. "
+                    'Call `model.set_experts_implementation("eager")` for it.'
+                )
+            return None, *ctx.call.differentiable_backward(ctx.needs_input_grad[1:], gradient_TH, *arguments)
         with _replay(ctx.generator, ctx.random_state):
             return None, *ctx.call.backward(ctx.needs_input_grad[1:], kept, gradient_TH, *arguments)
 
