@@ -218,7 +218,7 @@ class _Call:
         # Each argument by a name of its own, for one may have been computed from another.
         named = [None if argument is None else argument.view_as(argument) for argument in arguments]
         output_TH = self.plain(*named)
-        wanted = [argument for argument, need in zip(named, needs, strict=True) if need]
+        wanted = [argument for argument, need in zip(named, needs, strict=True) if need and argument is not None]
         found = iter(torch.autograd.grad(output_TH, wanted, gradient_TH, create_graph=True, allow_unused=True))
         return tuple(next(found) if need else None for need in needs)
 
