@@ -197,7 +197,6 @@ def test_what_peft_ignores_is_refused_with_a_sentence(name, value):
 
 
 UNSUPPORTED = {
-    "use_dora": True,
     "lora_bias": True,
     "init_lora_weights": "pissa",
     "r": 0,

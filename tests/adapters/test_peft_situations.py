@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import (
+    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -200,6 +201,47 @@ def test_one_of_two_is_merged_and_taken_out_again():
     torch.testing.assert_close(logits_of(peft_model, inputs), wanted, rtol=1e-4, atol=1e-4)
     peft_model.delete_adapter("default")
     torch.testing.assert_close(logits_of(peft_model, inputs), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", [{}, {"lora_dropout": 0.1, "attention": True, "shared": True}], ids=str)
+def test_peft_finds_the_base_by_itself(choice, tmp_path):
+    tiny_sparse("decoder").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    inputs = tiny_inputs(base, labels=False)
+    wanted = saved(tmp_path / "adapter", base, **choice)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(model, inputs), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"router": True, "attention": True}, {"shared": True, "lora_dropout": 0.1}], ids=str
+)
+def test_trainer_goes_back_to_its_best_adapter(choice, tmp_path):
+    """Here the one of the highest loss, which is not the last."""
+    model = tiny_sparse("decoder")
+    peft_model = get_peft_model(model, expert_lora_config(model, r=2, **choice))
+    rows = [{name: values[0] for name, values in tiny_inputs(model).items()}] * 4
+    arguments = hf.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = hf.Trainer(peft_model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] < max(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
 
 
 def test_weighted_adapters_are_refused_by_peft():

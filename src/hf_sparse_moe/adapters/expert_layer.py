@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 
+from .expert_dora import Dora, Magnitude, dora_experts, row_norms
 from .expert_factors import ExpertFactor
 from .expert_modules import PROJECTIONS, first_projection, shape_of
 from .low_rank_experts import LowRank, expert_parallel_low_rank, low_rank_experts
@@ -27,7 +28,7 @@ else:  # what `layer_class` makes has both
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "alora_invocation_tokens", "velora_config", "kasa_config", "fan_in_fan_out", "use_qalora",
+    "lora_bias", "alora_invocation_tokens", "velora_config", "kasa_config", "fan_in_fan_out", "use_qalora",
     "use_bdlora", "arrow_config", "monteclora_config",
 )  # fmt: skip
 
@@ -60,6 +61,7 @@ class ExpertLora(_Base):
         self.parameter_name = parameter_name
         LoraLayer.__init__(cast(LoraLayer, self), base_layer, **kwargs)
         self.fan_in_fan_out = False
+        self._merged_gains: dict[str, torch.Tensor] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
@@ -76,7 +78,7 @@ class ExpertLora(_Base):
         _refuse_unsupported(config, r)
         _refuse_unsupported_weight(self.experts, target_name, weight, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
+        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, config.use_dora
         self.lora_bias[adapter_name] = False
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -85,6 +87,10 @@ class ExpertLora(_Base):
         self.lora_A[adapter_name] = ExpertFactor(*sizes, self.in_features, slice(None), False, shared, weight)
         self.lora_B[adapter_name] = ExpertFactor(*sizes, self.out_features, columns, True, shared, weight)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if config.use_dora:
+            if isinstance(weight, DTensor) or weight.shape != shape_of(weight):
+                raise ValueError("`use_dora=True` needs experts that are whole on each rank. Leave it out.")
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_norms(adapter_name).to(weight.dtype))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -102,6 +108,20 @@ class ExpertLora(_Base):
 
     def _factors(self, name: str) -> tuple[ExpertFactor, ExpertFactor]:
         return cast(ExpertFactor, self.lora_A[name]), cast(ExpertFactor, self.lora_B[name])
+
+    def _row_norms(self, name: str) -> torch.Tensor:
+        """`(N, reached outputs)`: of `W + s B A`, expert by expert."""
+        a, b = self._factors(name)
+        weight, scale = self.get_param(), self.scaling[name]
+        rows = []
+        for expert, own_a, own_b in zip(a.experts, a.of_each(), b.of_each(), strict=True):
+            matrix = weight[expert].mT if self.experts.is_transposed else weight[expert]
+            rows.append(row_norms(matrix[b.columns], own_a, own_b, scale))
+        return torch.stack(rows)
+
+    def _gain(self, name: str) -> torch.Tensor:
+        magnitude = cast(Magnitude, self.lora_magnitude_vector[name]).weight
+        return (magnitude / self._row_norms(name).to(magnitude.dtype)).to(self.get_param().dtype)
 
     @property
     def experts(self) -> Any:
@@ -157,6 +177,8 @@ class ExpertLora(_Base):
         if experts._is_expert_parallel and tokens is not None:
             raise ValueError("`adapter_names` does not work with expert parallelism. Use one adapter a batch.")
         compute = expert_parallel_low_rank if experts._is_expert_parallel else low_rank_experts
+        if any(isinstance(one, Dora) for side in adapters.values() for one in side):
+            compute = dora_experts
         up, down = (adapters.get(name, []) for name in (first_projection(experts), "down_proj"))
         return compute(experts, hidden_states, top_k_index, top_k_weights, up, down)
 
@@ -168,7 +190,8 @@ class ExpertLora(_Base):
                 dropout = self.lora_dropout[name]
                 rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
                 served = None if tokens is None else tokens[name]
-                found.append(LowRank(a.of_each(), b.of_each(), self.scaling[name], a.experts, b.columns, rate, served))
+                own = (a.of_each(), b.of_each(), self.scaling[name], a.experts, b.columns, rate, served)
+                found.append(Dora(*own, self._gain(name)) if self.use_dora[name] else LowRank(*own))
         return found
 
     def _tokens_of(self, adapter_names: Sequence[str] | None, count: int, device: torch.device):
@@ -211,7 +234,22 @@ class ExpertLora(_Base):
         """The update of all experts' weights, which no forward builds."""
         a, b = (factor.all_experts() for factor in self._factors(adapter_name))
         update = b.mT @ a if not self.experts.is_transposed else a.mT @ b
-        return update.mul_(self.scaling[adapter_name]).to(self.get_param().dtype)
+        update, weight = update.mul_(self.scaling[adapter_name]), self.get_param()
+        if self.use_dora[adapter_name]:
+            # W becomes g (W + s B A), and W = W' / g - s B A again.
+            is_merged = adapter_name in self._merged_gains
+            gain = self._merged_gains.pop(adapter_name) if is_merged else self._gain_of_all(adapter_name)
+            if not is_merged:
+                self._merged_gains[adapter_name] = gain
+            update = weight - (weight / gain - update) if is_merged else gain * (weight + update) - weight
+        return update.to(weight.dtype)
+
+    def _gain_of_all(self, name: str) -> torch.Tensor:
+        """Of each row of W, 1 where there is no adapter."""
+        _, b = self._factors(name)
+        gain = torch.ones(self.num_experts, self.out_features, dtype=self.get_param().dtype)
+        gain[list(b.experts), b.columns] = self._gain(name).detach().cpu()
+        return gain.to(self.get_param().device).unsqueeze(1 if self.experts.is_transposed else 2)
 
 
 def _refuse_unsupported(config: LoraConfig, rank: int) -> None:

@@ -247,7 +247,7 @@ def _make_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs) ->
 def serve_plain_config(config: Any) -> None:
     """Have a plain LoRA config reach this package's layers, where it asks for what PEFT's own refuse on experts."""
     is_plain = not getattr(config, "_custom_modules", True)
-    if is_plain and config.target_parameters and config.lora_dropout:
+    if is_plain and config.target_parameters and (config.lora_dropout or config.use_dora):
         pack_in_peft_files()
         config._register_custom_module({nn.Module: cast(type[nn.Module], _make_layer)})
 

@@ -53,7 +53,7 @@ def export_adapter(
     Write a LoRA adapter of a mixture for what [`export`] writes of that mixture.
 
     Reads the base's config, never its weights. Adapters on experts, attention and dense layers, and routers trained in
-    full, come along. DoRA goes to stock models alone, and no server reads a router that was trained.
+    full, come along. Adapters of other kinds, and with biases or DoRA, are refused.
 
     Args:
         adapter (`PeftModel`, `str` or `Path`): The adapter, in memory (`"default"`), in a folder or on the Hub.

@@ -96,6 +96,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, plain: bool = False, **k
 
     check_weights(adapter)
     is_lora = adapter.config.get("peft_type") == "LORA"
+    if is_lora and plain and adapter.config.get("use_dora"):
+        raise ValueError("PEFT's own layers on experts have no DoRA.")
     if is_lora and plain:
         kwargs["config"] = LoraConfig.from_pretrained(str(adapter.folder))
         kwargs["config"].lora_dropout = 0.0  # which PEFT refuses on experts, and which acts in training only
