@@ -317,6 +317,19 @@ def test_peft_chooses_and_names_the_tensors_of_a_file_by_two_methods():
         assert f".{method}(" in inspect.getsource(function)
 
 
+def test_adapters_are_put_in_and_loaded_by_methods_that_can_be_replaced():
+    """Else an adapter without any place in a mixture is passed over in silence, and PEFT refuses dropout on experts."""
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    assert parameters(inspect.unwrap(BaseTuner.inject_adapter))[:3] == ["self", "model", "adapter_name"]
+    assert "self.inject_adapter(" in inspect.getsource(BaseTuner.__init__)
+    assert inspect.ismethod(BaseTuner._remap_adapter_state_dict_for_load)
+    load = inspect.unwrap(PeftAdapterMixin.load_adapter)
+    assert parameters(load)[:3] == ["self", "peft_model_id", "adapter_name"]
+    assert "return loading_info" in inspect.getsource(load)
+
+
 def test_transformers_has_no_backend_of_our_names_and_one_plain_gate():
     """Else ours hides theirs, or `sparse_moe` takes the long way through every gate."""
     source = inspect.getsource(moe.ExpertsInterface)
