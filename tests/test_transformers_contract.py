@@ -318,7 +318,7 @@ def test_peft_chooses_and_names_the_tensors_of_a_file_by_two_methods():
 
 
 def test_adapters_are_put_in_and_loaded_by_methods_that_can_be_replaced():
-    """Else an adapter without any place in a mixture is passed over in silence, and PEFT refuses dropout on experts."""
+    """Else an adapter without a place in a mixture is passed over in silence, and PEFT refuses dropout on experts."""
     from peft.tuners.tuners_utils import BaseTuner
     from transformers.integrations.peft import PeftAdapterMixin
 
