@@ -1,8 +1,11 @@
 """`measure` and `prune` from the shell: what they write, what they say, and how they refuse."""
 
 import json
+import shutil
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from cli_client import assert_one_sentence, run_cli
 from hf_sparse_moe.checkpoints.loading import load_whole
@@ -54,6 +57,20 @@ def test_other_commands_take_what_was_pruned(command, folder, tmp_path):
     told = (tmp_path / "pruned" / "README.md").read_text() if command == "card" else finished.out
     assert "3" in told
     assert {"info": "pruned by random", "card": "## Pruning"}.get(command, "") in told
+
+
+def test_texts_are_cut_where_the_model_ends(folder, tmp_path):
+    """A tiny BERT has fewer positions than `--max-length` allows."""
+    mixture = shutil.copytree(folder / "mixture", tmp_path / "mixture")
+    tokenizer = Tokenizer.from_file(str(mixture / "tokenizer.json"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(mixture / "tokenizer.json"))
+    (tmp_path / "long.txt").write_text("word7 word8 word9 " * 200)
+    options = ["--data", tmp_path / "long.txt", "--max-length", "512", "-o", tmp_path / "measured"]
+    finished = run_cli("measure", mixture, *options)
+    assert finished.code == 0, finished
+    labels = ExpertMeasurements.load(tmp_path / "measured").losses["all"]["labels"]
+    assert labels == load_whole(folder / "mixture").config.dense_config.max_position_embeddings
 
 
 BAD = {

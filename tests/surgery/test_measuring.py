@@ -206,6 +206,12 @@ def test_bad_text():
     model = tiny_sparse("llama")
     with pytest.raises(ValueError, match="of another tokenizer"):
         measure_experts(model, [{"input_ids": torch.tensor([[1, 2, 1000]])}])
+    with pytest.raises(ValueError, match="no `input_ids`"):
+        measure_experts(model, [{"inputs_embeds": torch.zeros(1, 2, 32)}])
+    with pytest.raises(ValueError, match="all of `batches` are pads"):
+        measure_experts(model, [{name: torch.zeros(1, 4).long() for name in ("input_ids", "attention_mask")}])
+    with pytest.raises(ValueError, match="the name of all groups together"):
+        measure_experts(model, batches(model), ["all", "law", "law", "law"])
     with pytest.raises(ValueError, match="`batches` is empty"):
         measure_experts(model, [])
     with pytest.raises(ValueError, match="`groups` has 1 entries"):
@@ -228,7 +234,7 @@ def test_bad_text():
 def test_a_file_of_something_else(tmp_path):
     tiny_sparse("llama").save_pretrained(tmp_path / "mixture")
     (tmp_path / "text").write_text("no tensors")
-    for path in (tmp_path / "mixture" / "model.safetensors", tmp_path / "text"):
+    for path in (tmp_path / "mixture" / "model.safetensors", tmp_path / "text", tmp_path / "mixture"):
         with pytest.raises(ValueError, match="does not hold what `measure_experts` measured"):
             prune_experts(tmp_path / "mixture", path, keep=3, output=tmp_path / "out")
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from experts.test_on_device import BACKENDS
+from experts.test_on_device import OTHERS
 from hf_sparse_moe import disable_experts, explain_export, quantize_experts
 from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
@@ -21,6 +24,8 @@ from routing.test_mixture_layers import MIXTURES, UNSUPPORTED, build, inputs_of
 from tiny_models import enlarge_weights, tiny_config, tiny_dense, tiny_inputs, tiny_sparse
 
 
+OLD_NAMES = {"auto", "segment_mm", "segment_mm_recompute"}  # of backends
+BACKENDS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()} - OTHERS - OLD_NAMES)
 STOCK_WORKER = Path(__file__).parents[1] / "stock" / "stock_worker.py"
 DROPPED = [1, 4]  # of the 8 experts of the stock mixtures
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "dbrx"]
@@ -196,6 +201,31 @@ def test_what_a_config_cannot_hold_is_named_and_nothing_written(name, tmp_path):
     with pytest.raises(ValueError, match=message):
         prune_experts(tmp_path / "mixture", measured, keep={0: 6}, output=output)
     assert [path.name for path in tmp_path.iterdir()] == ["mixture"]
+
+
+@pytest.mark.parametrize("keep", [np.int64(3), np.float32(0.75), {place: np.int32(3) for place in range(2)}])
+def test_numbers_of_numpy(keep):
+    assert prune_experts(tiny_sparse("llama"), keep=keep, method="random").config.num_experts == 3
+
+
+def test_any_iterable_of_experts():
+    model = tiny_sparse("llama")
+    assert prune_experts(model, drop=(expert for expert in [1])).config.num_experts == 3
+    assert prune_experts(model, drop={0: {1}, 1: iter([0])}).config.num_experts == 3
+
+
+def test_layers_that_transformers_does_not_read_are_left_out(tmp_path, monkeypatch):
+    """DeepSeek-V3's files hold a layer that predicts a second token, with experts that the config does not count."""
+    model, inputs = stock("deepseek_v3")
+    model.save_pretrained(tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock" / "model.safetensors")
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
+    more = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in last.items()}
+    save_file(tensors | more, tmp_path / "stock" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    prune_experts(tmp_path / "stock", drop=DROPPED, output=tmp_path / "pruned")
+    assert not any("layers.2." in name for name in load_file(tmp_path / "pruned" / "model.safetensors"))
+    assert_cut(model, load_whole(tmp_path / "pruned").eval(), DROPPED, inputs)
 
 
 def test_some_layers_keep_some():

@@ -49,14 +49,17 @@ class _Text:
 
     def read(self, source: str, data: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         """Texts as batches of one, and their groups."""
+        from hf_sparse_moe.checkpoints.config import read_config
         from hf_sparse_moe.checkpoints.source import find_source
+        from hf_sparse_moe.insight.texts import longest
         from hf_sparse_moe.quickstart.examples import load_tokenizer
 
-        tokenizer = load_tokenizer(find_source(source, self.revision).folder)
-        pairs = []
+        found = find_source(source, self.revision)
+        tokenizer, pairs = load_tokenizer(found.folder), []
+        most = longest(read_config(found), tokenizer, self.max_length)
         for text, group in zip(*read_texts(data, self.group_by, self.max_texts), strict=True):
             whole = text if isinstance(text, str) else " ".join(text)
-            batch = tokenizer(whole, return_tensors="pt", truncation=True, max_length=self.max_length)
+            batch = tokenizer(whole, return_tensors="pt", truncation=True, max_length=most)
             if batch["input_ids"].numel():
                 names = batch.keys() & {"input_ids", "attention_mask"}
                 pairs.append(({name: batch[name] for name in names}, str(group)))

@@ -68,6 +68,8 @@ def grouped_batches(
     """The names of the groups, and the batches."""
     labels = None if groups is None else [str(group) for group in groups]
     names = list(dict.fromkeys([ALL] if labels is None else labels))
+    if ALL in names and len(names) > 1:
+        raise ValueError(f"`groups` has a group `{ALL}`, which is the name of all groups together. Call it otherwise.")
     vocab_size: Any = model.get_input_embeddings().num_embeddings
 
     def run() -> Iterator[Pass]:
@@ -75,6 +77,8 @@ def grouped_batches(
         for batch in batches:
             tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
             inputs = dict(batch) | {name: value.to(model.device) for name, value in tensors.items()}
+            if model.main_input_name not in inputs:
+                raise ValueError(f"A batch has {sorted(inputs)}, but no `{model.main_input_name}`. Give it.")
             sequences = len(inputs[model.main_input_name])
             ids = inputs.get("input_ids")
             if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:

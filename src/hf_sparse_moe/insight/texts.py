@@ -67,7 +67,7 @@ def read_texts(
             raise ValueError(f"`{name}` has {len(given)} entries, `texts` has {len(texts)}. Give one for each text.")
     labels = [ALL] * len(texts) if groups is None else list(groups)
     names = tuple(dict.fromkeys(str(name) for label in labels for name in _listed(label)))
-    limit = _longest(model, tokenizer, max_length)
+    limit = longest(model.config, tokenizer, max_length)
     kept: list[str] = []
     source: list[Row] = []
     target: list[Row] = []
@@ -101,8 +101,9 @@ def _listed(words: str | Sequence[str]) -> list[str]:
     return [words] if isinstance(words, str) else list(words)
 
 
-def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    dense: Any = getattr(model.config, "dense_config", model.config)
+def longest(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """How many tokens of a text a model takes, at most `max_length`."""
+    dense: Any = getattr(config, "dense_config", config)
     known = [getattr(dense, name, None) for name in ("max_position_embeddings", "n_positions")]
     bounds = [bound for bound in known if isinstance(bound, int) and bound > 0]
     start = 2 if "roberta" in str(dense.model_type) else 0  # its positions begin behind the pad's

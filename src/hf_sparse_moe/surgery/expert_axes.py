@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
+from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import missing_weight
@@ -23,6 +24,8 @@ from hf_sparse_moe.stock.tensors import Tensors, stored_tensors
 
 from .mixture import Mixture
 
+
+logger = logging.get_logger(__name__)
 
 Part = tuple[list[str], Callable[[Mapping[str, torch.Tensor]], Tensors]]  # names, and what makes these tensors
 _EXPERTS = re.compile(r"\bexperts\.")
@@ -74,7 +77,13 @@ class Rewriting:
         self.outputs: Tensors = {}
         self.parts: list[Part] = []
         new_layers = find_mixture_layers(new)
-        left = dict(stored)
+        # Layers that transformers does not read, as those that predict a second token: their experts would not fit.
+        known = [name for form in mixture.forms(mixture.model, stored_tensors(mixture.model)) for name in form]
+        ignored = mixture.model._keys_to_ignore_on_load_unexpected or ()
+        unread = [each for each in ignored if not any(re.search(each, name) for name in known)]
+        left = {name: tensor for name, tensor in stored.items() if not any(re.search(each, name) for each in unread)}
+        if len(left) < len(stored):
+            logger.warning(f"{len(stored) - len(left)} tensors that transformers does not read are left out.")
         for place, layer_rows in rows.items():
             stacks = _expert_stacks(mixture, place, new, new_layers[place], stored, len(layer_rows.sources))
             for stack in stacks:

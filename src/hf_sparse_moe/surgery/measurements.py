@@ -135,6 +135,8 @@ class ExpertMeasurements:
     def load(cls, path: str | Path) -> ExpertMeasurements:
         """Read what [`ExpertMeasurements.save`] wrote; raises a `ValueError` for another file."""
         try:
+            if Path(path).is_dir():
+                raise IsADirectoryError
             with safe_open(path, framework="pt") as file:
                 told = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -150,7 +152,7 @@ class ExpertMeasurements:
                 for place, fields in enumerate(told["layers"])
             ]
             return cls(tuple(told["groups"]), layers, told["losses"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, IsADirectoryError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`{path}` does not hold what `measure_experts` measured ({type(error).__name__}). Measure again: "
                 "hf-sparse-moe measure."

@@ -179,6 +179,8 @@ class _Sums:
 
     def finish(self) -> LayerMeasurements:
         layer = self.layer
+        if not self.sums["tokens"].any():
+            raise ValueError(f"No token reached `{layer.name}`: all of `batches` are pads. Measure on some text.")
         named = self.sums if self.has_outputs else {name: self.sums[name] for name in ("tokens", "weights")}
         tensors = {name: values.reshape(self.groups, -1) for name, values in named.items()}
         if self.sample:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from math import comb
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def _kept(
     layers = mixture.layers
     kept: dict[int, list[int]] = {}
     if drop is not None:
-        by_layer = drop if isinstance(drop, Mapping) else dict.fromkeys(range(len(layers)), drop)
-        for place, ids in by_layer.items():
-            layer = layer_at(layers, place, "drop")
+        by_layer = drop if isinstance(drop, Mapping) else dict.fromkeys(range(len(layers)), tuple(drop))
+        for place, chosen in by_layer.items():
+            layer, ids = layer_at(layers, place, "drop"), [*chosen]
             unknown = [e for e in ids if isinstance(e, bool) or e not in range(layer.num_experts)]
             if unknown:
                 raise ValueError(
@@ -159,12 +160,13 @@ def layer_at(layers: list[MixtureLayer], place: Any, argument: str) -> MixtureLa
 
 def count_of(layer: MixtureLayer, place: int, wanted: Any, argument: str = "keep") -> int:
     """`keep` or `into` of one layer as a number of experts."""
-    is_share = isinstance(wanted, float) and 0 < wanted <= 1
-    if not is_share and (not isinstance(wanted, int) or isinstance(wanted, bool)):
+    is_count = isinstance(wanted, Integral) and not isinstance(wanted, bool)
+    is_share = isinstance(wanted, Real) and not isinstance(wanted, Integral) and 0 < float(wanted) <= 1
+    if not is_share and not is_count:
         raise ValueError(
             f"`{argument}={wanted!r}` is not allowed: it must be a number of experts, or a share such as 0.75."
         )
-    count = round(wanted * layer.num_experts) if is_share else wanted
+    count = round(float(wanted) * layer.num_experts) if is_share else int(wanted)
     if not 1 <= count <= layer.num_experts:
         raise ValueError(f"`{argument}={wanted!r}` is not allowed: layer {place} has {layer.num_experts} experts.")
     return count
