@@ -212,6 +212,10 @@ BAD = {
     ),
     "another model": (lambda: expand(mixture(), 2, by=measured_on(mixture(num_experts=5))), "of another model"),
     "too many": (lambda: expand(mixture(), 1, num_experts_per_tok=5), "has 4 experts to choose from"),
+    "too many for the groups": (
+        lambda: expand(mixture("groups by their best"), 1, num_experts_per_tok=5),
+        "has 4 experts to choose from",
+    ),
     "not normalised": (
         lambda: expand(mixture("softmax, not normalised"), 1, num_experts_per_tok=1),
         "not normalised.* Pass `by`",

@@ -104,33 +104,29 @@ def expand(
         _check(config, factor, known, num_experts_per_tok)
         layers = mixture.layers
         measured = None if known is None else [known.check(each, router_tensors(mixture, each)) for each in layers]
-        counts = [(factor - 1) * layer.num_experts for layer in layers]
-        copied = [list(range(layer.num_experts)) * (factor - 1) for layer in layers]
-        if measured is not None:
-            carried = [(each.reap * each.tokens).tolist() for each in measured]
-            copied = [_by_need(*each) for each in zip(carried, counts, strict=True)]
         sleeping = measured is not None and config.scoring_func == "sigmoid"
-        grown = 1 if measured is not None else factor
-        top_k = num_experts_per_tok or grown * config.num_experts_per_tok
+        as_before = config.num_experts_per_tok * (factor if measured is None else 1)
+        top_k = num_experts_per_tok or as_before
         for place, layer in enumerate(layers):
-            awake = layer.num_experts if sleeping else factor * layer.num_experts
+            awake = layer.num_experts * (1 if sleeping else factor) * config.topk_group // config.n_group
             if top_k > awake:
                 raise ValueError(
                     f"`num_experts_per_tok={top_k}` is not allowed: a token of layer {place} has {awake} experts to "
                     "choose from."
                 )
+        copied = [[*range(layer.num_experts)] * (factor - 1) for layer in layers]
+        if measured is not None:
+            copied = [_by_need(each, len(copies)) for each, copies in zip(measured, copied, strict=True)]
+        same_weights = top_k == as_before and (measured is None or sleeping)
         fields: dict[str, Any] = {"num_experts_per_tok": top_k}
         if config.n_group > 1:
             fields |= {"n_group": config.n_group * factor, "topk_group": config.topk_group * factor}
-        repeats = top_k == factor * config.num_experts_per_tok and measured is None
         if not config.norm_topk_prob and config.router_type != "hash":
-            ratio = 1.0 if config.scoring_func != "sigmoid" else 1 / factor
-            if not repeats:
-                ratio = _sum_before(layers, measured, copied, top_k, sleeping)
+            ratio = 1 / factor if config.scoring_func == "sigmoid" and not sleeping else 1.0
+            ratio = ratio if same_weights else _sum_before(layers, measured, copied, top_k, sleeping)
             fields["routed_scaling_factor"] = config.routed_scaling_factor * ratio
-        same_choice = repeats and (router_noise == 0 or factor == 1)
-        same_choice |= sleeping and top_k == config.num_experts_per_tok
-        told = {"factor": factor, "seed": seed, "router_noise": router_noise, "exact": same_choice, **fields}
+        exact = same_weights and (sleeping or factor == 1 or router_noise == 0)
+        told = {"factor": factor, "seed": seed, "router_noise": router_noise, "exact": exact, **fields}
         told["copied"] = {layer.name: copies for layer, copies in zip(layers, copied, strict=True)}
         noise = (seed, router_noise, sleeping)
         rows = {place: _with_copies(layer, place, copied[place], *noise) for place, layer in enumerate(layers)}
@@ -152,8 +148,9 @@ def _check(config: SparseMoeConfig, factor: int, by: Any, top_k: int | None) -> 
         raise ValueError(f"`by` needs one group of experts, and there are {config.n_group}: leave it out.")
 
 
-def _by_need(carried: list[float], count: int) -> list[int]:
+def _by_need(measured: LayerMeasurements, count: int) -> list[int]:
     """`count` copies, one after the other of the expert whose copies carry the most each."""
+    carried = (measured.reap * measured.tokens).tolist()
     held = [1] * len(carried)
     for _ in range(count):
         most = max(range(len(carried)), key=lambda expert: carried[expert] / held[expert])
