@@ -24,6 +24,7 @@ from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.routing.mixture_layers import NUM_EXPERTS_NAMES, MixtureLayer, find_mixture_layers
 from hf_sparse_moe.stock.tensors import Tensors, stored_tensors
+from hf_sparse_moe.upcycling.conversion import check_same_tensors
 from hf_sparse_moe.upcycling.mixtures import UpcycleReport
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 
@@ -91,7 +92,8 @@ def _in_memory(mixture: Mixture, plan: Plan) -> PreTrainedModel:
     for _, make in rewriting.parts:
         for name, tensor in make(state).items():
             made[name] = require_numbers(name, tensor.clone() if tensor is state.get(name) else tensor)
-    new.load_state_dict(made, strict=False, assign=True)
+    loaded = new.load_state_dict(made, strict=False, assign=True)
+    check_same_tensors(type(new).__name__, set(), set(loaded.unexpected_keys))
     trained = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
     buffers = dict(old.named_buffers())
     for name, buffer in [*new.named_buffers()]:
