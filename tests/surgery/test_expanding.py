@@ -187,6 +187,8 @@ def test_command_and_verify(folder, tmp_path):
         assert finished.code == 0, finished
         assert "does not promise the same" in finished.out
         assert "expanded" in run_cli("info", tmp_path / name).out
+    assert run_cli("card", tmp_path / "larger").code == 0
+    assert "## Expansion" in (tmp_path / "larger" / "README.md").read_text()
     expand(folder / "mixture", 2, router_noise=0, output=tmp_path / "exact")
     report = verify(tmp_path / "exact", folder / "mixture")
     assert report.passed, report.findings
