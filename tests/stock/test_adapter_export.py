@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adapted_models import adapted, logits_of, shake
+from adapted_models import adapted, logits_of, shake, stock_mixture
 from cli_client import run_cli
 from hf_sparse_moe import doctor, expert_lora_config, export, export_adapter, import_adapter, load_adapter
 from hf_sparse_moe.adapters.expert_layer import ExpertLora
@@ -171,6 +171,8 @@ def test_an_adapter_trained_on_the_export_comes_back(make, tmp_path):
 def test_what_a_reader_does_not_read_is_refused(make, tmp_path):
     with pytest.raises(ValueError, match="is trained in full, which vllm does not read"):
         export_adapter(trained(make("mixtral")), tmp_path / "out", "vllm")
+    with pytest.raises(ValueError, match="`MixtralForCausalLM` is not a mixture of this package"):
+        export_adapter(adapted(stock_mixture("mixtral")), tmp_path / "out")
     peft_model = adapted(make("granitemoe"))
     with pytest.raises(ValueError, match="keeps all experts in one tensor, for which sglang reads no adapter"):
         export_adapter(peft_model, tmp_path / "out", "sglang")

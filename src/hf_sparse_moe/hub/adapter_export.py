@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from hf_sparse_moe.adapters.expert_factors import ExpertFactor
 from hf_sparse_moe.checkpoints.folder import check_target, new_folder
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
 from hf_sparse_moe.stock import ExportReport
 from hf_sparse_moe.stock.fit import config_of, empty_model
@@ -94,7 +95,7 @@ def export_adapter(
         commit = None
         if base is None or isinstance(base, str | Path):
             base, commit = named_base(found, base, from_hub=not Path(str(adapter)).is_dir())
-        row, ours, theirs = _both(config_of(base, commit, token)[0], architecture)  # type: ignore[arg-type]
+        row, ours, theirs = _both(base, architecture, commit, token)
         places = target_places(row, ours)
         read = _read(found, ours)  # which puts adapters into the model
         names = {name: place.names[0] for name, place in places.items()}
@@ -142,7 +143,7 @@ def import_adapter(
         ```
     """
     check_target(output)
-    row, ours, theirs = _both(config_of(mixture, None, token)[0], architecture)  # type: ignore[arg-type]
+    row, ours, theirs = _both(mixture, architecture, None, token)
     places, shapes = target_places(row, ours), {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     read = _read(fetch_adapter(adapter, revision, token), theirs)  # which puts adapters into the model
     names = {place.names[0]: name for name, place in places.items()}
@@ -182,10 +183,18 @@ class _Adapted:
     full: Tensors  # trained in full
 
 
-def _both(mixture: SparseMoeConfig, architecture: str) -> tuple[ExportTarget, Any, Any]:
+def _both(
+    mixture: Any, architecture: str, revision: str | None, token: bool | str | None
+) -> tuple[ExportTarget, Any, Any]:
     """The stock architecture of a mixture, and both models without weights."""
-    row, stock_config = choose_target(architecture, *config_of(mixture))
-    return row, _hollow(meta_model(mixture)), _hollow(empty_model(stock_config))
+    if not isinstance(mixture, str | Path | SparseMoeConfig | SparseMoePreTrainedModel):
+        raise ValueError(
+            f"`{type(mixture).__name__}` is not a mixture of this package, between which and its export adapters are "
+            "converted. PEFT loads an adapter of a stock model as it is."
+        )
+    config, saved_as = config_of(mixture, revision, token)
+    row, stock_config = choose_target(architecture, config, saved_as)
+    return row, _hollow(meta_model(config)), _hollow(empty_model(stock_config))
 
 
 def _hollow(model: PreTrainedModel) -> PreTrainedModel:
