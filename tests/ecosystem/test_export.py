@@ -88,7 +88,7 @@ def run(session, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("modernbert", marks=pytest.mark.conformance)])
 def test_onnxruntime_computes_the_same_logits(name, tmp_path):
     model = mixture(name)
     model.set_experts_implementation("eager")
@@ -116,7 +116,7 @@ def test_onnxruntime_computes_the_same_embeddings(tmp_path):
             torch.testing.assert_close(run(session, inputs), model(**inputs), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.conformance
 def test_the_exporter_of_transformers_keeps_one_product_an_expert(tmp_path):
     """`torch.onnx` alone gathers a copy of the weights for each token and expert."""
     exporters = pytest.importorskip("transformers.exporters", reason="transformers 5.20 has no exporters")

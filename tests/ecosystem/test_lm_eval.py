@@ -111,7 +111,7 @@ def test_a_mixture_answers_as_its_dense_source(name, folders, tasks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.conformance)])
 def test_by_the_code_in_the_folder_and_the_command_line_of_lm_eval(name, folders, tasks, tmp_path):
     """Where `hf_sparse_moe` cannot be imported."""
     dense, sparse = folders(name)
