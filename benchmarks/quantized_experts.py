@@ -27,8 +27,8 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, logging, set_seed
 
-from hf_sparse_moe import SparseMoeDecoderConfig, upcycle
-from hf_sparse_moe.adapters import expert_lora_config, quantize_experts
+from hf_sparse_moe import SparseMoeDecoderConfig, quantize_experts, upcycle
+from hf_sparse_moe.adapters import expert_lora_config
 from hf_sparse_moe.quickstart.corpus import load_corpus
 from hf_sparse_moe.quickstart.examples import interleave, make_examples
 from hf_sparse_moe.quickstart.training import held_out_losses, train

@@ -88,11 +88,24 @@ def _hook_into_transformers_adapters() -> None:
     mixin.load_adapter = load_and_check
 
 
+def _hook_into_quantizers() -> None:
+    base: Any = sys.modules["transformers.quantizers.base"].HfQuantizer
+    postprocess = base.postprocess_model
+
+    def postprocess_and_tell(self: Any, model: Any, **kwargs) -> Any:
+        result = postprocess(self, model, **kwargs)
+        import_module(".models.quantization", __package__).tell_of_float_experts(model, self.quantization_config)
+        return result
+
+    base.postprocess_model = postprocess_and_tell
+
+
 _STEPS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.modeling_utils": _register_experts,
     "transformers.integrations.peft": _hook_into_transformers_adapters,
+    "transformers.quantizers.base": _hook_into_quantizers,
     "peft.tuners.tuners_utils": _hook_into_peft,
 }
 # What the steps import. They import transformers themselves, so a step waits while one of them is half-way.

@@ -1,6 +1,7 @@
 """Packed from the first byte: what loads, saves and comes back holds codes; a bad file ends in one sentence."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -181,6 +182,21 @@ def test_loading_takes_a_quarter_more_memory_than_the_packed_model_and_one_shard
     assert told["held"] < 0.2 * floats
     assert told["peak"] <= 1.25 * told["held"] + shard
     assert told["peak"] < 0.4 * floats
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_config_that_leaves_the_experts_says_so_and_what_to_do(name, tmp_path, caplog, monkeypatch):
+    bits = hf.BitsAndBytesConfig(load_in_8bit=True)
+    mixture(name).save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        model = load(name, tmp_path, quantization_config=bits)
+    assert not packed(model)
+    assert f"`BitsAndBytesConfig` leaves the experts of `{type(model).__name__}` as floats" in caplog.text
+    assert "ExpertsQuantizationConfig(bits=4, linears=that_config)" in caplog.text
+    caplog.clear()
+    load(name, tmp_path, quantization_config=ExpertsQuantizationConfig(4, linears=bits))
+    assert "as floats" not in caplog.text
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def upcycle(
         Path | None, typer.Option(help="A text file on which the receipt tells the loss of both models.")
     ] = None,
     dtype: DtypeOption = "auto",
+    quantize: Annotated[int | None, typer.Option(help="Pack the experts in 8 or 4 bits a weight.")] = None,
     revision: RevisionOption = None,
     max_shard_size: ShardSizeOption = "4GB",
     resume: ResumeOption = False,
@@ -158,6 +159,7 @@ def upcycle(
         output=output,
         layers=layers,
         dtype=dtype,
+        quantize=quantize,
         revision=revision,
         allow_pickle=allow_pickle,
         max_shard_size=max_shard_size,

@@ -191,6 +191,13 @@ class _Unpack(ConversionOps):
         return {target_patterns[0]: nn.Parameter(weight, requires_grad=False)}
 
 
+def packed_form(key: str, weight: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """The tensors that a file holds of an expert weight `(E, out, in)`, without storage."""
+    blocks = -(-prod(weight.shape[1:]) // BLOCK_SIZE)
+    codes = torch.empty(len(weight), blocks * BLOCK_SIZE * bits // 8, dtype=torch.uint8, device="meta")
+    return {key: codes, key + SCALES: torch.empty(len(weight), blocks, device="meta", dtype=torch.float32)}
+
+
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that hold all experts of a layer as 3-D parameters, as transformers' experts backends know them."""
     for name, module in model.named_modules():
@@ -207,6 +214,21 @@ def is_expert_weight(model: nn.Module, name: str) -> bool:
     path, _, parameter = name.rpartition(".")
     module = model.get_submodule(path)
     return hasattr(module, "has_gate") and parameter in packed_names(module)
+
+
+def tell_of_float_experts(model: PreTrainedModel, config: Any) -> None:
+    """Warn where another quantisation of transformers, which knows linear layers alone, has left the experts."""
+    weights = [getattr(experts, name) for _, experts in fused_experts(model) for name in packed_names(experts)]
+    floats = [weight for weight in weights if type(weight.data) is torch.Tensor and weight.dtype.itemsize > 1]
+    if floats:
+        held = sum(weight.nbytes for weight in floats)
+        share = held / sum(parameter.nbytes for parameter in model.parameters())
+        logger.warning_once(
+            f"`{type(config).__name__}` leaves the experts of `{type(model).__name__}` as floats: {share:.0%} of "
+            f"its memory, {held / 1e6:,.1f} MB. To pack them too: `from_pretrained(..., quantization_config="
+            "ExpertsQuantizationConfig(bits=4, linears=that_config))`, with `from hf_sparse_moe import "
+            "ExpertsQuantizationConfig`."
+        )
 
 
 def require_bitsandbytes() -> None:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import create_and_tag_model_card
 
-from .quantization import METHOD as METHOD
+from .quantization import tell_of_float_experts
 
 
 logger = logging.get_logger(__name__)
@@ -125,6 +125,8 @@ class SavedMixture(PreTrainedModel):
         info, disk_offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        if load_config.hf_quantizer is not None:
+            tell_of_float_experts(model, load_config.hf_quantizer.quantization_config)
         name, body = type(model).__name__, model._body_prefix()
         if name not in (model.config.architectures or [name]):
             # Heads may share a name: the classifier of a sequence and that of a choice. The other one's is no error.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from hf_sparse_moe.models.quantization import (
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 
 
-def quantize_experts(model: PreTrainedModel, bits: Literal[8, 4] = 4) -> PreTrainedModel:
+def quantize_experts(model: PreTrainedModel, bits: int = 4) -> PreTrainedModel:
     """
     Keep the experts of `model` in 8 or 4 bits a weight from now on, frozen; everything else stays as it is.
 

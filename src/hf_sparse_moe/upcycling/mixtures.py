@@ -22,12 +22,14 @@ from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.quantization import ExpertsQuantizationConfig, require_bitsandbytes
+from hf_sparse_moe.quantization import quantize_experts
 
 from .branches import check_branches, make_trunk, router_rows
 from .conversion import LoadedTensors, SparseLayer, plan_conversion
 from .measuring import as_batches, inputs_of, labelled, task_losses
 from .more_layers import upcycle_more_layers
-from .receipt import describe_source, make_receipt, name_of
+from .receipt import describe_source, make_receipt, name_of, output_difference
 from .recipe import Layers, check_dtype, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
 
@@ -74,6 +76,7 @@ def upcycle(
     revision: str | None = None,
     token: bool | str | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: int | None = None,
     allow_pickle: bool = False,
     max_shard_size: int | str = "4GB",
     resume: bool = False,
@@ -118,6 +121,7 @@ def upcycle(
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         token (`bool` or `str`, *optional*): For the Hub; defaults to that of `hf auth login`.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the result; `"auto"` keeps the dense one.
+        quantize (`int`, *optional*): 8 or 4: pack the experts in so many bits, as [`ExpertsQuantizationConfig`] says.
         allow_pickle (`bool`, defaults to `False`): Whether weights in a pickle, which may run code, are read.
         max_shard_size (`int` or `str`, defaults to `"4GB"`): Of a file of weights, with `output`; a larger tensor gets
             a file of its own.
@@ -156,12 +160,17 @@ def upcycle(
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
     if output is not None and distributed_config is not None:
         raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
+    packing = None if quantize is None else ExpertsQuantizationConfig(quantize)
+    if packing is not None:
+        require_bitsandbytes()
+        if distributed_config is not None:
+            raise ValueError("`quantize` and `distributed_config` exclude each other: packed experts are not sharded.")
     if output is not None:
         check_target(output)
     found = find_source(source, revision, allow_pickle, token) if isinstance(source, str | Path) else None
     if isinstance(source, SparseMoePreTrainedModel) or (found and isinstance(read_config(found), SparseMoeConfig)):
-        asked = (num_experts, num_experts_per_tok, method, distributed_config, data, evaluation, dtype)
-        if asked != (None, 2, "copy", None, None, None, "auto") or sources or options_and_fields:
+        asked = (num_experts, num_experts_per_tok, method, distributed_config, data, evaluation, dtype, quantize)
+        if asked != (None, 2, "copy", None, None, None, "auto", None) or sources or options_and_fields:
             raise ValueError(
                 "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
             )
@@ -202,8 +211,9 @@ def upcycle(
             if output is None:
                 return load_shards(conversion, found, watched, distributed_config)  # type: ignore[arg-type]
             sparse: Any = conversion.sparse
-            tell = partial(make_receipt, conversion.dense, sparse, found, recipe, conversion.fields)
-            write_mixture(conversion, found, watched, tell, output, max_shard_size, resume, show_progress)
+            told = conversion.fields if packing is None else {**conversion.fields, "quantize": packing.bits}
+            tell = partial(make_receipt, conversion.dense, sparse, found, recipe, told)
+            write_mixture(conversion, found, watched, tell, output, max_shard_size, resume, show_progress, packing)
             return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
 
     def load(each: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Source | None]:
@@ -260,6 +270,10 @@ def upcycle(
         sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, texts)
     if branches:
         sparse.receipt["branches"] = [describe_source(*branch) for branch in branches]
+    if quantize is not None:
+        quantize_experts(sparse, quantize)
+        sparse.receipt["arguments"]["quantize"] = quantize
+        sparse.receipt["equality"] = output_difference(dense, sparse)
     if output is None:
         return sparse
     found_in = next((each.folder for each in (base_source, *(each for _, each in branches)) if each), None)

@@ -24,6 +24,8 @@ from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, l
 from hf_sparse_moe.checkpoints.source import Source, named_architecture, weight_files
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.quantization import SCALES, ExpertsQuantizationConfig, is_expert_weight, packed_form
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 
 from .conversion import Conversion, check_numbers, plan_conversion, set_dtype
 from .receipt import make_receipt
@@ -67,12 +69,22 @@ def write_mixture(
     max_shard_size: int | str,
     resume: bool,
     show_progress: bool,
+    packing: ExpertsQuantizationConfig | None = None,
 ) -> None:
     """
     Write the mixture to a folder, tensor by tensor: memory holds two layers' dense weights, whatever their number.
-    `tell` makes its receipt, given the hashes of the source's files.
+    `tell` makes its receipt, given the hashes of the source's files. With `packing` the experts are packed.
     """
     recipe, fields, sparse = conversion.recipe, conversion.fields, conversion.sparse
+    outputs, bits = conversion.outputs, None
+    if packing is not None:
+        sparse.config.quantization_config, bits = packing, packing.bits
+        fields = {**fields, "quantize": bits}
+        forms = (
+            packed_form(key, tensor, bits) if is_expert_weight(sparse, key) else {key: tensor}
+            for key, tensor in outputs.items()
+        )
+        outputs = {key: tensor for form in forms for key, tensor in form.items()}
     asked_for = {
         "method": recipe.method,
         "seed": recipe.seed,
@@ -85,8 +97,8 @@ def write_mixture(
     }
     with written_shards(
         output,
-        conversion.outputs,
-        lambda writer: _write_tensors(conversion, writer),
+        outputs,
+        lambda writer: _write_tensors(conversion, writer, bits),
         watched,
         {"recipe": asked_for},
         max_shard_size,
@@ -98,15 +110,28 @@ def write_mixture(
         copy_companions(source.folder, folder)
 
 
-def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int]:
+def _write_tensors(conversion: Conversion, writer: ShardWriter, bits: int | None) -> Generator[int]:
     """Write every tensor that is wanted, in the order of the shards; yields the bytes of each piece."""
     outputs = conversion.outputs
+    packed = {key for key in outputs if bits is not None and is_expert_weight(conversion.sparse, key)}
     before: list[Future[int]] = []
 
     def write(key: str, matrix: Matrix, rows: slice, begin: int) -> int:
         return writer.write(key, matrix[rows].to(outputs[key].dtype), begin)
 
+    def wants(key: str) -> bool:
+        return writer.wants(key) or (key in packed and writer.wants(key + SCALES))
+
+    def pack(key: str, number: int, matrix: Matrix, bits: int) -> int:
+        whole = matrix[slice(0, matrix.shape[0])].to(outputs[key].dtype)
+        weight = QuantizedWeight.quantize(whole[None], bits)
+        parts = {key: weight.codes, key + SCALES: weight.scales}
+        wanted = [name for name in parts if writer.wants(name)]
+        return sum(writer.write(name, parts[name], number * parts[name].nbytes) for name in wanted)
+
     def write_in_blocks(key: str, matrices: list[Matrix], threads: ThreadPoolExecutor) -> list[Future[int]]:
+        if bits is not None and key in packed:
+            return [threads.submit(pack, key, number, matrix, bits) for number, matrix in enumerate(matrices)]
         row_bytes = prod(matrices[0].shape[1:]) * outputs[key].element_size()
         return [
             threads.submit(write, key, matrix, rows, (number * matrix.shape[0] + rows.start) * row_bytes)
@@ -116,7 +141,7 @@ def _write_tensors(conversion: Conversion, writer: ShardWriter) -> Generator[int
 
     with single_threaded_workers() as threads, single_threaded_workers(1) as planner:
         for position, keys in groupby(outputs, conversion.layer_of):
-            wanted = [key for key in keys if writer.wants(key)]
+            wanted = [key for key in keys if wants(key)]
             if position is None:
                 for key in wanted:
                     begin = 0
