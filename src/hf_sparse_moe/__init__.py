@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     )
     from .quantization import (
         ExpertsQuantizationConfig as ExpertsQuantizationConfig,
+        experts_as_linears as experts_as_linears,
         quantize_experts as quantize_experts,
     )
     from .routing import (
@@ -128,7 +129,7 @@ _HOMES = {
         "SparseMoeEncoderForSequenceClassification SparseMoeEncoderForTokenClassification SparseMoeEncoderModel"
     ),
     ".models.pretrained_model": "SparseMoePreTrainedModel",
-    ".quantization": "ExpertsQuantizationConfig quantize_experts",
+    ".quantization": "ExpertsQuantizationConfig experts_as_linears quantize_experts",
     ".routing": (
         "RoutingMonitor SelectionBiasCallback add_leading_callback disable_experts find_mixture_layers fix_balance "
         "observe_routing parameter_groups record_routing replay_routing routing_statistics use_top_k"

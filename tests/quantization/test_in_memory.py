@@ -1,6 +1,7 @@
 """Frozen experts in 8 or 4 bits: really packed, right in every backend, and adapters on them train."""
 
 import copy
+import logging
 import sys
 
 import pytest
@@ -208,14 +209,39 @@ def test_an_adapter_is_saved_and_loaded(name, bits, tmp_path):
     torch.testing.assert_close(logits_of(plain, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_merging_is_refused_until_the_experts_are_floats_again(tmp_path):
+@pytest.mark.parametrize("bits", BYTES)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "decoder"])
+def test_adapters_merge_into_codes_and_the_lost_part_is_told(name, bits, tmp_path, caplog, monkeypatch):
+    """The merged codes are those of the exact sum; what rounding took of the update is what the log says."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    model = quantize_experts(mixture(name), bits)
+    inputs = tiny_inputs(model)
+    peft_model = adapted(model)
+    before, codes = logits_of(peft_model, inputs), {key: w.codes.clone() for key, w in packed(peft_model).items()}
+    exact = dequantize_experts(adapted(quantize_experts(mixture(name), bits))).merge_and_unload()
+    rounded_once = quantize_experts(copy.deepcopy(exact), bits)
+    with caplog.at_level("WARNING"):
+        peft_model.merge_adapter()
+    lost = [int(record.getMessage().split("by ")[1].split("%")[0]) for record in caplog.records]
+    assert len(lost) == len(codes)
+    assert all({8: (0, 10), 4: (5, 150)}[bits][0] <= one <= {8: (0, 10), 4: (5, 150)}[bits][1] for one in lost)
+    assert torch.equal(logits_of(peft_model, inputs), logits_of(rounded_once, inputs))
+    peft_model.unmerge_adapter()
+    assert all(torch.equal(weight.codes, codes[key]) for key, weight in packed(peft_model).items())
+    torch.testing.assert_close(logits_of(peft_model, inputs), before)
+    merged = peft_model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), logits_of(rounded_once, inputs)
+    )
+
+
+def test_floats_merge_without_loss(tmp_path):
     model = quantize_experts(mixture("mixtral"), 4)
     inputs = tiny_inputs(model)
     peft_model = adapted(model, attention=True)
     expected = logits_of(peft_model, inputs)
-    for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
-        with pytest.raises(ValueError, match="do not merge into quantised experts"):
-            merge()
     merged = dequantize_experts(peft_model).merge_and_unload()
     torch.testing.assert_close(logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path)

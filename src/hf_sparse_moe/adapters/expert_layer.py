@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper as _Base
 else:  # what `layer_class` makes has both
     _Base = nn.Module
+
+logger = logging.get_logger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
@@ -40,6 +43,7 @@ class ExpertLora(_Base):
     It stands before PEFT's `ParamWrapper` in [`layer_class`], whose place in the model, keys and files it keeps.
     """
 
+    _before_merge: tuple[QuantizedWeight, ...] = ()
     in_features: int
     out_features: int
     num_experts: int
@@ -224,11 +228,39 @@ class ExpertLora(_Base):
                 "one process."
             )
         if isinstance(weight, QuantizedWeight):
-            raise ValueError(
-                "Adapters do not merge into quantised experts, which would round their update away. Call "
-                "`dequantize_experts(model)` first, or load the adapter into the unquantised model."
-            )
-        super().merge(safe_merge, adapter_names)
+            self._merge_into_codes(weight, adapter_names)
+        else:
+            super().merge(safe_merge, adapter_names)
+
+    def _merge_into_codes(self, weight: QuantizedWeight, adapter_names: list[str] | None) -> None:
+        """The sum is rounded again; how much of the update that takes is measured and said."""
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        names = [name for name in check_adapters_to_merge(cast(Any, self), adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        update = torch.stack([self.get_delta_weight(name).float() for name in names]).sum(0)
+        exact = weight.dequantize().float() + update
+        if not exact.isfinite().all():
+            raise ValueError(f"Merging {names} gives NaN or infinite weights. Train the adapter again.")
+        merged = QuantizedWeight.quantize(exact.to(weight.dtype), weight.bits)
+        lost = (merged.dequantize().float() - exact).norm() / update.norm().clamp_min(1e-30)
+        logger.warning(
+            f"Merged into {weight.bits}-bit `{self.parameter_name}`: rounding moved the weights by {lost:.0%} of the "
+            "adapter's update (norms). To lose nothing, merge into the unquantised model or keep the adapter apart."
+        )
+        self._before_merge = self._before_merge or (weight,)
+        setattr(self.experts, self.parameter_name, nn.Parameter(merged, requires_grad=False))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """As PEFT does it; quantised experts get back the codes that they had."""
+        if self._before_merge:
+            setattr(self.experts, self.parameter_name, self._before_merge[0])
+            self._before_merge = ()
+            self.merged_adapters.clear()
+        else:
+            super().unmerge()
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The update of all experts' weights, which no forward builds."""

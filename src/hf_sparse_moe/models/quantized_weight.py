@@ -78,6 +78,11 @@ class QuantizedWeight(torch.Tensor):
         return values.mT if self.transposed else values
 
     @property
+    def bits(self) -> int:
+        """8 or 4."""
+        return 8 * self.codes.numel() // (self.scales.numel() * BLOCK_SIZE)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
@@ -153,8 +158,7 @@ def _write(weight: QuantizedWeight, source: torch.Tensor, non_blocking: bool = F
     if weight.dim() == 2 or weight.transposed:
         return None
     if not isinstance(source, QuantizedWeight):
-        bits = 8 * weight.codes.numel() // (weight.scales.numel() * BLOCK_SIZE)
-        source = QuantizedWeight.quantize(source.to(weight.device, weight.dtype), bits)
+        source = QuantizedWeight.quantize(source.to(weight.device, weight.dtype), weight.bits)
     weight.codes.copy_(source.codes)
     weight.scales.copy_(source.scales)
     return weight

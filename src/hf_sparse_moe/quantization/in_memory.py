@@ -50,23 +50,7 @@ def quantize_experts(model: PreTrainedModel, bits: int = 4) -> PreTrainedModel:
     others = getattr(model, "hf_quantizer", None)  # of the linears, if they are quantised
     config = ExpertsQuantizationConfig(bits, linears=others.quantization_config if others else None)
     require_bitsandbytes()
-    weights = [
-        (experts, name, getattr(experts, name))
-        for _, experts in fused_experts(model)
-        for name in packed_names(experts)
-    ]
-    if not weights:
-        raise ValueError(
-            f"`{type(model).__name__}` has no experts that are fused 3-D parameters. Pass a mixture, such as what "
-            "`upcycle` returns."
-        )
-    for experts, name, weight in weights:
-        if type(weight.data) is not torch.Tensor or weight.is_meta or not weight.is_floating_point():
-            kind = "quantised" if isinstance(weight, QuantizedWeight) else f"{weight.dtype} on {weight.device}"
-            raise ValueError(
-                f"`{type(experts).__name__}.{name}` is not a plain float tensor in memory ({kind}). Load the model "
-                "unquantised, without offloading or a `distributed_config`, and quantise it once."
-            )
+    weights = check_plain_floats(model)
     while weights:  # holding on to none of the floats
         experts, name, weight = weights.pop()
         setattr(experts, name, nn.Parameter(QuantizedWeight.quantize(weight, bits), requires_grad=False))
@@ -104,6 +88,28 @@ def dequantize_experts(model: nn.Module) -> nn.Module:
             if quantizer.linears is not None:
                 _set_quantizer(base, quantizer.linears)
     return model
+
+
+def check_plain_floats(model: nn.Module) -> list[tuple[Any, str, torch.Tensor]]:
+    """Each 3-D weight with its module and name; raises a `ValueError` unless there are some, all floats in memory."""
+    weights = [
+        (experts, name, getattr(experts, name))
+        for _, experts in fused_experts(model)
+        for name in packed_names(experts)
+    ]
+    if not weights:
+        raise ValueError(
+            f"`{type(model).__name__}` has no experts that are fused 3-D parameters. Pass a mixture, such as what "
+            "`upcycle` returns."
+        )
+    for experts, name, weight in weights:
+        if type(weight.data) is not torch.Tensor or weight.is_meta or not weight.is_floating_point():
+            kind = "quantised" if isinstance(weight, QuantizedWeight) else f"{weight.dtype} on {weight.device}"
+            raise ValueError(
+                f"`{type(experts).__name__}.{name}` is not a plain float tensor in memory ({kind}). Load the model "
+                "unquantised, without offloading or a `distributed_config`, and quantise it once."
+            )
+    return weights
 
 
 def _set_quantizer(model: Any, quantizer: HfQuantizer) -> None:
