@@ -125,6 +125,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "base_name": code_of(source.get("name_or_path")),
         "variant": variant_of(type(model).__name__),
         "dtype": checkpoint.dtype,
+        "packed_bits": getattr(getattr(config, "quantization_config", None), "bits", None),
         "sparse_layers": dict(_sparse_layers(model)),
         "total": count_parameters(model),
         "active": count_parameters(model, only_active=True),

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_generation_config
+from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
@@ -125,6 +126,7 @@ def export(
     mixture: Any = source if in_memory else find_source(source, revision, token=token)  # type: ignore[arg-type]
     watched = None if in_memory else WatchedSource(mixture)
     config, saved_as = config_of(mixture)
+    check_not_quantised(config, type(mixture).__name__ if in_memory else mixture.name)
     row, stock_config = choose_target(architecture, config, saved_as, server)
     if in_memory:
         stock_config.dtype = mixture.dtype

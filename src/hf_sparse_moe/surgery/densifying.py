@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
+from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
@@ -105,11 +106,13 @@ def to_dense(
     if not isinstance(source, PreTrainedModel):
         found = find_source(source, revision, token=token)
         config = read_config(found)
+        check_not_quantised(config, found.name)
         of = {"architecture": named_architecture(config), "model_type": config.model_type}
         if not isinstance(config, SparseMoeConfig):
             source = import_stock(source, revision=revision, token=token)
     else:
         check_unwrapped(source)
+        check_not_quantised(source.config, type(source).__name__)
         of = {"architecture": type(source).__name__, "model_type": source.config.model_type}
         source = source if isinstance(source, SparseMoePreTrainedModel) else import_stock(source)
     plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, measured, method)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
+from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.loading import class_of, load_whole
 from hf_sparse_moe.checkpoints.reader import TensorFiles, stored_dtype
@@ -77,6 +78,7 @@ def open_mixture(
     if into_memory:
         model = load_whole(found.folder, "auto")
     else:
+        check_not_quantised(config, found.name)
         cls = class_of(found, config)
         with sensible_config(found), torch.device("meta"):
             dtype = config.dtype or stored_dtype(found)

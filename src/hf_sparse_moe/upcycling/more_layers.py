@@ -46,6 +46,7 @@ def upcycle_more_layers(
             logger.warning(f"The mixture is made in memory, not streamed: {reason}.")
     source = mixture if isinstance(mixture, Source) else None
     model = mixture if isinstance(mixture, SparseMoePreTrainedModel) else load_sparse(mixture)
+    check_not_quantised(model.config, type(model).__name__)
     conversion = _plan(model, LoadedTensors(model), layers, seed)
     grown: Any = conversion.load(generation_config=getattr(model, "generation_config", None))
     grown = grown.to(model.device)
