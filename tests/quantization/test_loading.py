@@ -13,7 +13,17 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from adapted_models import STOCK, logits_of, stock_mixture
-from hf_sparse_moe import ExpertsQuantizationConfig
+from hf_sparse_moe import (
+    ExpertsQuantizationConfig,
+    doctor,
+    expand,
+    export,
+    prune_experts,
+    to_dense,
+    upcycle,
+    write_model_card,
+)
+from hf_sparse_moe.insight.anatomy import describe_checkpoint
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.quantization import quantize_experts
 from processes import in_processes
@@ -197,6 +207,46 @@ def test_a_config_that_leaves_the_experts_says_so_and_what_to_do(name, tmp_path,
     caplog.clear()
     load(name, tmp_path, quantization_config=ExpertsQuantizationConfig(4, linears=bits))
     assert "as floats" not in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_sizes_card_and_doctor_know_packed_experts(bits, tmp_path):
+    model = tiny_sparse("llama")
+    if bits:
+        quantize_experts(model, bits)
+    model.save_pretrained(tmp_path)
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    described = describe_checkpoint(tmp_path)
+    assert described.stored_bytes == stored == sum(parameter.nbytes for parameter in model.parameters())
+    assert described.parameters["total"]["total"] == tiny_sparse("llama").num_parameters()
+    write_model_card(tmp_path)
+    precision = next(line for line in (tmp_path / "README.md").read_text().splitlines() if "Precision" in line)
+    assert ("experts in" in precision) == bool(bits)
+    assert f"experts in {bits} bits (bitsandbytes)" in precision or not bits
+    report = doctor(tmp_path)
+    assert not [finding for finding in report.findings if finding.verdict in ("failed", "warning")]
+
+
+def test_what_works_on_floats_refuses_codes_in_one_sentence(tmp_path):
+    quantize_experts(tiny_sparse("llama"), 4).save_pretrained(tmp_path / "packed")
+    model = load("llama", tmp_path / "packed")
+    calls = {
+        "export": lambda: export(tmp_path / "packed", tmp_path / "out"),
+        "export of a model": lambda: export(model, tmp_path / "out"),
+        "expand": lambda: expand(tmp_path / "packed", 2),
+        "more layers": lambda: upcycle(model),
+        "to_dense": lambda: to_dense(tmp_path / "packed", output=tmp_path / "out"),
+        "prune": lambda: prune_experts(tmp_path / "packed", drop={0: [1]}, output=tmp_path / "out"),
+        "upcycle": lambda: upcycle(tmp_path / "packed"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"is quantised \(bitsandbytes_experts\).*dequantize"):
+            call()
+        assert not (tmp_path / "out").exists(), name
+    export(model.dequantize(), tmp_path / "out")
+    exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = tiny_inputs(model, labels=False)
+    torch.testing.assert_close(logits_of(exported, inputs), logits_of(model, inputs), rtol=1e-4, atol=1e-4)
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------

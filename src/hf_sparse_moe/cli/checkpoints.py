@@ -40,7 +40,7 @@ def info(source: SourceArgument, revision: RevisionOption = None, as_json: JsonO
     description = describe_checkpoint(source, revision)
     names = ("family", "class", "dense_architecture", "num_experts", "num_experts_per_tok", "sparse_layers")
     facts = {name.replace("_", " "): description.to_dict()[name] for name in names}
-    facts |= {"FLOPs per token": f"{description.flops_per_token:,}"}
+    facts |= {"FLOPs per token": f"{description.flops_per_token:,}", "bytes": f"{description.stored_bytes:,}"}
     parts = Table("parameters", "total", "active per token")
     for column in parts.columns[1:]:
         column.justify = "right"

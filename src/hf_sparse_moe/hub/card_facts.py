@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.quantization import packed_bits
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.stock import explain_export
 
@@ -118,14 +119,14 @@ FILTERS = {"coded": coded, "by_part": by_part, "bars": load_bars, "code": code_o
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     model, receipt = checkpoint.model, checkpoint.receipt
     config, source = model.config, mapping(receipt.get("source"))
+    bits = packed_bits(config)
     return {
         "config": config,
         "receipt": receipt,
         "source": source,
         "base_name": code_of(source.get("name_or_path")),
         "variant": variant_of(type(model).__name__),
-        "dtype": checkpoint.dtype,
-        "packed_bits": getattr(getattr(config, "quantization_config", None), "bits", None),
+        "dtype": checkpoint.dtype + (f"; experts in {bits} bits (bitsandbytes)" if bits else ""),
         "sparse_layers": dict(_sparse_layers(model)),
         "total": count_parameters(model),
         "active": count_parameters(model, only_active=True),

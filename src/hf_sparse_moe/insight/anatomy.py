@@ -15,7 +15,7 @@ from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
-from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
+from hf_sparse_moe.models.size import count_bytes, count_flops_per_token, count_parameters
 
 
 PARTS = ("embeddings and head", "attention", "experts", "shared experts", "router", "rest")
@@ -35,6 +35,7 @@ class CheckpointDescription:
         num_experts_per_tok (`int`): Experts that a token uses.
         sparse_layers (`int`): Layers with experts.
         flops_per_token (`int`): Of a forward pass.
+        stored_bytes (`int`): Of the weights on disk, packed or not.
         parameters (`dict[str, dict[str, int]]`): "total" and "active" for a token, of each part and in all.
         receipt (`dict`, *optional*): How the checkpoint was made, if it says so.
     """
@@ -46,6 +47,7 @@ class CheckpointDescription:
     num_experts_per_tok: int
     sparse_layers: int
     flops_per_token: int
+    stored_bytes: int
     parameters: dict[str, dict[str, int]]
     receipt: dict[str, Any] | None
 
@@ -78,6 +80,7 @@ def describe_checkpoint(
         num_experts_per_tok=config.num_experts_per_tok,
         sparse_layers=len(model.sparse_blocks),
         flops_per_token=count_flops_per_token(model),
+        stored_bytes=count_bytes(model),
         parameters=parameters_by_part(model),
         receipt=read_receipt(source, revision, token),
     )

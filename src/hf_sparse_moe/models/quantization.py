@@ -198,6 +198,13 @@ def packed_form(key: str, weight: torch.Tensor, bits: int) -> dict[str, torch.Te
     return {key: codes, key + SCALES: torch.empty(len(weight), blocks, device="meta", dtype=torch.float32)}
 
 
+def packed_bits(config: Any) -> int | None:
+    """In how many bits the experts of a checkpoint are stored, as its config says; None for floats."""
+    found = getattr(config, "quantization_config", None)
+    found = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+    return found.get("bits") if found.get("quant_method") == METHOD else None
+
+
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that hold all experts of a layer as 3-D parameters, as transformers' experts backends know them."""
     for name, module in model.named_modules():

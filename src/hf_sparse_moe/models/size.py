@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_sparse_moe import SparseMoeConfig
 from .modeling_sparse_moe import AUTO_CLASSES
 from .pretrained_model import SparseMoePreTrainedModel
+from .quantization import is_expert_weight, packed_bits, packed_form
 
 
 def meta_model(config: SparseMoeConfig) -> SparseMoePreTrainedModel:
@@ -32,6 +33,22 @@ def count_parameters(model: SparseMoePreTrainedModel, only_active: bool = False)
             count = block.experts.num_experts
             experts = sum(parameter.numel() for parameter in block.experts.parameters(recurse=False))
             total -= round(experts // count * (count - model.config.mean_experts_per_token))
+    return total
+
+
+def count_bytes(model: SparseMoePreTrainedModel) -> int:
+    """
+    What the weights of `model`, which may have no storage, take on disk in the dtype that its config names, tied ones
+    once; experts in the bits that it names. Linear layers that are quantised too count as floats.
+    """
+    dtype, bits = getattr(model.config, "dtype", None) or torch.float32, packed_bits(model.config)
+    itemsize = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    total = 0
+    for name, parameter in model.named_parameters():
+        if bits is not None and is_expert_weight(model, name):
+            total += sum(part.nbytes for part in packed_form(name, parameter, bits).values())
+        else:
+            total += parameter.numel() * itemsize
     return total
 
 
