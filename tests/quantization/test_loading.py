@@ -128,6 +128,20 @@ def test_bitsandbytes_has_the_linears(bits, tmp_path):
     assert torch.equal(logits_of(back, inputs), expected)
 
 
+def test_torchao_has_the_linears(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = ExpertsQuantizationConfig(4, hf.TorchAoConfig(quantization.Int8WeightOnlyConfig()))
+    model = tiny_sparse("llama")
+    inputs = tiny_inputs(model, labels=False)
+    model.save_pretrained(tmp_path / "floats")
+    both = load("llama", tmp_path / "floats", quantization_config=config)
+    assert_same_codes(both, quantize_experts(model, 4))
+    both.save_pretrained(tmp_path / "packed")
+    back = load("llama", tmp_path / "packed")
+    assert_same_codes(back, both)
+    assert torch.equal(logits_of(back, inputs), logits_of(both, inputs))
+
+
 REMOTE = """
 import sys, torch
 from transformers import AutoModelForCausalLM

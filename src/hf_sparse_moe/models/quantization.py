@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -138,6 +139,10 @@ class ExpertsQuantizer(HfQuantizer):
             else:
                 state[key] = value
         model._weight_conversions = []  # type: ignore[assignment]  # what is packed is saved under the model's own keys
+        if self.linears is not None:  # torchao takes its tensors apart too; None where a quantizer leaves all as it is
+            plain: Any = SimpleNamespace(state_dict=lambda: state)
+            taken_apart, metadata = self.linears.get_state_dict_and_metadata(plain)
+            return state if taken_apart is None else taken_apart, metadata
         return state, {}
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
