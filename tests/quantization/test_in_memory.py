@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse_moe.experts.function as function_module
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
-from hf_sparse_moe import expert_lora_config
+from hf_sparse_moe import expert_lora_config, prune_experts
 from hf_sparse_moe.adapters import load_expert_lora
 from hf_sparse_moe.adapters.low_rank_experts import LowRank, low_rank_experts
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
@@ -380,3 +380,13 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"hf-sparse-moe\[quantize\]"):
         quantize_experts(mixture("mixtral"))
+
+
+def test_what_a_surgery_makes_of_packed_experts_is_saved_packed(tmp_path):
+    model = quantize_experts(mixture("decoder"), 4)
+    pruned = prune_experts(model, drop=[1])
+    assert packed(pruned).keys() == packed(model).keys()
+    pruned.save_pretrained(tmp_path)
+    inputs = tiny_inputs(model, labels=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded, inputs), logits_of(pruned, inputs))

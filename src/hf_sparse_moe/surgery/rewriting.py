@@ -103,6 +103,8 @@ def _in_memory(mixture: Mixture, plan: Plan) -> PreTrainedModel:
     new.tie_weights()
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained[name])
+    if (quantizer := getattr(old, "hf_quantizer", None)) is not None:
+        new.hf_quantizer = quantizer  # saves packed experts
     if hasattr(old, "generation_config"):
         new.generation_config = copy.deepcopy(old.generation_config)
     new.name_or_path = new.config.name_or_path = ""
