@@ -247,7 +247,7 @@ def test_what_works_on_floats_refuses_codes_in_one_sentence(tmp_path):
     calls = {
         "export": lambda: export(tmp_path / "packed", tmp_path / "out"),
         "export of a model": lambda: export(model, tmp_path / "out"),
-        "expand": lambda: expand(tmp_path / "packed", 2),
+        "expand": lambda: expand(tmp_path / "packed", 2, output=tmp_path / "out"),
         "more layers": lambda: upcycle(model),
         "to_dense": lambda: to_dense(tmp_path / "packed", output=tmp_path / "out"),
         "prune": lambda: prune_experts(tmp_path / "packed", drop={0: [1]}, output=tmp_path / "out"),
