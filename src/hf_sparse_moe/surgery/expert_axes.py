@@ -27,7 +27,8 @@ from .mixture import Mixture
 
 logger = logging.get_logger(__name__)
 
-Part = tuple[list[str], Callable[[Mapping[str, torch.Tensor]], Tensors]]  # names, and what makes these tensors
+Read = Callable[[str], torch.Tensor]
+Part = tuple[list[str], Callable[[Read], Tensors]]  # names, and what makes these tensors, reading each source once
 _EXPERTS = re.compile(r"\bexperts\.")
 _NUMBER = re.compile(r"(?<=\bexperts\.)((?:expert_)?)\d+(?=\.)")
 
@@ -109,12 +110,14 @@ class _Stack:
         short (`str`): Its name from the layer, without the number of an expert.
         names (`list[str]`): Where it is stored: under one name, or expert by expert.
         dim (`int`, *optional*): The expert axis; None where the experts are apart.
+        rank (`int`): How many dimensions one of these tensors has.
         before (`int`), after (`int`): The experts.
     """
 
     short: str
     names: list[str]
     dim: int | None
+    rank: int
     before: int
     after: int
 
@@ -130,21 +133,21 @@ class _Stack:
             shape[self.dim] = shape[self.dim] // self.before * self.after
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name in self.new_names}
 
-    def read(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def stacked(self, read: Read) -> torch.Tensor:
         """`(E, ...)`."""
         if self.dim is None:
-            return torch.stack([tensors[name] for name in self.names])
-        tensor = tensors[self.names[0]]
+            return torch.stack([read(name) for name in self.names])
+        tensor = read(self.names[0])
         if tensor.shape[self.dim] != self.before:  # several entries an expert
             tensor = tensor.unflatten(self.dim, (self.before, -1))
         return tensor if self.dim == 0 else tensor.movedim(self.dim, 0)
 
-    def split(self, stacked: torch.Tensor, stored: torch.Tensor) -> Tensors:
-        """The way back of `(N, ...)`; `stored` has the shape of before."""
+    def split(self, stacked: torch.Tensor) -> Tensors:
+        """The way back of `(N, ...)`."""
         if self.dim is None:
             return dict(zip(self.new_names, stacked, strict=True))
         tensor = stacked if self.dim == 0 else stacked.movedim(0, self.dim)
-        if tensor.dim() != stored.dim():
+        if tensor.dim() != self.rank:
             tensor = tensor.flatten(self.dim, self.dim + 1)
         return {self.names[0]: tensor.contiguous()}
 
@@ -159,21 +162,21 @@ class _Stack:
         self,
         kept: list[int],
         finish: Callable[[str, torch.Tensor], torch.Tensor],
-        tensors: Mapping[str, torch.Tensor],
+        read: Read,
     ) -> Tensors:
-        stacked, stored = self.read(tensors), tensors[self.names[0]]
+        stacked = self.stacked(read)
         copies = stacked.index_select(0, torch.tensor(kept, device=stacked.device))
-        return self.split(finish(self.short, copies), stored)
+        return self.split(finish(self.short, copies))
 
 
-def _as_it_is(name: str, tensors: Mapping[str, torch.Tensor], called: str | None = None) -> Tensors:
-    return {called or name: tensors[name]}
+def _as_it_is(name: str, read: Read, called: str | None = None) -> Tensors:
+    return {called or name: read(name)}
 
 
 def _combined(stacks: list[_Stack], combine: Callable[[Tensors], Tensors]) -> Part:
-    def make(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        made = combine({stack.short: stack.read(tensors) for stack in stacks})
-        parts = [stack.split(made[stack.short], tensors[stack.names[0]]) for stack in stacks]
+    def make(read: Read) -> Tensors:
+        made = combine({stack.short: stack.stacked(read) for stack in stacks})
+        parts = [stack.split(made[stack.short]) for stack in stacks]
         return {name: tensor for part in parts for name, tensor in part.items()}
 
     return [name for stack in stacks for name in stack.new_names], make
@@ -233,7 +236,7 @@ def _expert_stacks(
     stacks: dict[str, _Stack] = {}
     for name in sorted(dims.keys() & stored.keys(), key=dot_natural_key):
         short = _short(name, layer, inside)
-        stacks.setdefault(short, _Stack(short, [], dims[name], before, after)).names.append(name)
+        stacks.setdefault(short, _Stack(short, [], dims[name], stored[name].dim(), before, after)).names.append(name)
     for stack in stacks.values():
         if stack.dim is None and len(stack.names) != before:
             raise ValueError(f"`{mixture.name}` has `{stack.names[0]}` of {len(stack.names)} of its {before} experts.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def _in_memory(mixture: Mixture, plan: Plan) -> PreTrainedModel:
     rewriting = Rewriting(mixture, new, plan.rows, state)
     made: Tensors = {}
     for _, make in rewriting.parts:
-        for name, tensor in make(state).items():
+        for name, tensor in make(state.__getitem__).items():
             made[name] = require_numbers(name, tensor.clone() if tensor is state.get(name) else tensor)
     loaded = new.load_state_dict(made, strict=False, assign=True)
     check_same_tensors(type(new).__name__, set(), set(loaded.unexpected_keys))
@@ -133,7 +133,7 @@ def _on_disk(
     def write(writer: ShardWriter) -> Generator[int]:
         for names, make in rewriting.parts:
             if any(map(writer.wants, names)):
-                for name, tensor in make(_Files(files)).items():
+                for name, tensor in make(files.read).items():
                     if writer.wants(name):
                         yield writer.write(name, require_numbers(name, tensor))
 
@@ -255,19 +255,3 @@ def _resize_stock(config: PreTrainedConfig, layers: list[MixtureLayer], counts: 
         for name in NUM_EXPERTS_NAMES:
             if getattr(holder, name, None) == before:
                 setattr(holder, name, counts[0])
-
-
-class _Files(Mapping[str, torch.Tensor]):
-    """The tensors of files, read when they are asked for."""
-
-    def __init__(self, files: TensorFiles):
-        self._files = files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files.names)
-
-    def __len__(self) -> int:
-        return len(self._files.names)
