@@ -76,3 +76,9 @@ def poisoned_memory():
 def seeded():
     """The same random numbers in each test, in whatever order and process it runs."""
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def half_precision(monkeypatch):
+    """A CPU with instructions for bf16, as far as the experts know, on whatever machine the tests run."""
+    monkeypatch.setattr("hf_sparse_moe.experts.choice._cpu_flags", frozenset)

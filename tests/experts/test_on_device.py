@@ -10,7 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_sparse_moe.experts  # noqa: F401  registers ours
 from adapted_models import STOCK, adapted, logits_of, stock_mixture
-from experts.experts_modules import KINDS, inputs, make
+from experts.experts_modules import inputs, make
 from experts.experts_oracle import experts_oracle
 from hf_sparse_moe.adapters import dequantize_experts, quantize_experts
 from hf_sparse_moe.adapters.expert_layer import ExpertLora
@@ -18,8 +18,9 @@ from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
 
 
 DEVICE = os.environ.get("SPARSE_MOE_TEST_DEVICE", "cpu")
-# The first two are downloads, the last the door of LoRA, which has tests of its own below.
-OTHERS = {"deepgemm", "sonicmoe", "adapted_experts"}
+# Two are downloads, one the door of LoRA, which has tests of its own below, and the last the names of version 0.1.
+OTHERS = {"deepgemm", "sonicmoe", "adapted_experts", "auto", "segment_mm", "segment_mm_recompute"}
+OURS = {"sparse_moe": "ours, gated, biased", "sparse_moe_recompute": "ours, learned gate"}
 BACKENDS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()} - OTHERS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest
 SIZES = {"H": 64, "I": 96, "E": 8}  # multiples of 16 bytes, which `grouped_mm` asks for
@@ -52,7 +53,7 @@ def assert_close(found: list, expected: list, tolerance: float) -> None:
 def test_backend(backend, dtype, autocast):
     if autocast and dtype is torch.bfloat16:
         pytest.skip("autocast is for float32 weights")
-    kind = "mixtral" if backend in ("grouped_mm", "batched_mm") else list(KINDS)[BACKENDS.index(backend) % len(KINDS)]
+    kind = OURS.get(backend, "mixtral")
     experts, tensors = on_device(kind, backend, dtype)
 
     def call(*arguments):

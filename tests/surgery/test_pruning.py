@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from experts.test_on_device import OTHERS
+from experts.test_on_device import BACKENDS
 from hf_sparse_moe import disable_experts, explain_export, quantize_experts
 from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
@@ -24,8 +23,6 @@ from routing.test_mixture_layers import MIXTURES, UNSUPPORTED, build, inputs_of
 from tiny_models import enlarge_weights, tiny_config, tiny_dense, tiny_inputs, tiny_sparse
 
 
-OLD_NAMES = {"auto", "segment_mm", "segment_mm_recompute"}  # of backends
-BACKENDS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()} - OTHERS - OLD_NAMES)
 STOCK_WORKER = Path(__file__).parents[1] / "stock" / "stock_worker.py"
 DROPPED = [1, 4]  # of the 8 experts of the stock mixtures
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "dbrx"]
