@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -56,6 +57,31 @@ def kill_at_file(folder: Path, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
+
+
+def anonymous_bytes() -> int:
+    """Of this process; pages of a mapped file, which the system may drop, are not in it. Linux alone."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that this process holds during a call, beside what it held before."""
+    gc.collect()
+    before, peak, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return peak[0] - before
 
 
 def _rank(rank: int, ranks: int, port: int, function: Callable, arguments: tuple, named: dict) -> None:

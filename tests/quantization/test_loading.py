@@ -4,8 +4,6 @@ import json
 import logging
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from adapted_models import STOCK, logits_of, stock_mixture
 from hf_sparse_moe import (
     ExpertsQuantizationConfig,
     doctor,
-    expand,
     export,
-    prune_experts,
     to_dense,
     upcycle,
     write_model_card,
@@ -26,7 +22,7 @@ from hf_sparse_moe import (
 from hf_sparse_moe.insight.anatomy import describe_checkpoint
 from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.quantization import quantize_experts
-from processes import in_processes
+from processes import in_processes, peak_bytes
 from tiny_models import FAMILIES, LANGUAGE_MODELS, architecture_of, tiny_dense, tiny_inputs, tiny_sparse
 
 
@@ -167,29 +163,16 @@ def test_without_the_package(tmp_path):
     assert_same_codes(load("llama", tmp_path / "again"), model)
 
 
-def anonymous_bytes():
-    """Of this process; pages of a mapped file, which the system may drop, are not in it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 def load_and_tell_of_memory(folder):
     """Write down the most that this process holds while it loads and packs a model, beside what it held before."""
     hf.utils.logging.disable_progress_bar()
     load("llama", folder / "tiny", quantization_config=ExpertsQuantizationConfig(4))  # whatever is imported for it
-    before, peak, done = anonymous_bytes(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = load("llama", folder / "large", quantization_config=ExpertsQuantizationConfig(4))
-    done.set()
-    watcher.join()
-    held = sum(value.nbytes for value in model.state_dict().values())
-    (folder / "memory.json").write_text(json.dumps({"peak": peak[0] - before, "held": held}))
+    models = []
+    peak = peak_bytes(
+        lambda: models.append(load("llama", folder / "large", quantization_config=ExpertsQuantizationConfig(4)))
+    )
+    held = sum(value.nbytes for value in models[0].state_dict().values())
+    (folder / "memory.json").write_text(json.dumps({"peak": peak, "held": held}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -247,10 +230,8 @@ def test_what_works_on_floats_refuses_codes_in_one_sentence(tmp_path):
     calls = {
         "export": lambda: export(tmp_path / "packed", tmp_path / "out"),
         "export of a model": lambda: export(model, tmp_path / "out"),
-        "expand": lambda: expand(tmp_path / "packed", 2, output=tmp_path / "out"),
         "more layers": lambda: upcycle(model),
         "to_dense": lambda: to_dense(tmp_path / "packed", output=tmp_path / "out"),
-        "prune": lambda: prune_experts(tmp_path / "packed", drop={0: [1]}, output=tmp_path / "out"),
         "upcycle": lambda: upcycle(tmp_path / "packed"),
     }
     for name, call in calls.items():

@@ -7,11 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_sparse_moe import disable_experts, measure_experts, merge_experts, prune_experts, to_dense
+from hf_sparse_moe import (
+    disable_experts,
+    expand,
+    measure_experts,
+    merge_experts,
+    prune_experts,
+    quantize_experts,
+    to_dense,
+)
 from hf_sparse_moe.checkpoints.loading import load_whole
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.upcycling import verify
 from routing.test_mixture_layers import build, inputs_of
-from tiny_models import enlarge_weights
+from tiny_models import enlarge_weights, tiny_inputs, tiny_sparse
 
 
 DROPPED = [1, 4]  # of 8
@@ -85,3 +94,25 @@ def test_codes_have_no_mean(folder, tmp_path):
         to_dense(folder, output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert prune_experts(folder, measured, keep=6, output=tmp_path / "out").receipt["pruned"]["method"] == "reap"
+
+
+@torch.no_grad()
+def test_packed_experts_stay_packed(tmp_path):
+    """Our own packed files: loaded, cut or copied as codes, and saved as codes."""
+    quantize_experts(tiny_sparse("llama"), 4).save_pretrained(tmp_path / "packed")
+    model = load_whole(tmp_path / "packed")
+    inputs = tiny_inputs(model, labels=False)
+    expand(tmp_path / "packed", 2, router_noise=0, output=tmp_path / "expanded")
+    prune_experts(tmp_path / "packed", drop=[1], output=tmp_path / "pruned")
+    expected = {"expanded": model(**inputs).logits}
+    with disable_experts(model, [1]):
+        expected["pruned"] = model(**inputs).logits
+    for name, logits in expected.items():
+        result = load_whole(tmp_path / name)
+        assert isinstance(result.sparse_blocks[0].experts.down_proj, QuantizedWeight)
+        torch.testing.assert_close(result(**inputs).logits, logits, rtol=1e-4, atol=2e-5)
+        report = verify(tmp_path / name, tmp_path / "packed")
+        assert report.passed, report.findings
+    with pytest.raises(ValueError, match="Merge the experts, then quantise them"):
+        merge_experts(tmp_path / "packed", measure_experts(model, [inputs]), into=3, output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

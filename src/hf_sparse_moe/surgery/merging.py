@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_moe.insight.losses import Evaluation
+from hf_sparse_moe.models.quantized_weight import QuantizedWeight
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 from hf_sparse_moe.stock.tensors import Tensors
 
@@ -154,12 +155,9 @@ def _merge(
     layer = mixture.layers[place]
     # Granite's files have the stacked projections beside the router.
     experts = {name: tensor for name, tensor in tensors.items() if name.startswith("experts.") or tensor.dim() == 3}
-    packed = next(
-        (name for name, tensor in experts.items() if not tensor.is_floating_point() or tensor.itemsize == 1), None
-    )
-    if packed is not None:
-        raise ValueError(f"`{packed}` of `{mixture.name}` is quantised. Merge the experts, then quantise them.")
     for name, tensor in experts.items():
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or isinstance(tensor, QuantizedWeight):
+            raise ValueError(f"`{name}` of `{mixture.name}` is quantised. Merge the experts, then quantise them.")
         require_numbers(f"{layer.name}.{name}", tensor)
     axes = _UnitAxes(layer, experts, mixture.model.config.get_text_config().hidden_size)
     made = {name: tensor[[group[0] for group in groups]] for name, tensor in tensors.items()}

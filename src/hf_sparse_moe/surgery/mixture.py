@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
-from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.loading import class_of, load_whole
-from hf_sparse_moe.checkpoints.reader import TensorFiles, stored_dtype
+from hf_sparse_moe.checkpoints.reader import NotStreamableError, TensorFiles, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, find_source, weight_files
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
+from hf_sparse_moe.models.quantization import packed_bits
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
 from hf_sparse_moe.stock.tensors import Tensors
 from hf_sparse_moe.upcycling.mixtures import check_unwrapped
@@ -68,7 +68,8 @@ def open_mixture(
 ) -> Mixture:
     """
     A mixture of this package or of transformers: a model, or the folder or Hub id of one, whose weights are read only
-    `into_memory`. Raises a `ValueError` for a dense model and for one with adapters.
+    `into_memory`. Raises a `ValueError` for a dense model and for one with adapters, and a `NotStreamableError` for
+    files that hold packed experts.
     """
     if not isinstance(source, str | Path):
         check_unwrapped(source)
@@ -78,7 +79,8 @@ def open_mixture(
     if into_memory:
         model = load_whole(found.folder, "auto")
     else:
-        check_not_quantised(config, found.name)
+        if packed_bits(config) is not None:
+            raise NotStreamableError("its experts are packed")
         cls = class_of(found, config)
         with sensible_config(found), torch.device("meta"):
             dtype = config.dtype or stored_dtype(found)

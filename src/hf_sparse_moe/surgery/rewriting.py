@@ -69,8 +69,8 @@ def rewrite(
     if output is not None:
         check_target(output)
     if output is not None and isinstance(source, str | Path):
-        mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
         try:
+            mixture = open_mixture(source, into_memory=False, revision=revision, token=token)
             return _on_disk(verb, mixture, plan(mixture), output, evaluation, *settings)
         except NotStreamableError as reason:
             logger.warning(f"The mixture is {verb} in memory, not streamed: {reason}.")

@@ -126,7 +126,8 @@ def _check_growth(
 def _outputs(
     result: PreTrainedModel, source: PreTrainedModel, promised: bool, of: str
 ) -> tuple[Finding, dict[str, Any]]:
-    measured: Any = output_difference(source.float(), result.float())
+    whole: Any = [model.dequantize() if getattr(model, "is_quantized", False) else model for model in (source, result)]
+    measured: Any = output_difference(*(model.float() for model in whole))
     kept = measured["max_abs_difference"] <= 10 * allowed_difference(measured, torch.float32)
     told = f"The outputs differ by at most {measured['max_abs_difference']:.1e} from those of {of}, where they reach "
     told += f"{measured['max_abs_output']:.1f}{'' if promised else '; the receipt does not promise the same'}."
