@@ -16,7 +16,7 @@ def cpu_with(monkeypatch):
     """Pretend that the processor has these flags."""
 
     def pretend(flags: str) -> None:
-        monkeypatch.setattr(choice, "_cpu_flags", lambda: frozenset(flags.split()))
+        monkeypatch.setattr(choice, "cpu_flags", lambda: frozenset(flags.split()))
         choice.logger.warning_once.cache_clear()
 
     return pretend

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +9,15 @@ from torch import nn
 from transformers.utils import logging
 
 from .products import suits_grouped
+from .tuning import Turn, choose, cpu_flags
 
 
 logger = logging.get_logger(__name__)
 
-# Rows an expert, on average, below which a forward pass outside of training is faster with `grouped_mm`, whose loop
-# over the experts is not in Python. Found with `python benchmarks/experts.py`.
-FEW_ROWS = 32
+# The ways to compute the same: a product for each expert, torch's `grouped_mm` for all of a batch, and transformers'
+# function of that name.
+LOOP, GROUPED, STOCK = "loop", "grouped products", "grouped_mm"
+FEW_ROWS = 32  # rows an expert, below which what a call keeps is little beside the weights
 # What a processor must say of itself to multiply in half precision: x86, and ARM. Without, oneDNN converts every
 # operand, and products take 3 to 5 times those of float32.
 _HARDWARE = {
@@ -46,26 +46,30 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def has_hardware(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies in `dtype`; also where it does not tell."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return not flags or dtype not in _HARDWARE or not flags.isdisjoint(_HARDWARE[dtype])
 
 
-@cache
-def _cpu_flags() -> frozenset[str]:
-    """Those of /proc/cpuinfo; none where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split()[2:])
-
-
-def chooses_grouped(
-    experts: Any, up: torch.Tensor, down: torch.Tensor, top_k_index: torch.Tensor, dtype: torch.dtype
-) -> bool:
-    """Whether all segments go into one product: for few rows an expert outside of training."""
-    if torch.is_grad_enabled() or experts.training or not 0 < top_k_index.numel() < FEW_ROWS * experts.num_experts:
-        return False
-    # What a quantised weight would compute for all experts at each access is left to the loop.
+def choose_way(
+    experts: Any, up: torch.Tensor, down: torch.Tensor, top_k_index: torch.Tensor, dtype: torch.dtype,
+    *, learns: bool, adapted: bool,
+) -> Turn:  # fmt: skip
+    """
+    The way to compute this call on a CPU: what [`tuning`] measured to be the fastest, and where it does not measure,
+    grouped products for few rows without gradient, and else the loop.
+    """
+    rows, (E, *sizes) = top_k_index.numel(), up.shape
+    ways: tuple[str, ...] = (LOOP,)
+    # What a weight of another kind or dtype would compute for all experts at each access is left to the loop.
     plain = all(type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == dtype for weight in (up, down))
-    return plain and suits_grouped(*up.shape[1:], *down.shape[1:], dtype=dtype)
+    if plain and rows and suits_grouped(*sizes, *down.shape[1:], dtype=dtype):
+        few = rows < FEW_ROWS * E
+        plays = learns or experts.training
+        ways = (LOOP, GROUPED) if plays or not few else (GROUPED, LOOP)
+        # It keeps all that it computes, for backward or until it ends, and draws a dropout's numbers in another order.
+        if few and not (plays or adapted or experts._is_expert_parallel):
+            ways += (STOCK,)
+    autocast = torch.is_autocast_enabled("cpu")
+    kind = (up.dtype, dtype, autocast, E, *sizes, top_k_index.shape[1], rows.bit_length(), learns, experts.training)
+    details = (adapted, experts.has_bias, experts.is_transposed, torch.get_num_threads(), *ways)
+    return choose((*kind, *details), ways, rows)

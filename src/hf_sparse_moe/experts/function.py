@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.utils import logging
 
 from .activation import Activation
-from .choice import chooses_grouped, compute_dtype
+from .choice import GROUPED, LOOP, STOCK, choose_way, compute_dtype
 from .products import suits_grouped
 from .projection import Projection, ProjectionGradient
-from .segments import Segments, find_segments, find_segments_on_device
+from .segments import Segments, find_segments, find_segments_on_device, require_experts
+from .tuning import Turn
 
 
 logger = logging.get_logger(__name__)
@@ -88,25 +89,40 @@ def run_experts(
     arguments = (hidden_states, top_k_weights, up, up_bias, down, down_bias, *activation.parameters)
     arguments = (*arguments, *(adapters.tensors if adapters else ()))
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
-    if traced or (_is_accelerator(hidden_states) and suits_grouped(*up.shape[1:], *down.shape[1:], dtype=dtype)):
-        segments = find_segments_on_device(top_k_index, self.num_experts)
+    on_device = traced or (
+        _is_accelerator(hidden_states) and suits_grouped(*up.shape[1:], *down.shape[1:], dtype=dtype)
+    )
+    if on_device or _is_accelerator(hidden_states):
+        turn = Turn(GROUPED if on_device else LOOP)
     else:
-        segments = find_segments(
-            top_k_index,
-            self.num_experts,
-            fill_up=dtype.itemsize == 2 and not _is_accelerator(hidden_states),
-            may_skip=self._is_expert_parallel or bool(adapters),
-            grouped=chooses_grouped(self, up, down, top_k_index, dtype),
-            batch_rows=BATCH_BYTES // (up.shape[2 if self.is_transposed else 1] * dtype.itemsize),
-        ).to(hidden_states.device)
-    keep = learns and not recompute
-    call = _Call(segments, top_k_index, activation, dtype, self.is_transposed, self.training, keep, adapters)
-    # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
-    device = hidden_states.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        if learns and not traced:
-            return _Experts.apply(call, *arguments)
-        return call.forward(*arguments)[0]
+        turn = choose_way(self, up, down, top_k_index, dtype, learns=learns, adapted=bool(adapters))
+
+    def compute(way: str) -> torch.Tensor:
+        if way == STOCK:
+            require_experts(top_k_index, self.num_experts)
+            return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        if on_device:
+            segments = find_segments_on_device(top_k_index, self.num_experts)
+        else:
+            segments = find_segments(
+                top_k_index,
+                self.num_experts,
+                fill_up=dtype.itemsize == 2 and not _is_accelerator(hidden_states),
+                may_skip=self._is_expert_parallel or bool(adapters),
+                grouped=way == GROUPED,
+                batch_rows=BATCH_BYTES // (up.shape[2 if self.is_transposed else 1] * dtype.itemsize),
+            ).to(hidden_states.device)
+        keep = learns and not recompute
+        call = _Call(segments, top_k_index, activation, dtype, self.is_transposed, self.training, keep, adapters, turn)
+        # Inside, every dtype is chosen; autocast would choose again for the activation, and only in forward.
+        device = hidden_states.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if learns and not traced:
+                return _Experts.apply(call, *arguments)
+            return call.forward(*arguments)[0]
+
+    with turn.timed(last=not learns):
+        return turn.run(compute)
 
 
 def _is_accelerator(tensor: torch.Tensor) -> bool:
@@ -125,6 +141,7 @@ class _Call:
     training: bool
     keep: bool
     adapters: Any
+    turn: Turn
 
     def forward(self, hidden_TH, weights_TK, up, up_bias, down, down_bias, *_) -> tuple[torch.Tensor, list]:
         """The output (T, H), and the first projections (B, U) of each batch if they are to be kept."""
@@ -196,6 +213,13 @@ class _Call:
         d_parameters += [gradient for one in (*first.beside, *second.beside) for gradient in one.gradients]
         return (d_hidden, d_weights, d_first.weight, d_first.bias, d_second.weight, d_second.bias, *d_parameters)
 
+    def by(self, way: str) -> _Call:
+        """This call, its remaining products by another way if need be."""
+        if way == GROUPED or not any(batch.grouped for batch in self.segments.batches):
+            return self
+        batches = [batch._replace(grouped=False) for batch in self.segments.batches]
+        return replace(self, segments=self.segments._replace(batches=batches))
+
     def plain(self, hidden_TH, weights_TK, up, up_bias, down, down_bias) -> torch.Tensor:
         """[`forward`] in operations that torch differentiates any number of times."""
 
@@ -255,8 +279,13 @@ class _Experts(torch.autograd.Function):
                     'Call `model.set_experts_implementation("eager")` for it.'
                 )
             return None, *ctx.call.differentiable_backward(ctx.needs_input_grad[1:], gradient_TH, *arguments)
-        with _replay(ctx.generator, ctx.random_state):
-            return None, *ctx.call.backward(ctx.needs_input_grad[1:], kept, gradient_TH, *arguments)
+
+        def compute(way: str):
+            with _replay(ctx.generator, ctx.random_state):
+                return None, *ctx.call.by(way).backward(ctx.needs_input_grad[1:], kept, gradient_TH, *arguments)
+
+        with ctx.call.turn.timed(last=True):
+            return ctx.call.turn.run(compute)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -64,7 +64,7 @@ def find_segments(
         ValueError: an index below 0, or above E - 1 unless `may_skip`.
     """
     num_tokens, top_k = top_k_index.shape
-    expert_P = _require_experts(top_k_index, num_experts, may_skip)
+    expert_P = require_experts(top_k_index, num_experts, may_skip)
     # A stable sort of small integers is a radix sort, 20 times faster than torch's own.
     expert_P = np.minimum(expert_P, num_experts).astype(np.min_scalar_type(num_experts))
     counts_E = np.bincount(expert_P, minlength=num_experts)[:num_experts]
@@ -138,8 +138,8 @@ def find_segments_on_device(top_k_index: torch.Tensor, num_experts: int) -> Segm
     return Segments([batch], pair_R.shape[0], token_R, pair_R, row_TK.view_as(top_k_index), True)
 
 
-def _require_experts(top_k_index: torch.Tensor, num_experts: int, may_skip: bool) -> np.ndarray:
-    """`top_k_index`, flat, on the host."""
+def require_experts(top_k_index: torch.Tensor, num_experts: int, may_skip: bool = False) -> np.ndarray:
+    """`top_k_index`, flat, on the host; ValueError where an index is below 0, or above E - 1 unless `may_skip`."""
     expert_P = top_k_index.detach().reshape(-1).cpu().numpy()
     if expert_P.size and (expert_P.min() < 0 or (expert_P.max() >= num_experts and not may_skip)):
         wrong = expert_P[(expert_P < 0) | (expert_P >= num_experts)][0]
