@@ -83,4 +83,4 @@ def seeded():
 @pytest.fixture(autouse=True)
 def half_precision(monkeypatch):
     """A CPU with instructions for bf16, as far as the experts know, on whatever machine the tests run."""
-    monkeypatch.setattr("hf_sparse_moe.experts.choice._cpu_flags", frozenset)
+    monkeypatch.setattr("hf_sparse_moe.experts.choice.cpu_flags", frozenset)
