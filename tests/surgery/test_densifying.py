@@ -1,11 +1,13 @@
 """A mixture that was not trained becomes the dense model that it was made of."""
 
+import logging
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse_moe import export, upcycle
-from hf_sparse_moe.routing import find_mixture_layers
+from hf_sparse_moe.routing import find_mixture_layers, record_routing
 from hf_sparse_moe.surgery import measure_experts, to_dense
 from routing.test_mixture_layers import build, inputs_of
 from tiny_models import ARCHITECTURES, enlarge_weights, tiny_dense, tiny_inputs, tiny_sparse
@@ -134,6 +136,33 @@ def test_a_stock_mixture_is_weighed_by_its_own_measurements(name, tmp_path):
     down = find_mixture_layers(model)[1].experts.down_proj[measured.layers[1].reap.argmax()]
     found = dense.model.layers[1].mlp.down_proj.weight  # smaller where the router's weights sum to less than 1
     assert torch.cosine_similarity(found.flatten(), down.flatten(), dim=0) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe"])
+def test_unnormalised_weights_are_scaled_by_what_they_sum_to(name, caplog, monkeypatch):
+    """Of a trained router, which is far from even: equal experts become one times the mean sum of the weights."""
+    model = tiny_sparse(name, norm_topk_prob=False) if name == "llama" else build(name).eval()
+    layers = find_mixture_layers(enlarge_weights(model))
+    with torch.no_grad():
+        for layer in layers:
+            layer.router.weight.mul_(5)
+            for parameter in layer.experts.parameters():
+                parameter[:] = parameter[:1].clone()
+    inputs = inputs_of(model)
+    with record_routing(model) as recorded, torch.no_grad():
+        model(**inputs)
+    dense = to_dense(model, measure_experts(model, [inputs]))
+    for layer, routing, made in zip(layers, recorded[0].values(), dense.model.layers, strict=True):
+        mean = routing.top_k_weights.sum(dim=-1).mean()
+        assert mean > 1.5 * layer.top_k / layer.num_experts
+        up, down = layer.experts.gate_up_proj[0].chunk(2)[1], layer.experts.down_proj[0]
+        ratio = made.mlp.up_proj.weight.norm() / up.norm() * made.mlp.down_proj.weight.norm() / down.norm()
+        torch.testing.assert_close(ratio, mean, rtol=1e-4, atol=0)
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    for mixture, is_told in ((model, True), (upcycle(tiny_dense("gpt2"), 4, norm_topk_prob=False), False)):
+        caplog.clear()
+        to_dense(mixture)
+        assert ("as if the routers were even" in caplog.text) == is_told
 
 
 def test_bad_input(tmp_path):

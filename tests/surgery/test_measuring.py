@@ -6,10 +6,14 @@ import logging
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_sparse_moe import disable_experts, measure_experts, merge_experts, prune_experts
+from hf_sparse_moe import disable_experts, expand, measure_experts, merge_experts, prune_experts, to_dense
+from hf_sparse_moe.checkpoints.loading import load_whole
 from hf_sparse_moe.routing import find_mixture_layers, observe_routing
 from hf_sparse_moe.surgery import ExpertMeasurements
+from hub_checkpoints import save_mixture
 from models.router_kinds import routed_model
 from routing.test_mixture_layers import build, inputs_of
 from tiny_models import enlarge_weights, tiny_dense, tiny_inputs, tiny_sparse
@@ -229,6 +233,41 @@ def test_bad_text():
         block.experts.down_proj[:] = torch.nan
     with pytest.raises(ValueError, match="computed NaN or infinity"):
         measure_experts(model, batches(model))
+
+
+def test_text_of_another_tokenizer(tmp_path, caplog, monkeypatch):
+    """Known where the tokenizer is given, by its vocabulary; else guessed from the loss."""
+    save_mixture(tmp_path / "mixture", "llama")
+    save_mixture(tmp_path / "other", "llama")
+    own, words = AutoTokenizer.from_pretrained(tmp_path / "mixture"), {"[UNK]": 0, "[PAD]": 1, "other": 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    other.save_pretrained(tmp_path / "other")
+    model = load_whole(tmp_path / "mixture")
+    with pytest.raises(ValueError, match="of another tokenizer"):
+        measure_experts(model, batches(model), tokenizer=other)
+    measured = measure_experts(model, batches(model), tokenizer=own)
+    again = ExpertMeasurements.load(measured.save(tmp_path / "measured"))
+    assert again.vocabulary_sha256 == measured.vocabulary_sha256
+    calls = {
+        "prune": lambda folder: prune_experts(folder, again, keep=3, output=tmp_path / "out"),
+        "merge": lambda folder: merge_experts(folder, again, into=3, output=tmp_path / "out"),
+        "expand": lambda folder: expand(folder, 2, by=again, output=tmp_path / "out"),
+        "to_dense": lambda folder: to_dense(folder, again, output=tmp_path / "out"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="of another tokenizer"):
+            call(tmp_path / "other")
+        assert not (tmp_path / "out").exists(), name
+    calls["prune"](tmp_path / "mixture")
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    head = model.get_output_embeddings().weight
+    for scale, is_told in ((1000.0, True), (0.0, False)):  # a loss far above guessing, then that of guessing
+        with torch.no_grad():
+            head.mul_(scale)
+        caplog.clear()
+        measure_experts(model, batches(model))
+        assert ("above the 4.6 of guessing" in caplog.text) == is_told
 
 
 def test_a_file_of_something_else(tmp_path):

@@ -108,6 +108,9 @@ def test_pickle_only_when_asked_for(source, tmp_path, workplace):
     torch.save(hf.AutoModelForCausalLM.from_pretrained(source).state_dict(), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     assert_one_sentence(run_cli("upcycle", source, workplace / "out"), "pickle", "--allow-pickle")
+    told = run_cli("prune", source, workplace / "out", "--drop", "0:1")
+    assert_one_sentence(told, "pickle", "load and save it with transformers")
+    assert "--allow-pickle" not in told.err
     assert run_cli("upcycle", source, tmp_path / "made", "--allow-pickle").code == 0
     assert (tmp_path / "made" / "model.safetensors").exists()
 

@@ -25,9 +25,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     """
     copy_own(source, folder, COMPANIONS)
     config = read_config(source)
-    tokenizer = _load_tokenizer(folder, getattr(config, "dense_config", config))
-    names = {TOKENIZER_CONFIG_FILE, *getattr(tokenizer, "vocab_files_names", {}).values()}
-    if tokenizer is None or not any((folder / name).is_file() for name in names):
+    if (tokenizer := tokenizer_in(folder, config)) is None:
         return
     fields = read_json(folder / TOKENIZER_CONFIG_FILE, optional=True)
     named = fields.get("tokenizer_class")
@@ -37,13 +35,16 @@ def copy_companions(source: Path, folder: Path) -> None:
         (folder / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _load_tokenizer(folder: Path, config: Any) -> Any:
+def tokenizer_in(folder: Path, config: Any) -> Any:
     """The tokenizer in a folder as that of a model of `config`; None where none can be loaded."""
     with _without_warnings():
         try:
-            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+            dense = getattr(config, "dense_config", config)
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False)
         except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; there is nothing to name then
             return None
+    names = {TOKENIZER_CONFIG_FILE, *tokenizer.vocab_files_names.values()}
+    return tokenizer if any((folder / name).is_file() for name in names) else None
 
 
 @contextmanager

@@ -33,11 +33,15 @@ class Source:
 
 
 def find_source(
-    source: str | Path, revision: str | None = None, allow_pickle: bool = False, token: bool | str | None = None
+    source: str | Path,
+    revision: str | None = None,
+    allow_pickle: bool | None = None,
+    token: bool | str | None = None,
 ) -> Source:
     """
     The checkpoint in a folder, or fetched from the Hub. Raises a `ValueError` for a missing or corrupt one, for links
-    that lead out of its folder, and for weights in a pickle, which may run code, unless `allow_pickle`.
+    that lead out of its folder, and for weights in a pickle, which may run code, unless `allow_pickle`; None where the
+    caller has no such argument.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -81,7 +85,7 @@ def weight_files(source: Source) -> list[Path]:
     return paths
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
+def _check_folder(folder: Path, allow_pickle: bool | None) -> None:
     """What transformers reads by its name must be the folder's own, and the weights whole."""
     for path in (folder / CONFIG_NAME, *sorted(folder.glob("*.json"))):
         check_own(path)
@@ -91,9 +95,11 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
     if not weights and not any(folder.glob("*.bin")):
         raise ValueError(f"`{folder}` has no weights (*.safetensors). Pass the folder of a saved model.")
     if not weights and not allow_pickle:
+        allow = "pass `allow_pickle=True` (`--allow-pickle`)"
+        way = "load and save it with transformers" if allow_pickle is None else allow
         raise ValueError(
             f"`{folder}` has its weights in a pickle (*.bin), which may run code when it is read. Convert it to "
-            "safetensors, or pass `allow_pickle=True` (`--allow-pickle`) if you trust where it comes from."
+            f"safetensors, or {way} if you trust where it comes from."
         )
     for path in weights:
         tensor_names(path)

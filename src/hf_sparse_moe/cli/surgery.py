@@ -129,12 +129,14 @@ def measure(
     """
     from hf_sparse_moe.checkpoints.loading import load_whole
     from hf_sparse_moe.checkpoints.source import find_source
+    from hf_sparse_moe.quickstart.examples import load_tokenizer
     from hf_sparse_moe.surgery import measure_experts
 
     if output.exists():
         raise FileExistsError(f"`{output}` exists already. Choose another name, or remove it.")
     batches, groups = options.read(source, data)
-    measured = measure_experts(load_whole(find_source(source, options.revision).folder), batches, groups)
+    folder = find_source(source, options.revision).folder
+    measured = measure_experts(load_whole(folder), batches, groups, load_tokenizer(folder))
     measured.save(output)
     table = Table("layer", "lowest REAP", "highest", "tokens of the rarest expert")
     for layer in measured.layers:
@@ -242,7 +244,11 @@ def to_dense(
     measured: MeasuredOption = None,
     method: Annotated[str, typer.Option(help="`mean`, `best` or `merge`.")] = "mean",
 ) -> None:
-    """Make one feed-forward of the experts of each layer: a dense model for plain transformers."""
+    """
+    Make one feed-forward of the experts of each layer: a dense model for plain transformers.
+
+    Works layer by layer; a mixture of transformers is loaded.
+    """
     from hf_sparse_moe.surgery import to_dense as write_dense
 
     options.run(write_dense, source, measured, method, output=output)

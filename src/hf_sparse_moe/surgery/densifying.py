@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_sparse_moe.checkpoints.companions import copy_companions
 from hf_sparse_moe.checkpoints.config import read_config, read_generation_config, sensible_config
@@ -33,7 +34,12 @@ from hf_sparse_moe.upcycling.conversion import (
     load_mixture,
     set_dtype,
 )
-from hf_sparse_moe.upcycling.initialization import INITIALIZATION_METHODS, FeedForwardWeights, expert_scale
+from hf_sparse_moe.upcycling.initialization import (
+    INITIALIZATION_METHODS,
+    FeedForwardWeights,
+    expert_scale,
+    has_constant_weights,
+)
 from hf_sparse_moe.upcycling.mixtures import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
@@ -43,6 +49,8 @@ from .measurements import ExpertMeasurements, router_sha256
 from .receipts import write_card, write_receipt
 from .rewriting import SurgeryReport, require_numbers, sizes
 
+
+logger = logging.get_logger(__name__)
 
 METHODS = ("mean", "best", "merge")
 
@@ -69,13 +77,14 @@ def to_dense(
 
     Args:
         source (`PreTrainedModel`, `str` or `Path`): A mixture, which is left as it is, or the folder or Hub id of one;
-            a stock one where [`import_stock`] reads it.
+            a stock one where [`import_stock`] reads it, which loads it.
         measured ([`ExpertMeasurements`], `str` or `Path`, *optional*): Of [`measure_experts`], or its file: the
-            experts count by their REAP salience. Without, they count alike.
+            experts count by their REAP salience, and where the weights of a token are not normalised, the result is
+            scaled by their mean sum on the text. Without, experts count alike and routers are taken to be even.
         method (`str`, defaults to `"mean"`): `"mean"` of the experts; the `"best"` one of each layer, which needs
             `measured`; `"merge"`: the mean after their hidden units were matched to those of the first, or the best.
-        output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the model to
-            layer by layer, with tokenizer, licence, card and receipt.
+        output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the model to,
+            with tokenizer, licence, card and receipt: layer by layer from a mixture of this package.
         evaluation (`tuple`, *optional*): Batches and the group of each of their sequences, as for [`measure_experts`],
             on which with `output` the receipt tells the loss before and after. Both models are loaded for it.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
@@ -115,7 +124,10 @@ def to_dense(
         check_not_quantised(source.config, type(source).__name__)
         of = {"architecture": type(source).__name__, "model_type": source.config.model_type}
         source = source if isinstance(source, SparseMoePreTrainedModel) else import_stock(source)
-    plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, measured, method)
+    known = None if measured is None else ExpertMeasurements.of(measured)
+    if known is not None:
+        known.check_text(found.folder if found else None)
+    plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, known, method)
     if output is None:
         state = {key: tensor for keys in plan.made() for key, tensor in keys.items()}
         model: Any = load_mixture(type(plan.dense), plan.dense.config, state, plan.dtype, plan.generation_config)
@@ -147,6 +159,7 @@ class _Plan:
     tensors: Any
     method: str
     salience: list[list[float]] | None
+    sums: list[float] | None  # of a token's weights, their mean in each layer
     dtype: torch.dtype
 
     @property
@@ -220,6 +233,8 @@ class _Plan:
                 f"shared ones, do not make up whole feed-forwards of {units}, as those of an unpruned mixture do."
             )
         scale, unsteady = expert_scale(config, layer.side)
+        if unsteady and self.sums is not None and config.router_type != "expert_choice":
+            scale = 1 / max(self.sums[layer.position], 1e-6)
         salience = self.salience[layer.position] if self.salience else [1.0] * len(experts)
         groups = [sum(salience[start : start + parts]) for start in range(0, len(experts), parts)]
         slices = [
@@ -257,7 +272,7 @@ class _Plan:
         }
 
 
-def _plan(source: Any, measured: Any, method: str) -> _Plan:
+def _plan(source: Any, measured: ExpertMeasurements | None, method: str) -> _Plan:
     if isinstance(source, SparseMoePreTrainedModel):
         sparse, dtype = source, source.dtype
         tensors: Any = LoadedTensors(source)
@@ -276,9 +291,9 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
             sparse.generation_config = read_generation_config(source.folder) or sparse.generation_config
         tensors = DenseTensors(source, sparse, dtype)
     dense, layers = _empty_dense(sparse, dtype)
-    salience = None
+    salience, sums = None, None
     if measured is not None:  # by place: a stock mixture that was imported has layers of other names
-        found = ExpertMeasurements.of(measured).layers
+        found = measured.layers
         read = tensors.reader(reuse=False)
         gates = [block.gate.named_parameters() for block in sparse.sparse_blocks]
         routers = [
@@ -288,7 +303,13 @@ def _plan(source: Any, measured: Any, method: str) -> _Plan:
         if [layer.router_sha256 for layer in found] != routers:
             raise ValueError("`measured` is of another model: its routers have other weights. Measure again.")
         salience = [layer.reap.tolist() for layer in found]
-    return _Plan(sparse, dense, layers, tensors, method, salience, dtype)
+        sums = [layer.found("sampled_weights").sum(dim=-1).mean().item() for layer in found]
+    elif _method_of(sparse.receipt) not in INITIALIZATION_METHODS and not has_constant_weights(sparse.config):
+        logger.warning(
+            "The weights of a token are not normalised, and without `measured` nothing tells their sum: the dense "
+            "model is scaled as if the routers were even. Pass what `measure_experts` finds on some text."
+        )
+    return _Plan(sparse, dense, layers, tensors, method, salience, sums, dtype)
 
 
 def _empty_dense(sparse: SparseMoePreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, list[SparseLayer]]:

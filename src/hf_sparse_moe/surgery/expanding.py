@@ -103,7 +103,10 @@ def expand(
             raise ValueError(f"`{mixture.name}` is not a mixture of this package. `import_stock` makes one of it.")
         _check(config, factor, known, num_experts_per_tok)
         layers = mixture.layers
-        measured = None if known is None else [known.check(each, router_tensors(mixture, each)) for each in layers]
+        measured = None
+        if known is not None:
+            known.check_text(mixture.folder)
+            measured = [known.check(each, router_tensors(mixture, each)) for each in layers]
         sleeping = measured is not None and config.scoring_func == "sigmoid"
         as_before = config.num_experts_per_tok * (factor if measured is None else 1)
         top_k = num_experts_per_tok or as_before

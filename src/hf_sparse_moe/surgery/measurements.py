@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from hf_sparse_moe.checkpoints.companions import tokenizer_in
+from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer
 
 
@@ -103,11 +105,13 @@ class ExpertMeasurements:
         layers (`list[LayerMeasurements]`): One a sparse layer.
         losses (`dict`, *optional*): By group, and for `"all"`, `{"loss": mean in nats, "labels": how many}` of a
             language model on the text; None where the model has no such head.
+        vocabulary_sha256 (`str`, *optional*): Of the tokenizer of the text, where that was given.
     """
 
     groups: tuple[str, ...]
     layers: list[LayerMeasurements]
     losses: dict[str, dict[str, float]] | None
+    vocabulary_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a person reads of it, in plain numbers, for JSON."""
@@ -126,9 +130,9 @@ class ExpertMeasurements:
         }
         fields = ("name", "num_experts", "top_k", "router_sha256")
         layers = [{field: getattr(layer, field) for field in fields} for layer in self.layers]
-        told = json.dumps({"groups": self.groups, "losses": self.losses, "layers": layers})
+        told = {"groups": self.groups, "losses": self.losses, "vocabulary_sha256": self.vocabulary_sha256}
         with Path(path).open("xb") as file:
-            file.write(save(tensors, metadata={_KEY: told}))
+            file.write(save(tensors, metadata={_KEY: json.dumps(told | {"layers": layers})}))
         return Path(path)
 
     @classmethod
@@ -151,7 +155,7 @@ class ExpertMeasurements:
                 )
                 for place, fields in enumerate(told["layers"])
             ]
-            return cls(tuple(told["groups"]), layers, told["losses"])
+            return cls(tuple(told["groups"]), layers, told["losses"], told.get("vocabulary_sha256"))
         except (SafetensorError, IsADirectoryError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`{path}` does not hold what `measure_experts` measured ({type(error).__name__}). Measure again: "
@@ -163,9 +167,15 @@ class ExpertMeasurements:
         """Measurements, or those of a file."""
         return given if isinstance(given, cls) else cls.load(given)  # type: ignore[arg-type]
 
-    def salience(self, method: str, layers: Sequence[str]) -> list[list[float]]:
-        """The scores of the experts of these layers, by name; a `ValueError` for a layer that was not measured."""
-        return [self.layer(name).score(method).tolist() for name in layers]
+    def check_text(self, folder: Path | None) -> None:
+        """Raise a `ValueError` where the folder of a checkpoint has another tokenizer than the text was of."""
+        if folder is None or self.vocabulary_sha256 is None:
+            return
+        tokenizer = tokenizer_in(folder, read_config(folder))
+        if tokenizer is not None and vocabulary_sha256(tokenizer) != self.vocabulary_sha256:
+            raise ValueError(
+                f"The text of `measured` is of another tokenizer than that of `{folder}`. Measure on text of its own."
+            )
 
     def layer(self, name: str) -> LayerMeasurements:
         """The layer of that name; raises a `ValueError` where none was measured."""
@@ -191,6 +201,11 @@ class ExpertMeasurements:
                 f"`measured` is of another model: the router of `{layer.name}` has other weights. Measure again."
             )
         return found
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """Of a tokenizer's tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def router_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

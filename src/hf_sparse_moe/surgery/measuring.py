@@ -9,12 +9,14 @@ token's weights where it has several.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, logging
 
 from hf_sparse_moe.insight.losses import GroupLosses, grouped_batches
 from hf_sparse_moe.models.masks import tokens_by_side
@@ -26,8 +28,9 @@ from hf_sparse_moe.routing.mixture_layers import (
     find_mixture_layers,
     observe_routing,
 )
+from hf_sparse_moe.routing.statistics import ALL
 
-from .measurements import ExpertMeasurements, LayerMeasurements, router_sha256
+from .measurements import ExpertMeasurements, LayerMeasurements, router_sha256, vocabulary_sha256
 
 
 logger = logging.get_logger(__name__)
@@ -39,27 +42,33 @@ MOST_PAIRED_EXPERTS = 16  # whose products are kept for each sampled token
 
 @torch.no_grad()
 def measure_experts(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Iterable[str] | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    groups: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ExpertMeasurements:
     """
     Run a mixture over some text in evaluation mode, and measure what each expert does: how often it is chosen, with
     which weights, and how large and how alike the experts' outputs are. Pads do not count.
 
     Every expert that a token chooses is computed twice, and all experts of a layer on 256 of its tokens. An expert
-    that serves fewer than 30 tokens is named in a warning.
+    that serves fewer than 30 tokens is named in a warning; so is a loss above that of guessing, which text of another
+    tokenizer has.
 
     Args:
         model (`PreTrainedModel`): A mixture of this package or of transformers, of any family and head.
         batches (`Iterable[Mapping[str, torch.Tensor]]`): What the forward takes, such as an unshuffled `DataLoader`.
         groups (`Iterable[str]`, *optional*): One name (a domain, a language) for each sequence, in the order of the
             batches. Without them all sequences are one group.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): That of the text. Its vocabulary is compared with that of
+            the folder that `model` was loaded from, and of each that the measurements are used on.
 
     Returns:
         [`ExpertMeasurements`], which [`prune_experts`] and its siblings take, also as a file.
 
     Raises:
-        ValueError: no batches, no sparse layer, not one group for each sequence, token ids that the model does not
-            have, or experts that compute NaN.
+        ValueError: no batches, no sparse layer, not one group for each sequence, another tokenizer than the
+            model's, token ids that it does not have, or experts that compute NaN.
 
     Example:
         ```python
@@ -68,6 +77,8 @@ def measure_experts(
         ```
     """
     layers = find_mixture_layers(model)
+    vocabulary, folder = None if tokenizer is None else vocabulary_sha256(tokenizer), Path(model.name_or_path)
+    ExpertMeasurements((), [], None, vocabulary).check_text(folder if (folder / CONFIG_NAME).is_file() else None)
     names, passes = grouped_batches(model, batches, groups)
     sums = [_Sums(layer, len(names)) for layer in layers]
     by_name = {layer.name: sum_ for layer, sum_ in zip(layers, sums, strict=True)}
@@ -106,7 +117,13 @@ def measure_experts(
             f"Fewer than {FEWEST_TOKENS} tokens reached the experts {', '.join(rare[:20])}{more}. What is measured of "
             "them says little: measure on more text."
         )
-    return ExpertMeasurements(tuple(names), measured, losses.by_group())
+    told, guessing = losses.by_group(), log(model.get_input_embeddings().num_embeddings)
+    if told is not None and told[ALL]["loss"] > 1.01 * guessing:
+        logger.warning(
+            f"The loss on this text is {told[ALL]['loss']:.1f} nats a token, above the {guessing:.1f} of guessing: "
+            "the text is of another tokenizer, or of a kind that the model never learnt."
+        )
+    return ExpertMeasurements(tuple(names), measured, told, vocabulary)
 
 
 class _Sums:

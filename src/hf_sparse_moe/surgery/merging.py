@@ -106,6 +106,7 @@ def _groups_by_layer(
 ) -> dict[int, tuple[Groups, list[list[float]]]]:
     """For each layer that loses experts the groups, in the order of their dominant experts, and their weights."""
     layers, measured = mixture.layers, ExpertMeasurements.of(measured)
+    measured.check_text(mixture.folder)
     wanted = into if isinstance(into, Mapping) else dict.fromkeys(range(len(layers)), into)
     found = {}
     for place, count in wanted.items():

@@ -55,6 +55,10 @@ class Mixture:
         return [bare] if as_they_are else [bare, revert_weight_conversion(model, bare)]
 
     @property
+    def folder(self) -> Path | None:
+        return self.source.folder if self.source else None
+
+    @property
     def before(self) -> PreTrainedModel | Path:
         """What can be run."""
         return self.source.folder if self.source and self.is_streamed else self.model

@@ -135,6 +135,8 @@ def _kept(
             kept[place] = [expert for expert in range(layer.num_experts) if expert not in ids]
     else:
         by_layer = keep if isinstance(keep, Mapping) else dict.fromkeys(range(len(layers)), keep)
+        if measured is not None:
+            measured.check_text(mixture.folder)
         counts = {
             place: count_of(layer_at(layers, place, "keep"), place, wanted) for place, wanted in by_layer.items()
         }

@@ -62,9 +62,9 @@ It inherits the biases of its source. {price}`receipt.json` says how it was made
 
 
 def write_receipt(receipt: dict[str, Any], folder: Path) -> None:
-    """Of a folder that holds all else. What no other checkpoint holds, merged experts, is there with its hash."""
+    """Of a folder that holds all else. What no other checkpoint holds (means, noise) is there with its hash."""
     operation = last_surgery(receipt)
-    if operation in ("merged", "to_dense"):
+    if operation in ("merged", "to_dense", "expanded"):
         receipt[operation]["weights_sha256"] = weights_sha256(folder)
     (folder / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 

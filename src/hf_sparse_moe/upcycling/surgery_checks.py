@@ -61,7 +61,8 @@ def check_surgery(
     if operation == "to_dense":
         return [_outside_feed_forwards(result, source), *_as_written(made, folder)], {}
     if operation in ("expanded", "more_layers"):
-        return _check_growth(operation, made, result, source)
+        findings, measured = _check_growth(operation, made, result, source)
+        return [*findings, *_as_written(made, folder)], measured
     groups = made.get("groups") if operation == "merged" else made.get("kept")
     if not isinstance(groups, dict):
         raise ValueError(f"The receipt does not say which experts were {operation}. Fetch it again.")
