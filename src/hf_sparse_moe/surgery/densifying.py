@@ -292,6 +292,7 @@ def _plan(source: Any, measured: ExpertMeasurements | None, method: str) -> _Pla
         tensors = DenseTensors(source, sparse, dtype)
     dense, layers = _empty_dense(sparse, dtype)
     salience, sums = None, None
+    sparse_config: Any = sparse.config
     if measured is not None:  # by place: a stock mixture that was imported has layers of other names
         found = measured.layers
         read = tensors.reader(reuse=False)
@@ -304,7 +305,7 @@ def _plan(source: Any, measured: ExpertMeasurements | None, method: str) -> _Pla
             raise ValueError("`measured` is of another model: its routers have other weights. Measure again.")
         salience = [layer.reap.tolist() for layer in found]
         sums = [layer.found("sampled_weights").sum(dim=-1).mean().item() for layer in found]
-    elif _method_of(sparse.receipt) not in INITIALIZATION_METHODS and not has_constant_weights(sparse.config):
+    elif _method_of(sparse.receipt) not in INITIALIZATION_METHODS and not has_constant_weights(sparse_config):
         logger.warning(
             "The weights of a token are not normalised, and without `measured` nothing tells their sum: the dense "
             "model is scaled as if the routers were even. Pass what `measure_experts` finds on some text."

@@ -77,7 +77,7 @@ def measure_experts(
         ```
     """
     layers = find_mixture_layers(model)
-    vocabulary, folder = None if tokenizer is None else vocabulary_sha256(tokenizer), Path(model.name_or_path)
+    vocabulary, folder = None if tokenizer is None else vocabulary_sha256(tokenizer), Path(model.name_or_path or "")
     ExpertMeasurements((), [], None, vocabulary).check_text(folder if (folder / CONFIG_NAME).is_file() else None)
     names, passes = grouped_batches(model, batches, groups)
     sums = [_Sums(layer, len(names)) for layer in layers]
@@ -117,7 +117,8 @@ def measure_experts(
             f"Fewer than {FEWEST_TOKENS} tokens reached the experts {', '.join(rare[:20])}{more}. What is measured of "
             "them says little: measure on more text."
         )
-    told, guessing = losses.by_group(), log(model.get_input_embeddings().num_embeddings)
+    num_embeddings: Any = model.get_input_embeddings().num_embeddings
+    told, guessing = losses.by_group(), log(num_embeddings)
     if told is not None and told[ALL]["loss"] > 1.01 * guessing:
         logger.warning(
             f"The loss on this text is {told[ALL]['loss']:.1f} nats a token, above the {guessing:.1f} of guessing: "
