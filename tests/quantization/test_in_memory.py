@@ -266,10 +266,15 @@ def test_what_is_unpacked_saves_as_floats(name, tmp_path):
     model = quantize_experts(mixture(name), 4)
     floats = rounded(model)
     assert not hasattr(floats.config, "quantization_config")
-    floats.save_pretrained(tmp_path)
+    floats.save_pretrained(tmp_path / "floats")
     inputs = tiny_inputs(model)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(loaded, inputs), logits_of(model, inputs))
+    expected = logits_of(model, inputs)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "floats")
+    torch.testing.assert_close(logits_of(loaded, inputs), expected)
+    model.save_pretrained(tmp_path / "packed")
+    model.dequantize().save_pretrained(tmp_path / "transformers")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers")
+    torch.testing.assert_close(logits_of(loaded, inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixtral"])

@@ -14,7 +14,10 @@ from adapted_models import STOCK, logits_of, stock_mixture
 from hf_sparse_moe import (
     ExpertsQuantizationConfig,
     doctor,
+    explain_export,
+    explain_serving,
     export,
+    import_stock,
     to_dense,
     upcycle,
     write_model_card,
@@ -124,20 +127,6 @@ def test_bitsandbytes_has_the_linears(bits, tmp_path):
     assert torch.equal(logits_of(back, inputs), expected)
 
 
-def test_torchao_has_the_linears(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    config = ExpertsQuantizationConfig(4, hf.TorchAoConfig(quantization.Int8WeightOnlyConfig()))
-    model = tiny_sparse("llama")
-    inputs = tiny_inputs(model, labels=False)
-    model.save_pretrained(tmp_path / "floats")
-    both = load("llama", tmp_path / "floats", quantization_config=config)
-    assert_same_codes(both, quantize_experts(model, 4))
-    both.save_pretrained(tmp_path / "packed")
-    back = load("llama", tmp_path / "packed")
-    assert_same_codes(back, both)
-    assert torch.equal(logits_of(back, inputs), logits_of(both, inputs))
-
-
 REMOTE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -163,32 +152,41 @@ def test_without_the_package(tmp_path):
     assert_same_codes(load("llama", tmp_path / "again"), model)
 
 
-def load_and_tell_of_memory(folder):
-    """Write down the most that this process holds while it loads and packs a model, beside what it held before."""
+def tell_of_memory(folder):
+    """Write down the most that this process holds while it loads and packs models, beside what it held before."""
     hf.utils.logging.disable_progress_bar()
-    load("llama", folder / "tiny", quantization_config=ExpertsQuantizationConfig(4))  # whatever is imported for it
-    models = []
-    peak = peak_bytes(
-        lambda: models.append(load("llama", folder / "large", quantization_config=ExpertsQuantizationConfig(4)))
-    )
-    held = sum(value.nbytes for value in models[0].state_dict().values())
-    (folder / "memory.json").write_text(json.dumps({"peak": peak, "held": held}))
+    config = ExpertsQuantizationConfig(4)
+    for name in ("llama", "mixtral"):
+        load(name, folder / f"tiny {name}", quantization_config=config)  # whatever is imported for it
+        models = []
+        peak = peak_bytes(
+            lambda name=name, models=models: models.append(load(name, folder / name, quantization_config=config))
+        )
+        held = sum(value.nbytes for value in models[0].state_dict().values())
+        (folder / f"{name}.json").write_text(json.dumps({"peak": peak, "held": held}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_a_quarter_more_memory_than_the_packed_model_and_one_shard(tmp_path):
-    tiny_sparse("llama").save_pretrained(tmp_path / "tiny")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
-    large = tiny_sparse("llama", dense_fields=sizes, num_experts=16)
-    large.save_pretrained(tmp_path / "large", max_shard_size="20MB")
-    floats = sum(value.nbytes for value in large.state_dict().values())
-    shard = max(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
-    del large
-    assert in_processes(1, load_and_tell_of_memory, tmp_path) == [0]
-    told = json.loads((tmp_path / "memory.json").read_text())
-    assert told["held"] < 0.2 * floats
-    assert told["peak"] <= 1.25 * told["held"] + shard
-    assert told["peak"] < 0.4 * floats
+    """Of a mixture of ours, stored with all experts in one tensor, and of a stock one, with a matrix an expert."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    stock = {**sizes, "num_local_experts": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    floats, shards = {}, {}
+    for name in ("llama", "mixtral"):
+        mixture(name).save_pretrained(tmp_path / f"tiny {name}")
+        ours = name == "llama"
+        config = hf.MixtralConfig(**stock)
+        large = tiny_sparse(name, dense_fields=sizes, num_experts=16) if ours else hf.MixtralForCausalLM(config)
+        large.save_pretrained(tmp_path / name, max_shard_size="20MB")
+        floats[name] = sum(value.nbytes for value in large.state_dict().values())
+        shards[name] = max(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))
+        del large
+    assert in_processes(1, tell_of_memory, tmp_path) == [0]
+    for name, shard in shards.items():
+        told = json.loads((tmp_path / f"{name}.json").read_text())
+        assert told["held"] < 0.2 * floats[name]
+        assert told["peak"] <= 1.25 * told["held"] + shard
+        assert told["peak"] < 0.4 * floats[name]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -214,7 +212,7 @@ def test_sizes_card_and_doctor_know_packed_experts(bits, tmp_path):
     model.save_pretrained(tmp_path)
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     described = describe_checkpoint(tmp_path)
-    assert described.stored_bytes == stored == sum(parameter.nbytes for parameter in model.parameters())
+    assert described.stored_bytes == stored == model.get_memory_footprint(return_buffers=False)
     assert described.parameters["total"]["total"] == tiny_sparse("llama").num_parameters()
     write_model_card(tmp_path)
     precision = next(line for line in (tmp_path / "README.md").read_text().splitlines() if "Precision" in line)
@@ -233,11 +231,15 @@ def test_what_works_on_floats_refuses_codes_in_one_sentence(tmp_path):
         "more layers": lambda: upcycle(model),
         "to_dense": lambda: to_dense(tmp_path / "packed", output=tmp_path / "out"),
         "upcycle": lambda: upcycle(tmp_path / "packed"),
+        "import of a stock model": lambda: import_stock(quantize_experts(stock_mixture("mixtral"))),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"is quantised \(bitsandbytes_experts\).*dequantize"):
             call()
         assert not (tmp_path / "out").exists(), name
+    for report in (explain_export(tmp_path / "packed"), explain_serving(model)):
+        assert report.possible == []
+        assert all("experts are packed" in target.obstacles[0] for target in report.targets)
     export(model.dequantize(), tmp_path / "out")
     exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = tiny_inputs(model, labels=False)
@@ -252,9 +254,19 @@ def test_what_no_kernel_has_is_refused(tmp_path):
         ExpertsQuantizationConfig(bits=3)
     with pytest.raises(ValueError, match="`block_size=128` must be 64"):
         ExpertsQuantizationConfig(block_size=128)
+    with pytest.raises(ValueError, match="takes `bits`, `linears` and `block_size`, not"):
+        ExpertsQuantizationConfig(blocksize=64)
     tiny_dense("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`LlamaForCausalLM` has no experts"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ExpertsQuantizationConfig())
+
+
+@pytest.mark.parametrize("elsewhere", ["disk", "cpu"])
+def test_offloading_is_refused(elsewhere, tmp_path):
+    tiny_sparse("llama").save_pretrained(tmp_path)
+    places = {"": "meta" if elsewhere == "cpu" else "cpu", "dense.model.layers.1": elsewhere}
+    with pytest.raises(ValueError, match="packed experts are not offloaded"):
+        load("llama", tmp_path, device_map=places, quantization_config=ExpertsQuantizationConfig())
 
 
 def rewritten(folder, change):

@@ -61,7 +61,7 @@ def test_verify_knows_that_packing_rounds(tmp_path):
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`bits=2` must be 8 or 4"):
+    with pytest.raises(ValueError, match="`quantize=2` must be 8 or 4"):
         upcycle(tiny_dense("llama"), quantize=2)
     quantised = upcycle(tiny_dense("llama"), 4, quantize=4)
     with pytest.raises(ValueError, match="takes `layers` and `seed` alone"):

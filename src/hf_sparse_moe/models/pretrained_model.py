@@ -277,6 +277,11 @@ class SparseMoePreTrainedModel(SavedMixture):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """As transformers counts it, but packed experts by their codes and scales."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.dense.get_input_embeddings()
 

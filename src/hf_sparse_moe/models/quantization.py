@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 from math import prod
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -49,7 +50,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         block_size (`int`, defaults to 64): The weights that share a scale; there is no other choice.
 
     Raises:
-        ValueError: no kernel has these `bits` or this `block_size`.
+        ValueError: no kernel has these `bits` or this `block_size`; an argument of another name.
     """
 
     def __init__(self, bits: int = 4, linears: Any = None, block_size: int = BLOCK_SIZE, **kwargs):
@@ -57,6 +58,8 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"`bits={bits!r}` must be 8 or 4.")
         if block_size != BLOCK_SIZE:
             raise ValueError(f"`block_size={block_size!r}` must be {BLOCK_SIZE}.")
+        if unknown := kwargs.keys() - {"quant_method"}:
+            raise ValueError(f"`ExpertsQuantizationConfig` takes `bits`, `linears` and `block_size`, not {unknown}.")
         self.quant_method: Any = METHOD
         self.bits, self.block_size = bits, block_size
         self.linears = AutoQuantizationConfig.from_dict(linears) if isinstance(linears, dict) else linears
@@ -78,10 +81,16 @@ class ExpertsQuantizer(HfQuantizer):
         if linears is not None:
             self.linears = AutoHfQuantizer.from_config(linears, pre_quantized=self.pre_quantized)
 
-    def validate_environment(self, *args, **kwargs) -> None:
+    def validate_environment(self, *args, device_map: Any = None, **kwargs) -> None:
         require_bitsandbytes()
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"`device_map` has {sorted(places)}: packed experts are not offloaded. Leave it out, or name accelerators "
+                "that hold the whole model."
+            )
         if self.linears is not None:
-            self.linears.validate_environment(*args, **kwargs)
+            self.linears.validate_environment(*args, device_map=device_map, **kwargs)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if self.linears is None else self.linears.update_dtype(dtype)
@@ -124,9 +133,20 @@ class ExpertsQuantizer(HfQuantizer):
         if self.linears is not None:
             weight_conversions = self.linears.update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
-            return weight_conversions
+            weights = [f"{path}.{name}" for path, experts in fused_experts(model) for name in packed_names(experts)]
+            return [self._packed_one_by_one(conversion, weights) for conversion in weight_conversions]
         names = sorted({f"experts.{name}" for _, experts in fused_experts(model) for name in packed_names(experts)})
         return [*(WeightConverter([f"{n}$", f"{n}{SCALES}$"], n, [_Unpack(self)]) for n in names), *weight_conversions]
+
+    def _packed_one_by_one(self, conversion: Any, weights: list[str]) -> Any:
+        """A checkpoint with a matrix an expert, as stock mixtures are stored, is packed before it is joined."""
+        joins = [
+            (type(operation), getattr(operation, "dim", None)) for operation in getattr(conversion, "operations", ())
+        ]
+        if joins in _JOINS and any(weight.endswith(conversion.target_patterns[0]) for weight in weights):
+            conversion = deepcopy(conversion)
+            conversion.operations = [_PackAndJoin(self.quantization_config.bits)]
+        return conversion
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> Any:
         return model if self.linears is None else self.linears._process_model_after_weight_loading(model, **kwargs)
@@ -150,6 +170,7 @@ class ExpertsQuantizer(HfQuantizer):
         vars(model).pop("_weight_conversions", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config's, once it was saved
         for _, experts in fused_experts(model):
             for name in packed_names(experts):
                 weight = getattr(experts, name)
@@ -177,10 +198,29 @@ class _Pack(ConversionOps):
         packed = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
-            value = value[0] if isinstance(value, list) else value
-            weight = QuantizedWeight.quantize(value, self.quantizer.quantization_config.bits)
+            weight = value[0] if isinstance(value, list) else value
+            if not isinstance(weight, QuantizedWeight):
+                weight = QuantizedWeight.quantize(weight, self.quantizer.quantization_config.bits)
             packed[name] = nn.Parameter(weight, requires_grad=False)
         return packed
+
+
+# How transformers joins the matrices of experts, and those of gate and up, in one parameter.
+_JOINS = [[(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]]
+
+
+class _PackAndJoin(ConversionOps):
+    def __init__(self, bits: int):
+        self.bits = bits
+
+    def convert(self, input_dict: dict[str, Any], *, source_patterns: list[str], target_patterns: list[str], **kwargs):
+        parts = [input_dict.pop(pattern)[::-1] for pattern in source_patterns]
+        packed = []
+        while parts[0]:  # letting go of each expert's floats
+            matrix = torch.cat([matrices.pop() for matrices in parts])
+            packed.append(QuantizedWeight.quantize(matrix[None], self.bits))
+        codes, scales = torch.cat([one.codes for one in packed]), torch.cat([one.scales for one in packed])
+        return {target_patterns[0]: QuantizedWeight(codes, scales, packed[0].matrix, packed[0].dtype)}
 
 
 class _Unpack(ConversionOps):

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 BLOCK_SIZE = 64  # values that share one scale
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what the kernels read and write
 _NO_FLOATS = (
-    "Quantised experts have no floats in memory, which saving a model and hand-written kernels need. Save the adapter "
-    'alone, run the model with `experts_implementation="sparse_moe"`, or call `dequantize_experts(model)` first.'
+    "Quantised experts have no floats in memory, which `torch.save` and hand-written kernels need. Save with "
+    '`save_pretrained`, run the model with `experts_implementation="sparse_moe"`, or call `dequantize_experts(model)`.'
 )
 
 aten = torch.ops.aten

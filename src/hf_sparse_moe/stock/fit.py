@@ -19,6 +19,7 @@ from hf_sparse_moe.checkpoints.config import read_mixture_config, sensible_confi
 from hf_sparse_moe.checkpoints.source import Source, named_architecture
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
+from hf_sparse_moe.models.quantization import packed_bits
 from hf_sparse_moe.models.size import meta_model
 
 from .targets import EXPORT_TARGETS, ExportTarget
@@ -132,8 +133,15 @@ def explain_export(
     config, saved_as = config_of(source, revision, token)
     dense = config.dense_config.model_type
     siblings_first = sorted(EXPORT_TARGETS, key=lambda target: dense not in target.dense)
-    reports = [check_fit(target, config, saved_as) for target in siblings_first]
-    return ExportExplanation(dense, tuple(reports))
+    return explanation(config, [check_fit(target, config, saved_as) for target in siblings_first])
+
+
+def explanation(config: SparseMoeConfig, reports: list[TargetReport]) -> ExportExplanation:
+    """Of reports on a mixture; nothing is written of packed experts."""
+    if packed_bits(config) is not None:
+        obstacle = "its experts are packed: export what the loaded model's `dequantize()` returns"
+        reports = [TargetReport(report.target, (obstacle, *report.obstacles)) for report in reports]
+    return ExportExplanation(config.dense_config.model_type, tuple(reports))
 
 
 def config_of(

@@ -79,8 +79,8 @@ def import_stock(
         [`SparseMoePreTrainedModel`] in evaluation mode; with `output`, an [`ImportReport`].
 
     Raises:
-        ValueError: an architecture without a row, a feature that our blocks lack, by its name, or a model with
-            adapters.
+        ValueError: an architecture without a row, a feature that our blocks lack, by its name, or a model that is
+            quantised or has adapters.
         OSError: `output` is taken, or its disk is too small.
 
     Example:
@@ -103,6 +103,7 @@ def import_stock(
             )
     else:
         check_unwrapped(stock)
+        check_not_quantised(stock.config, type(stock).__name__)
     sparse = _import_model(stock, found, dtype, config_fields)
     if output is None:
         return sparse

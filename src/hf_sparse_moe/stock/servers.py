@@ -9,7 +9,7 @@ from hf_sparse_moe.checkpoints.families import AUTO_CLASSES
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 
-from .fit import ExportExplanation, TargetReport, check_fit, config_of
+from .fit import ExportExplanation, TargetReport, check_fit, config_of, explanation
 from .targets import EXPORT_TARGETS, ExportTarget
 
 
@@ -61,8 +61,7 @@ def explain_serving(
         ```
     """
     config, saved_as = config_of(source, revision, token)
-    reports = [choose_for_server(server, config, saved_as)[1] for server in SERVERS]
-    return ExportExplanation(config.dense_config.model_type, tuple(reports))
+    return explanation(config, [choose_for_server(server, config, saved_as)[1] for server in SERVERS])
 
 
 def add_classes_to_transformers() -> None:

@@ -160,6 +160,8 @@ def upcycle(
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
     if output is not None and distributed_config is not None:
         raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
+    if quantize not in (None, 8, 4):
+        raise ValueError(f"`quantize={quantize!r}` must be 8 or 4, or None for floats.")
     packing = None if quantize is None else ExpertsQuantizationConfig(quantize)
     if packing is not None:
         require_bitsandbytes()
