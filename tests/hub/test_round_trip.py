@@ -84,6 +84,41 @@ def test_what_comes_back_is_what_was_trained(client, stranger, hub_server, repo_
     assert json.loads((pulled / "config.json").read_text())["dtype"] == dtype
 
 
+def quantise_and_push(folder: str, repo_id: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from hf_sparse_moe import ExpertsQuantizationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=ExpertsQuantizationConfig(bits=4))
+    model.push_to_hub(repo_id)
+    model.save_pretrained(folder + "-packed")
+
+
+def codes_of(model_id: str, trust_remote_code: bool) -> dict[str, str]:
+    """Digests of the tensors that a model is saved as."""
+    import hashlib
+
+    from transformers import AutoModelForCausalLM
+
+    if not trust_remote_code:
+        import hf_sparse_moe  # noqa: F401
+    model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    state, _ = model.hf_quantizer.get_state_dict_and_metadata(model)
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}
+
+
+def test_packed_experts_come_back_bit_for_bit(client, stranger, hub_server, repo_id, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    saved = save_mixture(tmp_path / "saved", "llama")
+    client(quantise_and_push, folder=str(saved), repo_id=repo_id)
+    sent = client(codes_of, model_id=f"{saved}-packed", trust_remote_code=False)
+    assert sum(name.endswith("experts.down_proj.absmax") for name in sent) == 2
+    assert client(codes_of, model_id=repo_id, trust_remote_code=False) == sent
+    assert stranger(codes_of, model_id=repo_id, trust_remote_code=True) == sent
+    found = json.loads(client.cli("doctor", repo_id, "--json").out)["findings"]
+    assert not [finding for finding in found if finding["verdict"] in ("failed", "warning")]
+
+
 def test_doctor_takes_a_repository_and_its_revision(client, hub_server, repo_id, tmp_path):
     saved = save_mixture(tmp_path / "saved")
     client.cli("push", saved, repo_id, "--tag", "v1")
