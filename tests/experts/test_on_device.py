@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, tiny_inputs, tiny_sparse, without_dropout
 DEVICE = os.environ.get("SPARSE_MOE_TEST_DEVICE", "cpu")
 # Two are downloads, one the door of LoRA, which has tests of its own below, and the last the names of version 0.1.
 OTHERS = {"deepgemm", "sonicmoe", "adapted_experts", "auto", "segment_mm", "segment_mm_recompute"}
-OURS = {"sparse_moe": "ours, gated, biased", "sparse_moe_recompute": "ours, learned gate"}
+OURS = {"sparse_moe": "ours, gated, biased", "sparse_moe_recompute": "ours, plain, biased"}
 BACKENDS = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()} - OTHERS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest
 SIZES = {"H": 64, "I": 96, "E": 8}  # multiples of 16 bytes, which `grouped_mm` asks for
