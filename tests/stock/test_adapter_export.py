@@ -193,7 +193,8 @@ def test_from_the_shell(make, tmp_path):
     torch.testing.assert_close(logits_of(model, inputs), wanted, rtol=1e-4, atol=1e-4)
     assert "Give it: `--base`" in run_cli("import-stock", tmp_path / "out", tmp_path / "back").err
     run_cli("import-stock", tmp_path / "out", tmp_path / "back", "--base", tmp_path / "base")
-    torch.testing.assert_close(logits_of(load_adapter(make("mixtral"), tmp_path / "back"), inputs), wanted)
+    found = logits_of(load_adapter(make("mixtral"), tmp_path / "back"), inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 HOW = {

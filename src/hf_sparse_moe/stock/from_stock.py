@@ -27,7 +27,8 @@ from hf_sparse_moe.models.modeling_sparse_moe import (
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import count_flops_per_token, count_parameters
 from hf_sparse_moe.upcycling.conversion import check_same_tensors, load_mixture
-from hf_sparse_moe.upcycling.mixtures import UpcycleReport, check_unwrapped
+from hf_sparse_moe.upcycling.in_memory import check_unwrapped
+from hf_sparse_moe.upcycling.mixtures import UpcycleReport
 from hf_sparse_moe.upcycling.receipt import describe_source, output_difference, versions
 
 from .fit import COMMON_FIELDS, GROUPS, TRAINING_FIELDS, check_fit, empty_model, own_fields

@@ -26,7 +26,7 @@ from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.models.size import meta_model
-from hf_sparse_moe.upcycling.mixtures import check_unwrapped
+from hf_sparse_moe.upcycling.in_memory import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import versions
 
 from .fit import check_fit, config_of, empty_model

@@ -34,13 +34,13 @@ from hf_sparse_moe.upcycling.conversion import (
     load_mixture,
     set_dtype,
 )
+from hf_sparse_moe.upcycling.in_memory import check_unwrapped
 from hf_sparse_moe.upcycling.initialization import (
     INITIALIZATION_METHODS,
     FeedForwardWeights,
     expert_scale,
     has_constant_weights,
 )
-from hf_sparse_moe.upcycling.mixtures import check_unwrapped
 from hf_sparse_moe.upcycling.receipt import describe_source, versions
 from hf_sparse_moe.upcycling.recipe import check_argument
 

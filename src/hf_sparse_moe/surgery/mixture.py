@@ -20,7 +20,7 @@ from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrai
 from hf_sparse_moe.models.quantization import packed_bits
 from hf_sparse_moe.routing.mixture_layers import MixtureLayer, find_mixture_layers
 from hf_sparse_moe.stock.tensors import Tensors
-from hf_sparse_moe.upcycling.mixtures import check_unwrapped
+from hf_sparse_moe.upcycling.in_memory import check_unwrapped
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
@@ -17,19 +17,16 @@ from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.folder import check_target, write_checkpoint
 from hf_sparse_moe.checkpoints.journal import WatchedSource
-from hf_sparse_moe.checkpoints.loading import load_dense
 from hf_sparse_moe.checkpoints.reader import NotStreamableError
 from hf_sparse_moe.checkpoints.source import Source, find_source
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
 from hf_sparse_moe.models.quantization import ExpertsQuantizationConfig, require_bitsandbytes
-from hf_sparse_moe.quantization import quantize_experts
 
-from .branches import check_branches, make_trunk, router_rows
-from .conversion import LoadedTensors, SparseLayer, plan_conversion
-from .measuring import as_batches, inputs_of, labelled, task_losses
+from .conversion import Conversion
+from .in_memory import DenseModels, upcycle_in_memory
 from .more_layers import upcycle_more_layers
-from .receipt import describe_source, make_receipt, name_of, output_difference
+from .receipt import make_receipt
 from .recipe import Layers, check_dtype, make_recipe
 from .streaming import check_distributed_config, load_shards, plan_from_disk, write_mixture
 
@@ -162,46 +159,41 @@ def upcycle(
         raise ValueError("`output` and `distributed_config` exclude each other: save the sharded model instead.")
     if quantize not in (None, 8, 4):
         raise ValueError(f"`quantize={quantize!r}` must be 8 or 4, or None for floats.")
+    if quantize is not None and distributed_config is not None:
+        raise ValueError("`quantize` and `distributed_config` exclude each other: packed experts are not sharded.")
+    asked = (num_experts, num_experts_per_tok, method, distributed_config, data, evaluation, dtype, quantize)
+    layers_alone = asked == (None, 2, "copy", None, None, None, "auto", None) and not (sources or options_and_fields)
     packing = None if quantize is None else ExpertsQuantizationConfig(quantize)
     if packing is not None:
         require_bitsandbytes()
-        if distributed_config is not None:
-            raise ValueError("`quantize` and `distributed_config` exclude each other: packed experts are not sharded.")
-    if output is not None:
-        check_target(output)
-    found = find_source(source, revision, allow_pickle, token) if isinstance(source, str | Path) else None
-    if isinstance(source, SparseMoePreTrainedModel) or (found and isinstance(read_config(found), SparseMoeConfig)):
-        asked = (num_experts, num_experts_per_tok, method, distributed_config, data, evaluation, dtype, quantize)
-        if asked != (None, 2, "copy", None, None, None, "auto", None) or sources or options_and_fields:
-            raise ValueError(
-                "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
-            )
-        settings = (max_shard_size, resume, show_progress)
-        grown: Any = upcycle_more_layers(found or source, layers, seed, output, *settings)  # type: ignore[arg-type]
-        return grown if output is None else UpcycleReport(Path(output), type(grown).__name__, grown.receipt)
     recipe, fields = make_recipe(method, seed, options_and_fields)
-    from_branches = len(sources) * recipe.options.get("granularity", 1)
-    num_experts = num_experts if num_experts is not None else from_branches or 8
+    if num_experts is None:
+        num_experts = len(sources) * recipe.options.get("granularity", 1) or 8
     fields = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
     chosen_dtype = check_dtype(dtype)
     if distributed_config is not None:
         check_distributed_config(distributed_config, num_experts)
+    if output is not None:
+        check_target(output)
+    found = find_source(source, revision, allow_pickle, token) if isinstance(source, str | Path) else None
+    writing = (max_shard_size, resume, show_progress)
+    if isinstance(source, SparseMoePreTrainedModel) or (found and isinstance(read_config(found), SparseMoeConfig)):
+        if not layers_alone:
+            raise ValueError(
+                "`upcycle` of a mixture takes `layers` and `seed` alone: the rest is as the mixture has it."
+            )
+        grown: Any = upcycle_more_layers(found or source, layers, seed, output, *writing)  # type: ignore[arg-type]
+        return grown if output is None else UpcycleReport(Path(output), type(grown).__name__, grown.receipt)
     if output is not None or distributed_config is not None:
-        needs: dict[str, Any] = {
+        needs = {
             "data": data,
             "evaluation": evaluation,
             "sources": sources or None,
             "prompts": prompts,
+            "source": None if found or source is None else type(source).__name__,
         }
-        needs["source"] = None if isinstance(source, str | Path) else type(source).__name__
         try:
-            for name, value in needs.items():
-                if value is not None:
-                    raise NotStreamableError(f"`{name}` needs the model itself")
-            assert found is not None
-            check_not_quantised(read_config(found), found.name)
-            watched = WatchedSource(found)
-            conversion = plan_from_disk(found, recipe, fields, layers, chosen_dtype)
+            conversion, watched = _plan_streaming(found, needs, recipe, fields, layers, chosen_dtype)
         except NotStreamableError as reason:
             if output is None:
                 raise ValueError(
@@ -215,99 +207,25 @@ def upcycle(
             sparse: Any = conversion.sparse
             told = conversion.fields if packing is None else {**conversion.fields, "quantize": packing.bits}
             tell = partial(make_receipt, conversion.dense, sparse, found, recipe, told)
-            write_mixture(conversion, found, watched, tell, output, max_shard_size, resume, show_progress, packing)
+            write_mixture(conversion, found, watched, tell, output, *writing, packing)  # type: ignore[arg-type]
             return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
-
-    def load(each: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Source | None]:
-        if isinstance(each, str | Path):
-            read_from = found if found and each is source else find_source(each, revision, allow_pickle, token)
-            check_not_quantised(read_config(read_from), read_from.name)
-            return load_dense(read_from, dtype, allow_pickle), read_from
-        check_plain(each)
-        return each, None
-
-    def find_tokenizer() -> Any:
-        folders = [each for each in (source, *sources) if isinstance(each, str | Path)]
-        if tokenizer is None and not folders:
-            raise ValueError("Texts need `tokenizer`. Pass that of the dense model, or batches of token ids.")
-        return tokenizer or AutoTokenizer.from_pretrained(
-            folders[0], revision=revision, token=token, trust_remote_code=False
-        )
-
-    held_out = None if evaluation is None else list(as_batches("evaluation", evaluation, find_tokenizer))
-    branches, (base, base_source) = [load(each) for each in sources], (None, None) if source is None else load(source)
-    dense = base
-    if method == "branches":
-        given = [(base, base_source), *branches] if recipe.options["trunk"] == "base" and base else branches
-        names = [name_of(*each) or f"model {number}" for number, each in enumerate(given, start=1)]
-        check_branches([each for each, _ in given], [found for _, found in given], names)
-        if num_experts != from_branches:
-            raise ValueError(
-                f"`num_experts={num_experts}` is not allowed: `sources` names {len(branches)} branches, of "
-                f"`granularity={recipe.options['granularity']}` experts each."
-            )
-        dense = make_trunk([branch for branch, _ in branches], base, recipe.options["trunk"])
-    assert dense is not None
-    conversion = plan_conversion(dense, LoadedTensors(dense), chosen_dtype or dense.dtype, recipe, fields, layers)
-    texts = None if held_out is None else labelled(type(conversion.sparse).__name__, held_out)
-    measured: dict[str, list] = {}
-    sites = [layer.feed_forward for layer in conversion.layers]
-    if data is not None:
-        downs = [site.part(site.layout.down) for site in sites]
-        measured["activations"] = inputs_of(dense, downs, as_batches("data", data, find_tokenizer))
-    if prompts is not None:
-        ups = [site.part(site.layout.up[0]) for site in sites]
-        seen = [inputs_of(dense, ups, as_batches("prompts", each, find_tokenizer)) for each in prompts]
-        measured["centroids"] = [router_rows(states) for states in zip(*seen, strict=True)]
-    tensors = [LoadedTensors(branch) for branch, _ in branches]
-
-    def measurements(layer: SparseLayer) -> dict[str, Any]:
-        by_layer = {name: found[layer.position] for name, found in measured.items()}
-        return {**by_layer, "branches": [layer.weights(each.reader()) for each in tensors]}
-
-    sparse = conversion.load(measurements, getattr(dense, "generation_config", None))
-    sparse = sparse.to(dense.device)
-    sparse.receipt = make_receipt(dense, sparse, None if dense is not base else base_source, recipe, conversion.fields)
-    if texts is not None:
-        sparse.receipt["loss"] = task_losses({"dense": dense, "mixture": sparse}, texts)
-    if branches:
-        sparse.receipt["branches"] = [describe_source(*branch) for branch in branches]
-    if quantize is not None:
-        quantize_experts(sparse, quantize)
-        sparse.receipt["arguments"]["quantize"] = quantize
-        sparse.receipt["equality"] = output_difference(dense, sparse)
+    given = DenseModels(source, found, sources, tokenizer, revision, token, dtype, allow_pickle)
+    sparse, folder = upcycle_in_memory(given, recipe, fields, layers, data, evaluation, prompts, quantize)
     if output is None:
         return sparse
-    found_in = next((each.folder for each in (base_source, *(each for _, each in branches)) if each), None)
-    write_checkpoint(sparse, output, found_in, max_shard_size=max_shard_size)
+    write_checkpoint(sparse, output, folder, max_shard_size=max_shard_size)
     return UpcycleReport(Path(output), type(sparse).__name__, sparse.receipt)
 
 
-def check_plain(model: Any) -> None:
-    """Raise a `ValueError` unless `model` is a model of transformers without adapters or packed weights."""
-    check_unwrapped(model)
-    name = type(model).__name__
-    check_not_quantised(model.config, name)
-    packed = next((key for key, each in model.named_parameters() if type(each.data) is not torch.Tensor), None)
-    if packed is not None or getattr(model, "is_quantized", False):
-        raise ValueError(f"`{name}` is quantised or sharded (`{packed}`). Pass a whole model with its full weights.")
-
-
-def check_unwrapped(model: Any) -> None:
-    """Raise a `ValueError` unless `model` is a model of transformers in memory, without adapters."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"`{name}` is neither a model of transformers nor a folder or Hub id. Of a PEFT model pass "
-            "`model.merge_and_unload()`."
-        )
-    wrapped = (".base_layer.", ".modules_to_save.")  # as PEFT wraps a module
-    if any(part in f".{parameter}" for parameter, _ in model.named_parameters() for part in wrapped):
-        raise ValueError(
-            f"`{name}` has an adapter that is not merged. Pass what the PEFT model's `merge_and_unload()` returns."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"`{name}` has weights that are not in memory. Pass one that is loaded without offloading.")
+def _plan_streaming(found: Source | None, needs: dict[str, Any], *settings: Any) -> tuple[Conversion, WatchedSource]:
+    """Raises a `NotStreamableError` where one of `needs` is given."""
+    for name, value in needs.items():
+        if value is not None:
+            raise NotStreamableError(f"`{name}` needs the model itself")
+    assert found is not None
+    check_not_quantised(read_config(found), found.name)
+    watched = WatchedSource(found)
+    return plan_from_disk(found, *settings), watched
 
 
 def stream_upcycle(source: str | Path, target: str | Path, *args, **kwargs) -> dict[str, Any]:
