@@ -175,7 +175,7 @@ class _Call:
         d_second = ProjectionGradient(second, need_down, need_down_bias)
         num_rows, at_once = self.segments.num_rows, self.segments.at_once
         d_rows_RH = rows_TH.new_empty(num_rows + 1 if need_hidden and not at_once else 0, rows_TH.shape[1])
-        d_weights_R = rows_TH.new_empty(num_rows + 1)
+        d_weights_R = rows_TH.new_empty(num_rows)
         weights_R = torch.cat([weights_TK.to(self.dtype).flatten(), rows_TH.new_zeros(1)])[self.segments.pair_R]
         d_parameters = [torch.zeros_like(parameter) for parameter in self.activation.parameters]
         for number, batch in enumerate(self.segments.batches):
@@ -208,7 +208,7 @@ class _Call:
             d_rows_RH = d_rows_BH if at_once else d_rows_RH
             d_hidden = F.embedding_bag(self.segments.row_TK, d_rows_RH, mode="sum").to(hidden_TH.dtype)
         if need_weights:
-            d_weights_R[num_rows] = 0
+            d_weights_R = F.pad(d_weights_R, (0, 1))  # of the pairs that no expert here serves
             d_weights = d_weights_R[self.segments.row_TK].to(weights_TK.dtype)
         d_parameters += [gradient for one in (*first.beside, *second.beside) for gradient in one.gradients]
         return (d_hidden, d_weights, d_first.weight, d_first.bias, d_second.weight, d_second.bias, *d_parameters)

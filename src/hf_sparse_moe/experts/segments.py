@@ -124,7 +124,7 @@ def find_segments_on_device(top_k_index: torch.Tensor, num_experts: int) -> Segm
     token_R, served_R = pair_R // top_k_index.shape[1], expert_R < num_experts
     experts = torch.arange(1, num_experts + 1, device=expert_R.device)
     batch = Batch(
-        rows=slice(0, pair_R.shape[0]),
+        rows=slice(None),  # with a length in it, each would be compiled anew
         token_B=token_R,
         grouped=True,
         hit=[],
