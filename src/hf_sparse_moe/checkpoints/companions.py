@@ -13,6 +13,8 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import logging
 
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
+
 from .config import read_config
 from .files import COMPANIONS, copy_own, read_json
 
@@ -39,7 +41,7 @@ def tokenizer_in(folder: Path, config: Any) -> Any:
     """The tokenizer in a folder as that of a model of `config`; None where none can be loaded."""
     with _without_warnings():
         try:
-            dense = getattr(config, "dense_config", config)
+            dense = config.dense_config if isinstance(config, SparseMoeConfig) else config
             tokenizer = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False)
         except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; there is nothing to name then
             return None

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.masks import IGNORED_LABEL
 from hf_sparse_moe.routing.statistics import ALL
 
@@ -103,7 +104,7 @@ def _listed(words: str | Sequence[str]) -> list[str]:
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     """How many tokens of a text a model takes, at most `max_length`."""
-    dense: Any = getattr(config, "dense_config", config)
+    dense: Any = config.dense_config if isinstance(config, SparseMoeConfig) else config
     known = [getattr(dense, name, None) for name in ("max_position_embeddings", "n_positions")]
     bounds = [bound for bound in known if isinstance(bound, int) and bound > 0]
     start = 2 if "roberta" in str(dense.model_type) else 0  # its positions begin behind the pad's
