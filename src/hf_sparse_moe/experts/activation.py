@@ -32,7 +32,7 @@ class Activation:
     def of(cls, experts: Any) -> Activation:
         """The activation of `experts`, in their present mode (training or not)."""
         gated = experts.has_gate
-        named = experts.named_parameters()
+        named = experts.named_parameters() if torch.is_grad_enabled() else ()
         learnt = [one for name, one in named if one.requires_grad and name.removesuffix("_bias") not in PROJECTIONS]
         gate_function = experts.act_fn if gated and _multiplies_only(experts) else None
         return cls(experts._apply_gate if gated else experts.act_fn, gate_function, tuple(learnt))

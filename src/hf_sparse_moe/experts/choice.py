@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ logger = logging.get_logger(__name__)
 # The ways to compute the same: a product for each expert, torch's `grouped_mm` for all of a batch, and transformers'
 # function of that name.
 LOOP, GROUPED, STOCK = "loop", "grouped products", "grouped_mm"
+_PLAIN = (nn.Parameter, torch.Tensor)
 FEW_ROWS = 32  # rows an expert, below which what a call keeps is little beside the weights
 # What a processor must say of itself to multiply in half precision: x86, and ARM. Without, oneDNN converts every
 # operand, and products take 3 to 5 times those of float32.
@@ -52,24 +54,31 @@ def has_hardware(dtype: torch.dtype) -> bool:
 
 def choose_way(
     experts: Any, up: torch.Tensor, down: torch.Tensor, top_k_index: torch.Tensor, dtype: torch.dtype,
-    *, learns: bool, adapted: bool,
+    *, learns: bool, adapted: bool, recompute: bool,
 ) -> Turn:  # fmt: skip
     """
     The way to compute this call on a CPU: what [`tuning`] measured to be the fastest, and where it does not measure,
     grouped products for few rows without gradient, and else the loop.
     """
-    rows, (E, *sizes) = top_k_index.numel(), up.shape
-    ways: tuple[str, ...] = (LOOP,)
+    rows, shape = top_k_index.numel(), (*up.shape, *down.shape[1:])
     # What a weight of another kind or dtype would compute for all experts at each access is left to the loop.
-    plain = all(type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == dtype for weight in (up, down))
-    if plain and rows and suits_grouped(*sizes, *down.shape[1:], dtype=dtype):
-        few = rows < FEW_ROWS * E
-        plays = learns or experts.training
-        ways = (LOOP, GROUPED) if plays or not few else (GROUPED, LOOP)
-        # It keeps all that it computes, for backward or until it ends, and draws a dropout's numbers in another order.
-        if few and not (plays or adapted or experts._is_expert_parallel):
-            ways += (STOCK,)
+    plain = up.dtype == down.dtype == dtype and type(up) in _PLAIN and type(down) in _PLAIN
+    keeps = learns or experts.training
+    ways = _ways(plain, dtype, shape, rows.bit_length(), keeps, keeps or adapted or experts._is_expert_parallel)
     autocast = torch.is_autocast_enabled("cpu")
-    kind = (up.dtype, dtype, autocast, E, *sizes, top_k_index.shape[1], rows.bit_length(), learns, experts.training)
-    details = (adapted, experts.has_bias, experts.is_transposed, torch.get_num_threads(), *ways)
-    return choose((*kind, *details), ways, rows)
+    kind = (up.dtype, dtype, autocast, *shape, top_k_index.shape[1], rows.bit_length(), learns, experts.training)
+    layout = (adapted, recompute, experts.has_gate, experts.has_bias, experts.is_transposed)
+    return choose((*kind, *layout, torch.get_num_threads(), *ways), ways, rows)
+
+
+@lru_cache(1024)
+def _ways(
+    plain: bool, dtype: torch.dtype, shape: tuple[int, ...], rows_bits: int, keeps: bool, ours_only: bool
+) -> tuple[str, ...]:
+    E, *sizes = shape
+    if not (plain and rows_bits and suits_grouped(*sizes, dtype=dtype)):
+        return (LOOP,)
+    few = 1 << rows_bits <= FEW_ROWS * E
+    ways = (LOOP, GROUPED) if keeps or not few else (GROUPED, LOOP)
+    # transformers' keeps all that it computes until it ends, and draws a dropout's numbers in another order.
+    return (*ways, STOCK) if few and not ours_only else ways

@@ -95,7 +95,8 @@ def run_experts(
     if on_device or _is_accelerator(hidden_states):
         turn = Turn(GROUPED if on_device else LOOP)
     else:
-        turn = choose_way(self, up, down, top_k_index, dtype, learns=learns, adapted=bool(adapters))
+        how = {"learns": learns, "adapted": bool(adapters), "recompute": recompute}
+        turn = choose_way(self, up, down, top_k_index, dtype, **how)
 
     def compute(way: str) -> torch.Tensor:
         if way == STOCK:
@@ -171,8 +172,9 @@ class _Call:
         need_first = need_hidden or need_up or need_up_bias or any(need_others)
         rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
         first, second = self._projections(up, up_bias, down, down_bias)
-        d_first = ProjectionGradient(first, need_up, need_up_bias)
-        d_second = ProjectionGradient(second, need_down, need_down_bias)
+        all_have_rows = sum(len(batch.hit) for batch in self.segments.batches) == len(up)
+        d_first = ProjectionGradient(first, need_up, need_up_bias, all_have_rows)
+        d_second = ProjectionGradient(second, need_down, need_down_bias, all_have_rows)
         num_rows, at_once = self.segments.num_rows, self.segments.at_once
         d_rows_RH = rows_TH.new_empty(num_rows + 1 if need_hidden and not at_once else 0, rows_TH.shape[1])
         d_weights_R = rows_TH.new_empty(num_rows)

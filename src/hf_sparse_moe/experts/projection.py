@@ -59,11 +59,16 @@ class Projection:
 
 
 class ProjectionGradient:
-    """The gradients of a projection's weight and bias, or None where not needed; experts without a row keep zeros."""
+    """
+    The gradients of a projection's weight and bias, or None where not needed. Experts without a row have zeros; where
+    all have rows, memory that others gave back serves as it is.
+    """
 
-    def __init__(self, projection: Projection, need_weight: bool, need_bias: bool):
+    def __init__(self, projection: Projection, need_weight: bool, need_bias: bool, all_have_rows: bool):
         self._transposed, self._beside = projection.transposed, projection.beside
-        self.weight = lazy_zeros(projection.weight) if need_weight else None
+        self.weight = None
+        if need_weight:
+            self.weight = (torch.empty_like if all_have_rows else lazy_zeros)(projection.weight)
         self.bias = torch.zeros_like(projection.bias) if need_bias and projection.bias is not None else None
         self._cast: torch.Tensor | None = None
         if need_weight and projection.weight.dtype != projection.dtype:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Result = TypeVar("Result")
-TIMED = 3  # calls of each way, after one that warms it up; the fastest counts, since other processes only add time
+TIMED = 5  # calls of each way, after one that warms it up; the fastest counts, since what else happens only adds time
 HOPELESS = 2  # a way that takes so many times as long as another gets no more turns
 MARGIN = 0.97  # another way than the first must take so much of its time
 MOST_KINDS = 256  # of calls that a process measures; the others take the first way
@@ -88,14 +88,17 @@ class Turn:
             return compute(self.way)
 
     def timed(self, last: bool) -> AbstractContextManager[None]:
-        """Count the time inside; after the `last` part of a call, note the sum."""
+        """
+        Count the time inside; after the `last` part of a call, note the sum. It is the CPU time of this thread, which
+        has a part in all that torch splits up: other processes may keep it waiting longer than it works.
+        """
         return self._timed(last) if self.rows else nullcontext()
 
     @contextmanager
     def _timed(self, last: bool) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.thread_time()
         yield
-        self._seconds += time.perf_counter() - start
+        self._seconds += time.thread_time() - start
         if last and self.rows and self.contest:
             self.contest.note(self.way, self._seconds / self.rows)
             self.rows = 0
