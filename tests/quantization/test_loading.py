@@ -129,8 +129,11 @@ def test_bitsandbytes_has_the_linears(bits, tmp_path):
 
 REMOTE = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AutoQuantizationConfig
 folder, target = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert AutoQuantizationConfig.from_dict(config.quantization_config).bits == 4  # as lm-eval does it
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits, f"{folder}/logits.pt")

@@ -184,6 +184,8 @@ class SparseMoeConfig(PreTrainedConfig):
                 "the task's loss never trains the router. To train it, make a mixture with `norm_topk_prob=False`."
             )
         super().__post_init__(**kwargs)
+        if "quantization_config" in kwargs:
+            from .quantization import METHOD  # noqa: F401  tools look the method up before they load the model
         self._check_fields()
 
     # The dense config answers for what this one lacks. `PreTrainedConfig` stores its own fields in `__dict__`, so that

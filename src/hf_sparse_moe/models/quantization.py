@@ -86,8 +86,8 @@ class ExpertsQuantizer(HfQuantizer):
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
-                f"`device_map` has {sorted(places)}: packed experts are not offloaded. Leave it out, or name accelerators "
-                "that hold the whole model."
+                f"`device_map` has {sorted(places)}: packed experts are not offloaded. Leave it out, or name "
+                "accelerators that hold the whole model."
             )
         if self.linears is not None:
             self.linears.validate_environment(*args, device_map=device_map, **kwargs)
