@@ -76,9 +76,9 @@ format: $(READY)  ## repair what lint and format can repair
 types: $(READY)
 	$(BIN)/mypy
 
-# An hour or so on two quiet cores. The other files of benchmarks/ answer questions of their own, on the pages that name them.
+# Less than 20 minutes on two quiet cores. The other files of benchmarks/ answer questions of their own, on the pages that name them.
 bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS=--quick: a look, which writes nothing)
-	@set -e; for name in generate growth training_step lora experts; do echo "== benchmarks/$$name.py"; \
+	@set -e; for name in generate growth lora experts; do echo "== benchmarks/$$name.py"; \
 	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done
 	@$(BIN)/python benchmarks/write_performance.py
 

@@ -25,19 +25,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.utils import logging
 
 from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from measuring import device_name, interleave, save
+from measuring import device_name, interleave, save, settle
 
 
 TOP_K, PROMPT = 2, 16
-BACKENDS = ("sparse_moe", "grouped_mm", "eager", "batched_mm")
+SIZES = ("hidden", "intermediate", "layers", "new_tokens")
+BACKENDS = ("sparse_moe", "grouped_mm", "batched_mm")
 BARE, MIXTRAL = "mixture, bare products", "Mixtral"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case, a few tokens")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=768, help="of one expert")
@@ -58,7 +59,7 @@ def main() -> None:
     print(f"{device_name(options.device)}, {clock}, hidden {options.hidden}, {options.layers} layers, k {TOP_K} of E")
     names = [*BACKENDS, MIXTRAL, BARE]
     print("\n| dtype | E | batch | dense tokens/s | " + " | ".join(names) + " |\n" + "| --- " * (4 + len(names)) + "|")
-    rows = []
+    rows, written = [], None
     for dtype in options.dtypes:
         for experts in options.experts:
             models = make_models(options, experts, dtype)
@@ -69,9 +70,12 @@ def main() -> None:
                 ratios = (f"{seconds['dense'] / seconds[name]:.2f}" if name in seconds else "" for name in names)
                 speed = batch_size * options.new_tokens / seconds["dense"]
                 print(f"| {dtype} | {experts} | {batch_size} | {speed:.0f} | " + " | ".join(ratios) + " |", flush=True)
-    if options.write:
-        sizes = {name: getattr(options, name) for name in ("hidden", "intermediate", "layers", "new_tokens")}
-        print("Wrote", save("generate", options.device, {"clock": clock, **sizes, "prompt": PROMPT, "rows": rows}))
+                if options.write:  # a run that is cut leaves its part
+                    sizes = {name: getattr(options, name) for name in SIZES}
+                    content = {"clock": clock, **sizes, "prompt": PROMPT, "rows": rows}
+                    written = save("generate", options.device, content)
+    if written:
+        print("Wrote", written)
 
 
 def make_models(options: argparse.Namespace, experts: int, dtype: str) -> dict[str, PreTrainedModel]:
@@ -134,6 +138,7 @@ def measure(
     hooks = [router.register_forward_hook(draws.replace_experts) for router in routers]
     clock = time.process_time if options.cpu_time else time.perf_counter
     with torch.no_grad():
+        settle(contenders["sparse_moe"])
         seconds = interleave(contenders, options.device, options.rounds, warmup=1, clock=clock)
     for hook in hooks:
         hook.remove()

@@ -4,7 +4,7 @@ How much slower does a mixture get when it gets more experts, at the same K for 
     python benchmarks/growth.py --quick
 
 Forward and backward of the experts of one layer, for ours, for transformers' `grouped_mm` and for the bare matrix
-products, and of a decoder of two layers with ours. The tokens are as many as give each expert 32 rows where there are
+products. The tokens are as many as give each expert 32 rows where there are
 the most experts; a step computes the same number of multiplications at every E. All take turns, and each call draws
 its routing anew. Prints tokens a second over those at the fewest experts. `--write` puts them into
 `benchmarks/results/<device>.json`, as `growth`.
@@ -18,23 +18,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 from transformers.utils import logging
 
 from experts import Setting, Shape
-from hf_sparse_moe import SparseMoeDecoderConfig, SparseMoeDecoderForCausalLM
-from measuring import SETTLE, TURN, device_name, interleave, save
+from measuring import SETTLE, TURN, device_name, interleave, save, settle
 
 
-TOP_K, ROWS, LENGTH, VOCAB = 2, 32, 256, 1000
-MODEL = "model of 2 layers"
+TOP_K, ROWS, LENGTH = 2, 32, 256
 CONTENDERS = ("sparse_moe", "grouped_mm", "bare products")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few experts, few rounds")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128, 256])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=256, help="of one expert")
     parser.add_argument("--rounds", type=int, default=4, help=f"turns of each, of {TURN} timed calls")
@@ -51,11 +48,10 @@ def main() -> None:
     clock = "CPU time" if options.cpu_time else "wall-clock time"
     print(f"{device_name(options.device)}, {clock}, {tokens} tokens, k {TOP_K}, hidden {options.hidden}, ", end="")
     print(f"intermediate {options.intermediate}; tokens a second over those at E {options.experts[0]}\n")
-    names = (*CONTENDERS, MODEL)
+    names = CONTENDERS
     print("| E | rows an expert | " + " | ".join(names) + " |\n" + "| --- " * (2 + len(names)) + "|")
     blocks = measure(block_steps(tokens, options), options)
-    whole = measure(model_steps(tokens, options), options)
-    rows = [{"E": experts, "seconds": blocks[experts] | whole[experts]} for experts in options.experts]
+    rows = [{"E": experts, "seconds": blocks[experts]} for experts in options.experts]
     for row in rows:
         shares = (rows[0]["seconds"][name] / row["seconds"][name] for name in names)
         print(
@@ -80,30 +76,10 @@ def block_steps(tokens: int, options: argparse.Namespace) -> dict[tuple[int, str
     for experts in options.experts:
         shape = Shape(tokens, options.hidden, options.intermediate, experts, TOP_K)
         setting = Setting(shape, "float32", options.device)
+        settle(lambda number, setting=setting: setting.step("sparse_moe", number))
         for name in ("sparse_moe", "grouped_mm"):
             steps[experts, name] = lambda number, setting=setting, name=name: setting.step(name, number)
         steps[experts, "bare products"] = setting.ideal_step
-    return steps
-
-
-def model_steps(tokens: int, options: argparse.Namespace) -> dict[tuple[int, str], Callable[[int], Any]]:
-    dense = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=2,
-        num_attention_heads=options.hidden // 64, num_key_value_heads=options.hidden // 64,
-    )  # fmt: skip
-
-    def step(number: int, model: SparseMoeDecoderForCausalLM) -> None:
-        generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(0, VOCAB, (tokens // LENGTH, LENGTH), generator=generator).to(options.device)
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad()
-
-    steps: dict[tuple[int, str], Callable[[int], Any]] = {}
-    for experts in options.experts:
-        torch.manual_seed(0)
-        config = SparseMoeDecoderConfig.from_dense(dense, num_experts=experts, num_experts_per_tok=TOP_K)
-        model = SparseMoeDecoderForCausalLM(config).to(options.device).train()
-        steps[experts, MODEL] = lambda number, model=model: step(number, model)
     return steps
 
 

@@ -13,10 +13,9 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from performance_goals import GOALS, OBSTACLES
+from performance_goals import GOALS, OURS, STOCK
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -25,20 +24,19 @@ EXPERTS_PICTURE, GROWTH_PICTURE = "performance_experts.png", "performance_growth
 INTRODUCTION = """\
 # Performance
 
-How fast the experts, LoRA on them, `generate` and a training step are, and how much memory they keep, next to what
-transformers and PEFT offer. Measure your own machine, in about an hour on two cores:
+How fast the experts, LoRA on them and `generate` are, and how much memory they keep, next to what transformers and
+PEFT offer. Measure your own machine, in less than 20 minutes on two cores:
 
 ```bash
 make bench                 # ARGS=--quick for a look that writes nothing
 ```
 
-Every figure is a ratio of medians, measured side by side in one process, with fresh tokens or routing in each call.
-T is tokens, H the hidden size, I an expert's intermediate size, E experts, K experts per token. **Bare products** are
-the matrix products alone, on rows that are sorted already. **Dense** is a feed-forward, or a model of them, with as
+Every figure is a ratio of medians, measured side by side in one process, with fresh tokens or routing in each call;
+where the clock is CPU time, with one thread on a machine that others used at the same time. T is tokens, H the hidden
+size, I an expert's intermediate size, E experts, K experts per token. **Bare products** are the matrix products alone,
+on rows that are sorted already, in memory that is there. **Dense** is a feed-forward, or a model of them, with as
 many active parameters. `eager`, `batched_mm` and `grouped_mm` are the backends of transformers; `sparse_moe`, the
 default, is this library's.
-
-The figures are those of version 0.1.0, whose `auto` and `segment_mm` were what `sparse_moe` is now.
 """
 NO_GPU = "Not measured on a GPU.\n"
 SECTIONS = {
@@ -46,7 +44,6 @@ SECTIONS = {
     "lora": "LoRA on experts",
     "generate": "text generation",
     "growth": "8 to 256 experts",
-    "training_step": "a step of `Trainer`",
 }
 
 
@@ -77,37 +74,36 @@ def render(results: list[dict[str, Any]]) -> str:
     for result in results or [{"device": "No device yet"}]:
         parts += [f"## {result['device']}\n", goals_table(result), obstacles(result), sources(result)]
         if "experts" in result:
-            parts.append(f"![Experts, forward and backward, over the bare products]({EXPERTS_PICTURE})\n")
+            parts.append(f"![Time of the experts against the tokens]({EXPERTS_PICTURE})\n")
         if "growth" in result:
-            parts.append(f"![Tokens a second against the number of experts]({GROWTH_PICTURE})\n")
+            parts.append(f"![Time of the experts against their number]({GROWTH_PICTURE})\n")
     return "\n".join(part for part in parts if part)
 
 
 def goals_table(result: dict[str, Any]) -> str:
     rows = []
     for goal in GOALS:
-        values = goal.values(result[goal.section]) if goal.section in result else []
+        section = result.get(goal.section, {})
+        values = goal.values(section) if section else []
         sign = "at most" if goal.at_most else "at least"
         measured, met = "not measured", ""
         if values:
-            lowest, highest = goal.shown(min(values)), goal.shown(max(values))
+            lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
             measured = lowest if lowest == highest else f"{lowest} to {highest}"
             reached = sum(map(goal.is_met, values))
             met = "yes" if reached == len(values) else "no" if not reached else f"in {reached} of {len(values)}"
-        rows.append([goal.what, f"{sign} {goal.shown(goal.bound)}", measured, met])
-    return table(["what", "goal", "measured", "met"], rows)
+        rows.append([goal.what, f"{sign} {goal.bound:.2f}", measured, met, section["date"] if values else ""])
+    return table(["what", "goal", "measured", "met", "date"], rows)
 
 
 def obstacles(result: dict[str, Any]) -> str:
-    """A sentence for each kind of goal that is missed."""
+    """A sentence for each goal that is missed."""
     missed = [
-        goal.obstacle
+        f"- **{goal.what}**: {goal.obstacle}"
         for goal in GOALS
         if goal.section in result and not all(map(goal.is_met, goal.values(result[goal.section])))
     ]
-    if not missed:
-        return ""
-    return "Why the others are missed:\n\n" + "\n".join(f"- {OBSTACLES[key]}" for key in dict.fromkeys(missed)) + "\n"
+    return "Why the others are missed:\n\n" + "\n".join(missed) + "\n" if missed else ""
 
 
 def sources(result: dict[str, Any]) -> str:
@@ -115,21 +111,14 @@ def sources(result: dict[str, Any]) -> str:
     rows, made = [], set()
     for name in SECTIONS.keys() & result.keys():
         section = result[name]
-        versions = ", ".join(f"{package} {version}" for package, version in section["versions"].items())
-        made.add(f"{section['date']}, {versions}")
+        made.add(", ".join(f"{package} {version}" for package, version in section["versions"].items()))
         command = " ".join([*(f"{key}={value}" for key, value in section["environment"].items()), section["command"]])
-        rows.append(
-            [
-                SECTIONS[name],
-                f"`{grid_path(result, name).relative_to(REPOSITORY)}`",
-                f"`{command}`",
-            ]
-        )
-    return (
-        f"All figures ({'; '.join(sorted(made))}):\n\n" + table(["figures of", "file", "measured by"], sorted(rows))
-        if rows
-        else ""
-    )
+        path = grid_path(result, name).relative_to(REPOSITORY)
+        rows.append([SECTIONS[name], f"`{path}`", f"`{command}`", section.get("clock", "wall-clock time")])
+    if not rows:
+        return ""
+    heads = ["figures of", "file", "measured by", "clock"]
+    return f"All figures ({'; '.join(sorted(made))}):\n\n" + table(heads, sorted(rows))
 
 
 def grid_path(result: dict[str, Any], section: str) -> Path:
@@ -162,47 +151,40 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def draw_experts(results: list[dict[str, Any]], path: Path) -> None:
-    """A panel a device and mode: each backend's step over ideal, against the rows that an expert gets."""
+    """A panel a device and shape, in float32: each backend's step, against the tokens."""
     panels = [
-        (result["device"], mode, [row for row in result["experts"]["rows"] if row["mode"] == mode])
+        (result["device"], shape, [row for row in rows if shape == tuple(row[name] for name in "HIEK")])
         for result in results
         if "experts" in result
-        for mode in dict.fromkeys(row["mode"] for row in result["experts"]["rows"])
+        for rows in [[row for row in result["experts"]["rows"] if row["mode"] == "float32"]]
+        for shape in dict.fromkeys(tuple(row[name] for name in "HIEK") for row in rows)
     ]
 
-    def draw(axis: Any, panel: tuple[str, str, list[dict[str, Any]]]) -> None:
-        device, mode, rows = panel
-        for name in dict.fromkeys(name for row in rows for name in row["step_s"]):
-            if name in ("ideal", "batched_mm"):
-                continue
-            points: dict[float, list[float]] = {}
-            for row in rows:
-                if name in row["step_s"]:
-                    per_expert = row["T"] * row["K"] / row["E"]
-                    points.setdefault(per_expert, []).append(row["step_s"][name] / row["step_s"]["ideal"])
-            ordered = sorted((x, median(values)) for x, values in points.items())
-            axis.plot(*zip(*ordered, strict=True), marker="o", label=name)
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set(title=f"{device}\n{mode}", xlabel="rows an expert", xscale="log", yscale="log")
+    def draw(axis: Any, panel: tuple[str, tuple[int, ...], list[dict[str, Any]]]) -> None:
+        device, (H, I, E, K), rows = panel  # noqa: E741
+        for name in ("ideal", "dense", OURS, *STOCK):
+            points = [(row["T"], 1e3 * row["step_s"][name]) for row in rows if name in row["step_s"]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=f"{device}\nH {H}, I {I}, E {E}, K {K}", xlabel="tokens", xscale="log", yscale="log")
 
-    _draw_panels(panels, draw, "forward and backward, over ideal", path)
+    _draw_panels(panels, draw, "forward and backward, milliseconds", path)
 
 
 def draw_growth(results: list[dict[str, Any]], path: Path) -> None:
-    """A panel a device: tokens a second over those at the fewest experts, against their number."""
+    """A panel a device: the time of a step, against the number of experts."""
 
     def draw(axis: Any, result: dict[str, Any]) -> None:
         rows = result["growth"]["rows"]
         for name in rows[0]["seconds"]:
-            shares = [rows[0]["seconds"][name] / row["seconds"][name] for row in rows]
-            axis.plot([row["E"] for row in rows], shares, marker="o", label=name)
-        axis.axhline(0.85, color="grey", linewidth=0.8)
-        axis.set(title=result["device"], xlabel="experts", xscale="log", ylim=(0, None))
+            axis.plot([row["E"] for row in rows], [1e3 * row["seconds"][name] for row in rows], marker="o", label=name)
+        title = f"{result['device']}\n{result['growth']['T']} tokens, K {result['growth']['K']}"
+        axis.set(title=title, xlabel="experts", xscale="log", ylim=(0, None))
         axis.set_xticks([row["E"] for row in rows], [str(row["E"]) for row in rows])
         axis.minorticks_off()
 
     measured = [result for result in results if "growth" in result]
-    _draw_panels(measured, draw, "tokens a second, over the fewest experts", path)
+    _draw_panels(measured, draw, "forward and backward, milliseconds", path)
 
 
 def _draw_panels(panels: list[Any], draw: Callable[[Any, Any], None], label: str, path: Path) -> None:
