@@ -8,8 +8,12 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_sparse_moe import SparseMoeDecoderForCausalLM, SparseMoeEncoderDecoderForConditionalGeneration
+from hf_sparse_moe.checkpoints.config import read_config
 from hf_sparse_moe.checkpoints.files import read_json
+from hf_sparse_moe.checkpoints.source import find_source
 from hf_sparse_moe.stock import ImportReport, export, import_stock
+from hf_sparse_moe.stock.streamed import StockTensors
+from hf_sparse_moe.stock.tensors import stored_tensors
 from processes import in_processes
 from tiny_models import ARCHITECTURES, enlarge_weights, tiny_inputs
 
@@ -80,6 +84,12 @@ def test_there_and_back_keeps_every_weight(
     expected, found = model.state_dict(), back.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    source = find_source(tmp_path / "stock")
+    streamed = StockTensors(source, read_config(source))
+    assert streamed.sparse.config.to_dict() == back.config.to_dict()
+    assert streamed.sparse.state_dict().keys() == found.keys()
+    for name in stored_tensors(streamed.sparse):
+        assert torch.equal(streamed.reader()(name), found[name]), name
 
 
 def test_the_stock_model_is_left_as_it_is():

@@ -1,9 +1,11 @@
 """A mixture that was not trained becomes the dense model that it was made of."""
 
+import json
 import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse_moe import export, upcycle
@@ -107,6 +109,48 @@ def test_a_stock_mixture_becomes_its_dense_sibling(tmp_path):
     torch.testing.assert_close(dense(**inputs).logits, source(**inputs).logits)
     again = to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"))
     torch.testing.assert_close(again(**inputs).logits, source(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "dots1"])  # the last one has shared experts
+def test_a_stock_mixture_is_streamed_as_it_is_loaded(name, tmp_path, monkeypatch):
+    model = enlarge_weights(build(name)).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
+    assert (name == "dots1") == any("shared_experts" in key for key in model.state_dict())
+    measured = measure_experts(model, [inputs_of(model)])
+    whole = to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), measured, "merge")
+    whole.save_pretrained(tmp_path / "whole")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # which would load it
+    report = to_dense(tmp_path / "stock", measured, "merge", tmp_path / "dense", max_shard_size="20KB")
+    assert report.receipt["to_dense"]["source"]["model_type"] == name
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "dense" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    assert_same(to_dense(tmp_path / "stock", measured, "merge"), whole)
+    monkeypatch.undo()
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), whole)
+
+
+def test_a_stock_mixture_that_cannot_be_streamed_is_loaded(tmp_path, caplog, monkeypatch):
+    model = enlarge_weights(build("mixtral")).eval()
+    model.save_pretrained(tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock" / "model.safetensors")
+    config = json.loads((tmp_path / "stock" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "stock" / "config.json").write_text(json.dumps(config))  # but the two are not the same
+    monkeypatch.setattr(logging.getLogger("hf_sparse_moe"), "propagate", True)
+    dense = to_dense(tmp_path / "stock")
+    assert "in memory, not streamed: `" in caplog.text
+    assert torch.equal(dense.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_an_incomplete_stock_mixture_is_refused(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock" / "model.safetensors")
+    expert = next(name for name in tensors if ".experts.1." in name)
+    norm = "model.norm.weight"
+    for name, message in ((norm, f"lacks weights that .*`{norm}`"), (expert, "has the shape")):
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(left, tmp_path / "stock" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            to_dense(tmp_path / "stock", output=tmp_path / "dense")
 
 
 def test_salience_chooses_and_weighs():

@@ -9,6 +9,7 @@ import torch
 
 from hf_sparse_moe import measure_experts, merge_experts, prune_experts, to_dense
 from processes import in_processes, kill_at_file
+from routing.test_mixture_layers import build
 from tiny_models import tiny_inputs, tiny_sparse
 
 
@@ -35,10 +36,10 @@ def operate(operation, source, target, kill_at=None, batches=list, **settings):
     OPERATIONS[operation](source, source.with_name("measured"), output=target, **settings)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_and_resumed(operation, tmp_path):
+@pytest.mark.parametrize(("operation", "stock"), [*((name, False) for name in OPERATIONS), ("to_dense", True)])
+def test_killed_and_resumed(operation, stock, tmp_path):
     source, target, whole = tmp_path / "mixture", tmp_path / "out", tmp_path / "whole"
-    model = tiny_sparse("llama")
+    model = build("mixtral").eval() if stock else tiny_sparse("llama")
     model.save_pretrained(source)
     measure_experts(model, [tiny_inputs(model, batch=8, length=16)]).save(tmp_path / "measured")
     operate(operation, source, whole)

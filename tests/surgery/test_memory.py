@@ -52,7 +52,7 @@ def tell_of_memory(folder, operations: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("name", "operations"), [("ours", [*OPERATIONS]), ("stock", ["prune", "merge"])])
+@pytest.mark.parametrize(("name", "operations"), [("ours", [*OPERATIONS]), ("stock", ["prune", "merge", "to_dense"])])
 def test_a_few_layers_are_in_memory(name, operations, tmp_path):
     save(tmp_path / "small", name, 1)
     layer = save(tmp_path / "large", name, LAYERS) / LAYERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -126,21 +126,8 @@ class DenseTensors:
         self._files = TensorFiles(weight_files(source))
         self._dtypes = loaded_dtypes(dense, dtype)
         self._names = _renamed(self._files.names, dense)
-        self._tie(dense)
-        state = dense.state_dict()
-        missing = sorted(state.keys() - self._names.keys() - dense.all_tied_weights_keys.keys())
-        computed = dense._keys_to_ignore_on_load_missing or []
-        for key in missing:
-            if not any(re.search(pattern, key) for pattern in computed):
-                raise missing_weight(source.name, dense, key)
-        if missing:
-            raise NotStreamableError(f"`{missing[0]}` is not stored but computed")
-        for key, name in self._names.items():
-            if self._files.shape(name) != list(state[key].shape):
-                raise ValueError(
-                    f"`{name}` has the shape {self._files.shape(name)} in `{source.name}`, but its config.json asks "
-                    f"for {list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
-                )
+        tie(self._names, self._files, dense)
+        check_complete(source, dense, {key: self._files.shape(name) for key, name in self._names.items()})
         self._memory: tuple[list[torch.Tensor], ...] = ([], [])
 
     def reader(self, reuse: bool = True) -> Callable[..., torch.Tensor]:
@@ -174,18 +161,6 @@ class DenseTensors:
         """A part of a tensor, given a slice for each dimension. Mapped, where it is stored in its dtype."""
         return self._files.take(self._names[key], index).to(self._dtypes[key])
 
-    def _tie(self, dense: PreTrainedModel) -> None:
-        """Tied weights may be stored under any of their names; stored twice and different, they are not tied."""
-        groups: dict[str, list[str]] = {}
-        for target, first in dense.all_tied_weights_keys.items():
-            groups.setdefault(first, [first]).append(target)
-        for first, keys in groups.items():
-            stored = [key for key in keys if key in self._names]
-            if any(not self._files.equal(self._names[stored[0]], self._names[key]) for key in stored[1:]):
-                raise NotStreamableError(f"`{stored[0]}` and `{stored[1]}` should be one weight, but differ")
-            if stored:
-                self._names[first] = self._names[stored[0]]
-
 
 def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What `from_pretrained(dtype=dtype)` gives each tensor of a model that was built in `dtype`."""
@@ -206,20 +181,66 @@ def stored_dtype(source: Source) -> torch.dtype:
     return next((dtype for name in files.names if (dtype := files.dtype(name)).is_floating_point), torch.float32)
 
 
-def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
-    """The checkpoint's name of each of the model's keys, by transformers' own rules."""
-    state, prefix = dense.state_dict(), dense.base_model_prefix
-    transforms = get_model_conversion_mapping(dense)
+def model_keys(names: list[str], model: PreTrainedModel) -> Iterator[tuple[str, str, WeightConverter | None, str]]:
+    """
+    For each name in a checkpoint that has a place in the model, by transformers' own rules: the model's key, the name,
+    and where the model has another form of it, what converts it and the name's part in that.
+    """
+    state, prefix = model.state_dict(), model.base_model_prefix
+    transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found: dict[str, str] = {}
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     for name in sorted(names, key=dot_natural_key):
-        key, converted = rename_source_key(name, renamings, converters, prefix, state)
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
-            key, converted = rename_source_key(name, [], [], prefix, state)
-        if key not in state:
-            continue
-        if converted is not None:
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        if key in state:
+            yield key, name, None if pattern is None else by_pattern[pattern], pattern or ""
+
+
+def tie(names: dict[str, str], files: TensorFiles, model: PreTrainedModel) -> None:
+    """
+    Tied weights may be stored under any of their names, given by the model's keys; raises a `NotStreamableError` where
+    they are stored twice and different, and thus not tied.
+    """
+    groups: dict[str, list[str]] = {}
+    for target, first in model.all_tied_weights_keys.items():
+        groups.setdefault(first, [first]).append(target)
+    for first, keys in groups.items():
+        stored = [key for key in keys if key in names]
+        if any(not files.equal(names[stored[0]], names[key]) for key in stored[1:]):
+            raise NotStreamableError(f"`{stored[0]}` and `{stored[1]}` should be one weight, but differ")
+        if stored:
+            names[first] = names[stored[0]]
+
+
+def check_complete(source: Source, model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> None:
+    """
+    Raise where a checkpoint, given the shapes of what it holds by the model's keys, lacks a weight, has one of another
+    shape (`ValueError`), or one that transformers computes (`NotStreamableError`).
+    """
+    state = model.state_dict()
+    missing = sorted(state.keys() - shapes.keys() - model.all_tied_weights_keys.keys())
+    computed = model._keys_to_ignore_on_load_missing or []
+    for key in missing:
+        if not any(re.search(pattern, key) for pattern in computed):
+            raise missing_weight(source.name, model, key)
+    if missing:
+        raise NotStreamableError(f"`{missing[0]}` is not stored but computed")
+    for key, shape in shapes.items():
+        if shape != list(state[key].shape):
+            raise ValueError(
+                f"`{key}` has the shape {shape} in `{source.name}`, but its config.json asks for "
+                f"{list(state[key].shape)}. Pass a checkpoint whose config and weights belong together."
+            )
+
+
+def _renamed(names: list[str], dense: PreTrainedModel) -> dict[str, str]:
+    """The checkpoint's name of each of the model's keys."""
+    found: dict[str, str] = {}
+    for key, name, converter, _ in model_keys(names, dense):
+        if converter is not None:
             raise NotStreamableError(f"`{name}` is stored in another form than the model has it")
         if key in found:
             raise NotStreamableError(f"`{name}` and `{found[key]}` are the same weight of the model")

@@ -247,7 +247,7 @@ def to_dense(
     """
     Make one feed-forward of the experts of each layer: a dense model for plain transformers.
 
-    Works layer by layer; a mixture of transformers is loaded.
+    Works layer by layer: neither model is in memory, but for `--data`.
     """
     from hf_sparse_moe.surgery import to_dense as write_dense
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def import_stock(
     if not isinstance(stock, PreTrainedModel):
         found = find_source(source, revision, token=token)  # type: ignore[arg-type]
         stock_config = read_config(found)
-        _row_of(stock_config)  # refuses before anything large is read
+        row_of(stock_config)  # refuses before anything large is read
         check_not_quantised(stock_config, found.name)
         auto_class = AutoModelForSeq2SeqLM if stock_config.is_encoder_decoder else AutoModelForCausalLM
         with sensible_config(found):
@@ -115,42 +116,51 @@ def import_stock(
 def _import_model(
     stock: PreTrainedModel, source: Source | None, dtype: str | torch.dtype, config_fields: dict[str, Any]
 ) -> SparseMoePreTrainedModel:
-    row = _row_of(stock.config)
-    if (capacity := getattr(stock.config, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
-        logger.warning(
-            f"`{row.model_type}` drops the tokens of a sequence above the first {capacity} (`expert_capacity`) of an "
-            "expert; here none is dropped, so that longer sequences may give other outputs."
-        )
+    row = row_of(stock.config)
     expected = empty_model(stock.config)
     if type(stock).__name__ != type(expected).__name__:
         raise ValueError(f"`{type(stock).__name__}` cannot be read. Pass a `{type(expected).__name__}`.")
     state = stored_tensors(stock)
     missing, unknown = stored_tensors(expected).keys() - state.keys(), state.keys() - expected.state_dict().keys()
     check_same_tensors(type(stock).__name__, missing, unknown)
-    layers = [name.removesuffix(f".{row.router_name}") for name in state if name.endswith(f".{row.router_name}")]
-    config = _sparse_config(row, stock.config, state, layers, config_fields)
+    layers = layers_of(row, state)
+    config = sparse_config(row, stock.config, state, layers, config_fields)
     converted = _convert(row, config, state, layers)
     if source is None:  # the caller keeps the stock model, and must not share memory with ours
         converted = {name: tensor.clone() for name, tensor in converted.items()}
     chosen: Any = stock.dtype if dtype == "auto" else dtype
-    sparse: Any = load_mixture(_class_of(stock.config), config, converted, chosen, stock.generation_config)
+    sparse: Any = load_mixture(class_of(stock.config), config, converted, chosen, stock.generation_config)
     sparse = sparse.to(stock.device)
     sparse.receipt = {
         "source": describe_source(stock, source),
-        "arguments": {"method": "import_native", **config_fields},  # its name in version 0.1
-        "versions": versions(),
-        "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
-        "flops_per_token": count_flops_per_token(sparse),
+        **import_facts(sparse, config_fields),
         "equality": output_difference(stock, sparse),
     }
     return sparse
 
 
-def _class_of(stock: PreTrainedConfig) -> type[SparseMoePreTrainedModel]:
+def import_facts(sparse: SparseMoePreTrainedModel, config_fields: dict[str, Any]) -> dict[str, Any]:
+    """What the receipt says of a stock mixture in our class, which may be without storage."""
+    return {
+        "arguments": {"method": "import_native", **config_fields},  # its name in version 0.1
+        "versions": versions(),
+        "parameters": {"total": count_parameters(sparse), "active": count_parameters(sparse, only_active=True)},
+        "flops_per_token": count_flops_per_token(sparse),
+    }
+
+
+def layers_of(row: ExportTarget, names: Iterable[str]) -> list[str]:
+    """The paths of the layers that have a router."""
+    return [name.removesuffix(f".{row.router_name}") for name in names if name.endswith(f".{row.router_name}")]
+
+
+def class_of(stock: PreTrainedConfig) -> type[SparseMoePreTrainedModel]:
+    """Our class of a stock config."""
     return SparseMoeEncoderDecoderForConditionalGeneration if stock.is_encoder_decoder else SparseMoeDecoderForCausalLM
 
 
-def _row_of(config: PreTrainedConfig) -> ExportTarget:
+def row_of(config: PreTrainedConfig) -> ExportTarget:
+    """Of a stock config; raises a `ValueError` where there is none."""
     rows = {row.model_type: row for row in EXPORT_TARGETS}
     if config.model_type in rows:
         return rows[config.model_type]
@@ -160,21 +170,27 @@ def _row_of(config: PreTrainedConfig) -> ExportTarget:
     )
 
 
-def _sparse_config(
-    row: ExportTarget, stock: Any, state: Tensors, layers: list[str], config_fields: dict[str, Any]
+def sparse_config(
+    row: ExportTarget, stock: Any, state: Mapping[str, torch.Tensor], layers: list[str], config_fields: dict[str, Any]
 ) -> SparseMoeConfig:
+    """Our config of a stock one; of the tensors it looks at the shared experts, as far as they are zeros."""
+    if (capacity := getattr(stock, "expert_capacity", LARGEST_CAPACITY)) < LARGEST_CAPACITY:
+        logger.warning(
+            f"`{row.model_type}` drops the tokens of a sequence above the first {capacity} (`expert_capacity`) of an "
+            "expert; here none is dropped, so that longer sequences may give other outputs."
+        )
     num_experts, top_k, size = (row.top_k if name is None else getattr(stock, name) for name in row.fields)
     scoring = getattr(stock, row.scoring_field) if row.scoring_field else next(iter(row.router))
     normalised = row.router[scoring]
     shared = _num_shared_experts(row, state, layers, size)
-    gates = [state[f"{layer}.{row.shared.gate}"] for layer in layers] if row.shared and row.shared.gate else []
+    gates = [f"{layer}.{row.shared.gate}" for layer in layers] if row.shared and row.shared.gate else []
     in_groups = row.grouped and (row.topk_methods is None or stock.topk_method == row.topk_methods[1])
     fields = {
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": size,
         "num_shared_experts": shared,
-        "shared_expert_gate": shared > 0 and any(gate.any().item() for gate in gates),
+        "shared_expert_gate": shared > 0 and any(state[gate].any().item() for gate in gates),
         "scoring_func": scoring,
         "norm_topk_prob": stock.norm_topk_prob if normalised is None else normalised,
         "routed_scaling_factor": getattr(stock, row.scaling_field) if row.scaling_field else 1.0,
@@ -182,7 +198,7 @@ def _sparse_config(
         **_layer_types(stock, layers),
         **config_fields,
     }
-    config = _class_of(stock).config_class.from_dense(_dense_config(row, stock), **fields)
+    config = class_of(stock).config_class.from_dense(_dense_config(row, stock), **fields)
     # What holds on the way there holds on the way back: the same fields and the same tensors.
     report = check_fit(row, config)
     if report.config is None:
@@ -219,13 +235,13 @@ def _require(row: ExportTarget, stock: Any, field: str, value: Any) -> None:
         )
 
 
-def _num_shared_experts(row: ExportTarget, state: Tensors, layers: list[str], size: Any) -> int:
+def _num_shared_experts(row: ExportTarget, state: Mapping[str, torch.Tensor], layers: list[str], size: Any) -> int:
     """How many routed experts the shared ones are as large as; 0 where they are zeros."""
     names = [f"{layer}.{row.shared.weights[-1]}" for layer in layers] if row.shared else []
-    downs = [state[name] for name in names if name in state]
-    if not any(down.any() for down in downs):
+    downs = [name for name in names if name in state]
+    if not any(state[down].any() for down in downs):
         return 0
-    units = downs[0].shape[1]
+    units = state[downs[0]].shape[1]
     if units % size:
         raise ValueError(
             f"The shared experts have {units} units, which is not a multiple of a routed expert's {size}: only that "
@@ -253,16 +269,22 @@ def _convert(row: ExportTarget, config: SparseMoeConfig, state: Tensors, layers:
     inside = tuple(f"{layer}." for layer in layers)
     result = {our_name(row, name): tensor for name, tensor in state.items() if not name.startswith(inside)}
     for layer in layers:
-        block, left = block_from_target(
-            row, in_layer(state, layer), config.num_shared_experts, config.shared_expert_gate
-        )
-        if config.scoring_func == "sigmoid":
-            block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
-        elif (bias := block.pop(SCORE_BIAS, None)) is not None and bias.any():
-            raise ValueError(
-                f"The selection bias (`{row.score_bias_name}`) of this `{row.model_type}` is trained: here only a "
-                "sigmoid router has one. `fix_balance`, `routing_statistics` and LoRA on experts take it as it is."
-            )
+        block, left = our_block(row, config, in_layer(state, layer))
         result |= {f"dense.{layer}.{row.feed_forward}.{name}": tensor for name, tensor in block.items()}
         result |= {our_name(row, f"{layer}.{name}"): tensor for name, tensor in left.items()}
     return result
+
+
+def our_block(
+    row: ExportTarget, config: SparseMoeConfig, layer: Mapping[str, torch.Tensor]
+) -> tuple[Tensors, Tensors]:
+    """As [`block_from_target`]; raises a `ValueError` for a selection bias that has no place here."""
+    block, left = block_from_target(row, layer, config.num_shared_experts, config.shared_expert_gate)
+    if config.scoring_func == "sigmoid":
+        block.setdefault(SCORE_BIAS, torch.zeros(config.num_experts))
+    elif (bias := block.pop(SCORE_BIAS, None)) is not None and bias.any():
+        raise ValueError(
+            f"The selection bias (`{row.score_bias_name}`) of this `{row.model_type}` is trained: here only a "
+            "sigmoid router has one. `fix_balance`, `routing_statistics` and LoRA on experts take it as it is."
+        )
+    return block, left

@@ -62,6 +62,12 @@ def our_name(target: ExportTarget, name: str) -> str:
     return f"dense.{name.replace('.mlp.', f'.{target.feed_forward}.')}"
 
 
+def places_of(target: ExportTarget, ours: str, num_experts: int) -> tuple[str, ...]:
+    """The target's names, from the layer, of all that a tensor of a sparse block is made of."""
+    gate = (target.shared.gate,) if target.shared and target.shared.gate else ()
+    return (target.router_name, *gate, *_places(target, num_experts).get(ours, ()))
+
+
 class Place(NamedTuple):
     """Where a weight of ours is in the target: its names there, and by what it is multiplied."""
 

@@ -18,7 +18,7 @@ from hf_sparse_moe.checkpoints.families import check_not_quantised
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.folder import check_target
 from hf_sparse_moe.checkpoints.journal import WatchedSource, written_shards
-from hf_sparse_moe.checkpoints.reader import DenseTensors, loaded_dtypes, stored_dtype
+from hf_sparse_moe.checkpoints.reader import DenseTensors, NotStreamableError, loaded_dtypes, stored_dtype
 from hf_sparse_moe.checkpoints.source import Source, find_source, named_architecture
 from hf_sparse_moe.checkpoints.writer import ShardWriter
 from hf_sparse_moe.insight.losses import Evaluation, loss_change
@@ -27,6 +27,7 @@ from hf_sparse_moe.models.modeling_sparse_moe import AUTO_CLASSES
 from hf_sparse_moe.models.moe_block import sparse_feed_forwards
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME, SparseMoePreTrainedModel
 from hf_sparse_moe.stock import import_stock
+from hf_sparse_moe.stock.streamed import StockTensors
 from hf_sparse_moe.upcycling.conversion import (
     LoadedTensors,
     SparseLayer,
@@ -77,14 +78,14 @@ def to_dense(
 
     Args:
         source (`PreTrainedModel`, `str` or `Path`): A mixture, which is left as it is, or the folder or Hub id of one;
-            a stock one where [`import_stock`] reads it, which loads it.
+            a stock one where [`import_stock`] reads it.
         measured ([`ExpertMeasurements`], `str` or `Path`, *optional*): Of [`measure_experts`], or its file: the
             experts count by their REAP salience, and where the weights of a token are not normalised, the result is
             scaled by their mean sum on the text. Without, experts count alike and routers are taken to be even.
         method (`str`, defaults to `"mean"`): `"mean"` of the experts; the `"best"` one of each layer, which needs
             `measured`; `"merge"`: the mean after their hidden units were matched to those of the first, or the best.
         output (`str` or `Path`, *optional*): A folder that does not exist yet, or is empty, to write the model to,
-            with tokenizer, licence, card and receipt: layer by layer from a mixture of this package.
+            with tokenizer, licence, card and receipt: layer by layer from a folder or Hub id.
         evaluation (`tuple`, *optional*): Batches and the group of each of their sequences, as for [`measure_experts`],
             on which with `output` the receipt tells the loss before and after. Both models are loaded for it.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
@@ -118,7 +119,7 @@ def to_dense(
         check_not_quantised(config, found.name)
         of = {"architecture": named_architecture(config), "model_type": config.model_type}
         if not isinstance(config, SparseMoeConfig):
-            source = import_stock(source, revision=revision, token=token)
+            source = _stock(source, found, config, revision, token)
     else:
         check_unwrapped(source)
         check_not_quantised(source.config, type(source).__name__)
@@ -127,7 +128,7 @@ def to_dense(
     known = None if measured is None else ExpertMeasurements.of(measured)
     if known is not None:
         known.check_text(found.folder if found else None)
-    plan = _plan(source if isinstance(source, SparseMoePreTrainedModel) else found, known, method)
+    plan = _plan(source if isinstance(source, SparseMoePreTrainedModel | StockTensors) else found, known, method)
     if output is None:
         state = {key: tensor for keys in plan.made() for key, tensor in keys.items()}
         model: Any = load_mixture(type(plan.dense), plan.dense.config, state, plan.dtype, plan.generation_config)
@@ -272,10 +273,21 @@ class _Plan:
         }
 
 
+def _stock(source: Any, found: Source, config: Any, revision: str | None, token: bool | str | None) -> Any:
+    """A stock mixture in our names, in memory where its files cannot be streamed."""
+    try:
+        return StockTensors(found, config)
+    except NotStreamableError as reason:
+        logger.warning(f"The mixture becomes dense in memory, not streamed: {reason}.")
+        return import_stock(source, revision=revision, token=token)
+
+
 def _plan(source: Any, measured: ExpertMeasurements | None, method: str) -> _Plan:
     if isinstance(source, SparseMoePreTrainedModel):
         sparse, dtype = source, source.dtype
         tensors: Any = LoadedTensors(source)
+    elif isinstance(source, StockTensors):
+        sparse, dtype, tensors = source.sparse, source.dtype, source
     else:
         config = read_config(source)
         classes = {one.__name__: one for one in AUTO_CLASSES[type(config)].values()}
