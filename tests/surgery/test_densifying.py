@@ -126,7 +126,8 @@ def test_a_stock_mixture_is_streamed_as_it_is_loaded(name, tmp_path, monkeypatch
         assert (tmp_path / "dense" / file).read_text() == (tmp_path / "whole" / file).read_text()
     assert_same(to_dense(tmp_path / "stock", measured, "merge"), whole)
     monkeypatch.undo()
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), whole)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
 
 
 def test_a_stock_mixture_that_cannot_be_streamed_is_loaded(tmp_path, caplog, monkeypatch):

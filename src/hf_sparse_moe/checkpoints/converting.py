@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ class _Stored(NamedTuple):
     def made(self, model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.converter is None:
             return {self.key: read(self.names[0][0])}
-        converter = copy.deepcopy(self.converter)  # it keeps what it is given
+        converter: Any = copy.deepcopy(self.converter)  # it keeps what it is given
         for name, pattern in self.names:
             converter.add_tensor(self.key, name, pattern, read(name))
         made = converter.convert(self.key, model=model, config=model.config)
