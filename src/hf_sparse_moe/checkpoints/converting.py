@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
+from .config import sensible_config
 from .reader import NotStreamableError, TensorFiles, check_complete, loaded_dtypes, model_keys, tie
 from .source import Source, weight_files
 
@@ -52,7 +53,8 @@ class ModelTensors(Mapping[str, torch.Tensor]):
         names = {key: each.names[0][0] for key, each in stored.items() if each.converter is None}
         tie(names, self._files, model)
         stored |= {key: _Stored(key, [(name, "")], None) for key, name in names.items()}
-        made = {key: each.made(model, self._without_storage) for key, each in stored.items()}
+        with sensible_config(source):
+            made = {key: each.made(model, self._without_storage) for key, each in stored.items()}
         self._stored = {key: stored[first] for first, tensors in made.items() for key in tensors}
         shapes = {key: list(tensor.shape) for tensors in made.values() for key, tensor in tensors.items()}
         check_complete(source, model, shapes)

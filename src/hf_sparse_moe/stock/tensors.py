@@ -64,7 +64,8 @@ def our_name(target: ExportTarget, name: str) -> str:
 
 def places_of(target: ExportTarget, ours: str, num_experts: int) -> tuple[str, ...]:
     """The target's names, from the layer, of all that a tensor of a sparse block is made of."""
-    gate = (target.shared.gate,) if target.shared and target.shared.gate else ()
+    halved = ours == _SHARED_DOWN and target.shared and target.shared.gate  # by a gate of zeros
+    gate = (halved,) if halved else ()
     return (target.router_name, *gate, *_places(target, num_experts).get(ours, ()))
 
 
