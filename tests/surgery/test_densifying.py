@@ -153,7 +153,10 @@ def test_an_incomplete_stock_mixture_is_refused(tmp_path):
     tensors = load_file(tmp_path / "stock" / "model.safetensors")
     expert = next(name for name in tensors if ".experts.1." in name)
     norm = "model.norm.weight"
-    for name, message in ((norm, f"lacks weights that .*`{norm}`"), (expert, "does not describe a model that transformers can build")):
+    for name, message in (
+        (norm, f"lacks weights that .*`{norm}`"),
+        (expert, "does not describe a model that transformers can build"),
+    ):
         left = {key: tensor for key, tensor in tensors.items() if key != name}
         save_file(left, tmp_path / "stock" / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=message):
