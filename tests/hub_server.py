@@ -79,10 +79,11 @@ class HubServer:
 
     def client_environment(self, home: str | os.PathLike, token: str | None = "hf_writer") -> dict[str, str]:
         """The environment variables of a process whose Hub is this server and whose cache is `home`."""
+        ours = {"HF_SPARSE_MOE_MEASURE": "0"}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-        return inherited | hub | quiet | ({"HF_TOKEN": token} if token else {})
+        return inherited | ours | hub | quiet | ({"HF_TOKEN": token} if token else {})
 
     def count(self, method: str, path: str) -> int:
         """How many requests matched, by method and a regular expression on the path."""

@@ -14,6 +14,9 @@ from experts.test_function import assert_equals_oracle
 from hf_sparse_moe.experts import tuning
 from hf_sparse_moe.experts.choice import GROUPED, LOOP, STOCK
 from hf_sparse_moe.experts.projection import Projection
+from hf_sparse_moe.hub.fingerprint import probe_output
+from hf_sparse_moe.upcycling.receipt import output_difference
+from tiny_models import tiny_inputs, tiny_sparse
 
 
 CALLS = 3 * (tuning.TIMED + 1)  # after which three ways are decided
@@ -253,3 +256,15 @@ def test_shapes_that_change_with_every_call(measuring, monkeypatch, lines):
         infer(experts, inputs(tokens, 2))
     assert len(tuning._contests) == tuning.MOST_KINDS
     assert len(lines()) == 1
+
+
+def test_what_is_kept_or_compared_is_not_measured(measuring):
+    """The fingerprint of a second push is that of the first."""
+    model = tiny_sparse("llama").eval()
+    outputs = [probe_output(model) for _ in range(CALLS)]
+    assert all(torch.equal(outputs[0], one) for one in outputs)
+    assert output_difference(model, model)["max_abs_difference"] == 0
+    assert not tuning._contests
+    with torch.no_grad():
+        model(**tiny_inputs(model))
+    assert tuning._contests

@@ -16,6 +16,7 @@ from hf_sparse_moe.checkpoints.config import sensible_config
 from hf_sparse_moe.checkpoints.files import read_json
 from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.loading import load_whole
+from hf_sparse_moe.experts.tuning import fixed_choice
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.upcycling.receipt import probe_inputs
@@ -49,7 +50,8 @@ def fixed_inputs(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def probe_output(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The first output (logits, or last hidden states) on the fixed sequence."""
-    return model(**fixed_inputs(model))[0]
+    with fixed_choice():
+        return model(**fixed_inputs(model))[0]
 
 
 def take_fingerprint(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_moe.checkpoints.hashes import source_files
 from hf_sparse_moe.checkpoints.source import Source
+from hf_sparse_moe.experts.tuning import fixed_choice
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.modeling_sparse_moe import SparseMoeEncoderForMultipleChoice
 from hf_sparse_moe.models.pretrained_model import SparseMoePreTrainedModel
@@ -48,7 +49,8 @@ def output_difference(dense: PreTrainedModel, sparse: SparseMoePreTrainedModel) 
     outputs = []
     for model in (dense, sparse):
         training = model.training
-        outputs.append(model.eval()(**inputs)[0].double())
+        with fixed_choice():
+            outputs.append(model.eval()(**inputs)[0].double())
         model.train(training)
     if outputs[0].shape != outputs[1].shape:
         raise ValueError(
