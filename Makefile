@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints/pinned.txt
 demo: $(READY)  ## the whole story in one run: dense -> mixture -> train -> compare -> adapt -> share -> reload
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/hf-sparse-moe quickstart $(ARGS)
 
-test: $(READY)  ## the tests, in about ten minutes (ARGS="-k router" for some of them)
+test: $(READY)  ## the tests, in ten minutes to half an hour, as the machine is (ARGS="-k router" for some of them)
 	$(PYTEST) $(PARALLEL) -m "not conformance and not browser" $(ARGS)
 
 test-fast: $(READY)  ## those that are not marked slow
@@ -76,7 +76,7 @@ format: $(READY)  ## repair what lint and format can repair
 types: $(READY)
 	$(BIN)/mypy
 
-# Less than 20 minutes on two quiet cores. The other files of benchmarks/ answer questions of their own, on the pages that name them.
+# Made for 20 minutes on two quiet cores; not timed whole yet. The other files of benchmarks/ answer questions of their own, on the pages that name them.
 bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS=--quick: a look, which writes nothing)
 	@set -e; for name in generate growth lora experts; do echo "== benchmarks/$$name.py"; \
 	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done

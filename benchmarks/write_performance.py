@@ -25,7 +25,7 @@ INTRODUCTION = """\
 # Performance
 
 How fast the experts, LoRA on them and `generate` are, and how much memory they keep, next to what transformers and
-PEFT offer. Measure your own machine, in less than 20 minutes on two cores:
+PEFT offer. Measure your own machine, by what is made for 20 minutes on two quiet cores:
 
 ```bash
 make bench                 # ARGS=--quick for a look that writes nothing
