@@ -57,8 +57,6 @@ def main() -> None:
         model_args, data_args, args = recipe.parse_arguments(
             __doc__, recipe.ModelArguments, QuestionArguments, recipe.TrainingArguments
         )
-        if args.train_sampling_strategy == "group_by_length":
-            raise ValueError("`--train_sampling_strategy=group_by_length` would mix up the windows of a text.")
         data = recipe.load_data(data_args, qa.question_rows)
         columns = (data_args.context_column, data_args.question_column, data_args.answers_column)
         context, question, answers = columns

@@ -64,6 +64,8 @@ def main() -> None:
         target_length = min(data_args.max_target_length or length, length)
         # `map` hashes what the function closes over: plain values, and not the module with all that is in it.
         prefix, column = data_args.source_prefix, recipe.column
+        # Not from the labels, which are cut at `--max_target_length`.
+        references = [text.strip() for text in column(data["validation"], target)] if "validation" in data else []
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
             sources = [prefix + text for text in column(rows, source)]
@@ -89,12 +91,10 @@ def main() -> None:
 
     score = metrics.OF_TEXTS[data_args.metric]
 
-    def texts(ids: np.ndarray) -> list[str]:
-        ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return score(texts(prediction.predictions), texts(prediction.label_ids), data_args.metric_tokenizer)
+        ids = np.where(prediction.predictions == -100, tokenizer.pad_token_id, prediction.predictions)
+        generated = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return score(generated, references[: len(generated)], data_args.metric_tokenizer)
 
     trainer_class = Seq2SeqTrainer if model_args.distributed_config is None else ResumableSeq2SeqTrainer
     trainer = trainer_class(

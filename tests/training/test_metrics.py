@@ -1,10 +1,12 @@
-"""Each metric against a value worked out by hand."""
+"""Each metric against a value worked out by hand, and with the rows that it belongs to."""
 
+import json
 import math
 
 import pytest
 
 from recipe import metrics
+from training_runs import results
 
 
 def test_perplexity_counts_each_token_once():
@@ -78,3 +80,33 @@ def test_chinese_answers():
     # Not one run: of 3 characters 2 agree, but not side by side; a word of Latin letters is one segment.
     assert metrics.question_answering(["天大门"], [["天安门"]], "zh")["f1"] == pytest.approx(100 / 3)
     assert metrics.question_answering(["Nokia 3310 手机"], [["Nokia 手机"]], "zh")["f1"] == pytest.approx(100 * 4 / 7)
+
+
+def test_generated_texts_are_scored_against_the_whole_target(checkpoints, files, call_recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(metrics.OF_TEXTS, "rouge", lambda *texts: seen.append(texts) or {"rouge1": 0.0})
+    call_recipe(
+        "run_seq2seq.py",
+        model_name_or_path=checkpoints["encoder_decoder"],
+        validation_file=files["multi30k.jsonl"],
+        source_column="translation.en",
+        target_column="translation.de",
+        max_target_length=2,
+        metric="rouge",
+        max_eval_samples=6,
+        output_dir=tmp_path,
+    )
+    rows = [json.loads(line) for line in files["multi30k.jsonl"].read_text().splitlines()]
+    [(generated, references, _)] = seen
+    assert references == [row["translation"]["de"].strip() for row in rows[:6]]
+    assert len(generated) == 6
+
+
+def test_the_order_of_training_does_not_reach_the_metrics(checkpoints, files, call_recipe, tmp_path):
+    """Trainer shuffles the validation data too where training rows are grouped by length."""
+    line = {"model_name_or_path": checkpoints["decoder"], "train_file": files["docs.jsonl"], "group_by": "label"}
+    line |= {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
+    for strategy in ("random", "group_by_length"):
+        call_recipe("run_clm.py", **line, train_sampling_strategy=strategy, output_dir=tmp_path / strategy)
+    scores = [results(tmp_path / strategy)["eval_perplexity_short"] for strategy in ("random", "group_by_length")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)

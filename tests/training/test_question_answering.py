@@ -187,7 +187,6 @@ def test_long_contexts_and_resume(family, checkpoints, squad_file, call_recipe, 
         ({"stride": 20}, "`--stride=20` must be from 0 to 13 where `--max_length` is 32"),
         ({"max_answer_length": 0}, "`--max_answer_length=0` must be at least 1"),
         ({"answers_column": "answer"}, "`--answers_column=answer` is no column"),
-        ({"train_sampling_strategy": "group_by_length"}, "would mix up the windows"),
     ],
 )
 def test_one_sentence(arguments, sentence, checkpoints, squad_file, call_recipe, tmp_path, capsys):

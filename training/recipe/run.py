@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 from datasets.exceptions import DatasetsError
+from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import CONFIG_NAME
@@ -115,6 +116,8 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
         if checkpoint is not None:
             check_same_model(model, checkpoint)
         prepare_training(trainer, is_mixture)
+    # Metrics pair each prediction with its row; Trainer's `group_by_length` would shuffle the validation data too.
+    trainer.__dict__["_get_eval_sampler"] = SequentialSampler
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
     if is_mixture:  # a dense model gets the card of transformers
