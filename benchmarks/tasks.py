@@ -81,6 +81,17 @@ class Table:
             value = value.replace("{minilm}", str(Path(str(found.origin)).parent / "model"))
         return value.replace("{data}", str(DATA)).replace("{cache}", str(self._cache))
 
+    def settings(self, row: dict[str, Any]) -> dict[str, Any]:
+        """All that the table says of a row, for its result."""
+        model = self._values["models"].get(row.get("model"), {})
+        own = {key: row[key] for key in ("recipe", "arguments")}
+        return own | {"model": model, "shared": self._values["shared"], "arms": self.arms}
+
+    def start(self, row: dict[str, Any]) -> dict[str, Any]:
+        """How the checkpoint was made that the row starts from; nothing where it is given."""
+        model = self._values["models"].get(row.get("model"), {})
+        return {key: model[key] for key in ("prepare", "tokenizer") if key in model}
+
     def prepare(self, row: dict[str, Any]) -> None:
         """Train the model that the row starts from, where it is not there."""
         model = self._values["models"].get(row.get("model"), {})
@@ -124,12 +135,18 @@ def train_tokenizer(cache: Path, name: str, files: list[str], columns: list[str]
     ).save_pretrained(folder)
 
 
-def run(recipe: str, arguments: dict[str, Any], folder: Path, keep_weights: bool = False) -> dict[str, Any]:
+def run(
+    recipe: str,
+    arguments: dict[str, Any],
+    folder: Path,
+    keep_weights: bool = False,
+    start: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """One run of a recipe, or what is kept of it: its scores, its CPU minutes and its size."""
     done = folder / "run.json"
-    asked = {"recipe": recipe, "arguments": arguments}
+    asked = {"recipe": recipe, "arguments": arguments, "start": start or {}}
     if done.is_file():
-        kept = json.loads(done.read_text(encoding="utf-8"))
+        kept = {"start": {}} | json.loads(done.read_text(encoding="utf-8"))
         if {name: kept[name] for name in asked} == json.loads(json.dumps(asked)):
             return kept
     shutil.rmtree(folder, ignore_errors=True)
@@ -196,7 +213,7 @@ def measure(table: Table, name: str, seeds: list[int], cache: Path) -> dict[str,
     for seed in seeds:
         for arm, options in table.arms.items():
             arguments = table.arguments(row, seed=seed, **options)
-            made = run(row["recipe"], arguments, cache / "runs" / name / f"{arm}-{seed}")
+            made = run(row["recipe"], arguments, cache / "runs" / name / f"{arm}-{seed}", start=table.start(row))
             runs[arm].append(made)
             print(f"{name} {arm} seed {seed}: {row['metric']} {made['scores'][row['metric']]:.4f}", flush=True)
     values = {arm: [made["scores"][row["metric"]] for made in made_runs] for arm, made_runs in runs.items()}
@@ -218,8 +235,7 @@ def measure(table: Table, name: str, seeds: list[int], cache: Path) -> dict[str,
         },
         "minutes": {arm: fmean(made["minutes"] for made in runs[arm]) for arm in runs},
         **{size: {arm: runs[arm][0][size] for arm in runs} for size in ("parameters_total", "parameters_active")},
-        "arguments": {key: value for key, value in row.items() if key not in ("task", "metric", "further_metrics")},
-        "arm_arguments": table.arms,
+        "settings": table.settings(row),
         "machine": device_name("cpu"),
         "versions": {package: version(package) for package in PACKAGES},
     }
