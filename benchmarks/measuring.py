@@ -50,6 +50,11 @@ def device_name(device: str) -> str:
     return ", ".join([name, *instructions, f"{torch.get_num_threads()} threads"])
 
 
+def file_name(device: str) -> str:
+    """Of [`device_name`], what a file may be called."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
 def settle(call: Callable[[int], Any]) -> None:
     """Until ours has measured which way is the fastest here."""
     for number in range(40):
@@ -136,9 +141,8 @@ def _status(field: str) -> int:
 
 def save(section: str, device: str, content: dict[str, Any]) -> Path:
     """Write `content` as a section of the device's results file; the file's other sections stay."""
-    name = device_name(device)
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    results = json.loads(path.read_text()) if path.is_file() else {"device": name}
+    path = RESULTS / f"{file_name(device)}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {"device": device_name(device)}
     results[section] = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *(part.removeprefix(f"{Path.cwd()}/") for part in sys.argv)]),

@@ -6,7 +6,8 @@ Is a mixture worth having? Every arm continues one dense checkpoint on the same 
 
 The arms, their settings and what is expected of them are in `benchmarks/quality.toml`. A run (arm, seed, rate) is a
 file in `benchmarks/results/quality/<family>/`; what has its file is not run again, so that the same command resumes
-after a kill. The dense checkpoints and the tokenised text are kept in `--cache`.
+after a kill. At another `--scale` the folder is `<family>--<scale>--<device>`. The dense checkpoints and the tokenised
+text are kept in `--cache`.
 
 One seed tries every learning rate of an arm; the one with the lowest loss on the tuning split serves all seeds. The
 measured loss is that of the test split, which nothing is chosen by. Both are means over domains of the mean over their
@@ -47,7 +48,7 @@ from transformers.utils import logging
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
 from hf_sparse_moe.checkpoints.hashes import sha256_of
 from hf_sparse_moe.routing import SelectionBiasCallback, routing_statistics
-from measuring import RESULTS, device_name, peak_bytes, synchronize
+from measuring import RESULTS, device_name, file_name, peak_bytes, synchronize
 from quality_text import IGNORED, SPLITS, Rows, Text, load_text
 
 
@@ -69,7 +70,7 @@ class Comparison:
     def __init__(
         self, family: str, configuration: dict[str, Any], data: Path, cache: Path, output: Path, device: str = "cpu"
     ):
-        self.family, self.data, self.output, self.device = family, data, output / family, device
+        self.family, self.data, self.output, self.device = family, data, output, device
         self.settings, self.arms = configuration[family], configuration["arms"] | configuration.get("ablations", {})
         self.cache = cache / f"{family}-{self.digest()}"
         self._text: Text | None = None
@@ -239,6 +240,9 @@ class Comparison:
             return found
         if evaluated := self.arms[arm].get("evaluates"):
             return self.run_permuted(arm, evaluated, seed, rate)
+        return self.run_training(arm, seed, rate)
+
+    def run_training(self, arm: str, seed: int, rate: float) -> dict[str, Any]:
         kept: dict[str, Any] = {}
 
         def train() -> None:
@@ -266,8 +270,7 @@ class Comparison:
     def trained(self, arm: str, seed: int, rate: float) -> PreTrainedModel:
         folder = self.cache / f"{arm}-seed{seed}-rate{rate:g}-{self.digest(arm)}"
         if not folder.is_dir():
-            self.path(arm, seed, rate).unlink(missing_ok=True)
-            self.run(arm, seed, rate)
+            self.run_training(arm, seed, rate)
         return AUTO_CLASSES[self.family].from_pretrained(folder)
 
     def tuning_loss(self, model: PreTrainedModel) -> float:
@@ -414,7 +417,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    comparison = Comparison(options.family, configuration, options.data, options.cache, options.output, options.device)
+    place = [options.family, *([options.scale, file_name(options.device)] if options.scale else [])]
+    output = options.output / "--".join(place)
+    comparison = Comparison(options.family, configuration, options.data, options.cache, output, options.device)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm in arms:  # a seed at a time, so that what is finished is comparable
             comparison.run(arm, seed, comparison.rate(arm))

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import random
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -135,6 +136,20 @@ def test_a_killed_comparison_resumes_and_repeats_nothing(quality, data, tmp_path
     assert calls.count("dense, seed 0") == 1
     assert len(calls) == 6  # the dense model, two rates for each arm, and once more what was killed
     assert files(tmp_path / "killed" / "results") == files(tmp_path / "whole" / "results")
+
+
+def test_an_arm_whose_trained_model_is_gone_is_trained_again_before_its_result_goes(
+    quality, data, tmp_path, monkeypatch
+):
+    comparison = make(quality, "decoder", data, tmp_path)
+    comparison.run("M1", 0, 1e-3)
+    shutil.rmtree(next(comparison.cache.glob("M1-*")))
+    with monkeypatch.context() as patch:
+        patch.setattr(quality.Comparison, "train", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            comparison.run("P", 0, 1e-3)
+    assert comparison.path("M1", 0, 1e-3).is_file()
+    assert comparison.run("P", 0, 1e-3)["test_loss"] != comparison.run("M1", 0, 1e-3)["test_loss"]
 
 
 def test_results_of_other_settings_are_refused(quality, data, tmp_path):
