@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--branch-steps", type=int, default=200)
     parser.add_argument("--mixture-steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS / "branches.json")
