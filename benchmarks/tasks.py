@@ -34,7 +34,7 @@ from typing import Any
 from safetensors import safe_open
 from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, BertTokenizerFast, PreTrainedTokenizerFast
 
 import hf_sparse_moe
 from hf_sparse_moe.checkpoints.loading import model_without_weights
@@ -96,7 +96,7 @@ class Table:
         """Train the model that the row starts from, where it is not there."""
         model = self._values["models"].get(row.get("model"), {})
         if "tokenizer" in model:
-            train_tokenizer(self._cache, **{name: self._filled(value) for name, value in model["tokenizer"].items()})
+            make_tokenizer(self._cache, **{name: self._filled(value) for name, value in model["tokenizer"].items()})
         if "prepare" in model:
             steps = {key: self._filled(value) for key, value in model["prepare"].items() if key != "recipe"}
             folder = Path(self._filled(model["model_name_or_path"]))
@@ -104,11 +104,16 @@ class Table:
             run(model["prepare"]["recipe"], arguments, folder, keep_weights=True)
 
 
-def train_tokenizer(cache: Path, name: str, files: list[str], columns: list[str], vocab_size: int) -> None:
-    """A byte-pair tokenizer of the training text, with the special tokens of BERT and T5; kept in the cache."""
+def make_tokenizer(cache: Path, name: str, vocabulary: str | None = None, **training: Any) -> None:
+    """A tokenizer in the cache: BERT's with a `vocabulary`, a folder with a `vocab.txt`, or one that is trained."""
     folder = cache / name
-    if folder.is_dir():
-        return
+    if not folder.is_dir():
+        made = BertTokenizerFast.from_pretrained(vocabulary) if vocabulary else train_tokenizer(**training)
+        made.save_pretrained(folder)
+
+
+def train_tokenizer(files: list[str], columns: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of the training text, with the special tokens of BERT and T5."""
     from datasets import load_dataset
 
     rows = load_dataset("json", data_files=files, split="train")
@@ -130,9 +135,9 @@ def train_tokenizer(cache: Path, name: str, files: list[str], columns: list[str]
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=made, model_max_length=512, model_input_names=["input_ids", "attention_mask"], **names
-    ).save_pretrained(folder)
+    )
 
 
 def run(
