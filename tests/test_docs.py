@@ -75,5 +75,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_docs_stay_short():
-    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in PAGES if page.parent.name == "docs"}
+    words = {
+        page.name: sum(
+            any(map(str.isalnum, part)) for part in page.read_text(encoding="utf-8").split()
+        )  # no table lines
+        for page in PAGES
+        if page.parent.name == "docs"
+    }
     assert sum(words.values()) <= 20_000, f"Say a thing once and link to it: {words}"
