@@ -7,7 +7,7 @@ decimal numbers make it a regression.
         --output_dir outputs/intents
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -114,6 +114,16 @@ class Labels:
 
         return loss
 
+    @property
+    def of_spans(self) -> bool:
+        """Whether the labels of tokens are tags of spans."""
+        return all(name == "O" or name[:2] in ("B-", "I-") for name in self.names)
+
+    def metric_names(self, by_token: bool) -> Iterable[str]:
+        if self.regression:
+            return metrics.regression([0.0], [0.0])
+        return metrics.entities([["O"]], [["O"]]) if by_token and self.of_spans else metrics.classification([0], [0])
+
     def scores(self, prediction: EvalPrediction) -> dict[str, float]:
         """The scores that suit the labels."""
         outputs, references = prediction.predictions, prediction.label_ids
@@ -121,7 +131,7 @@ class Labels:
         if self.regression:
             return metrics.regression(outputs.reshape(-1), references.reshape(-1))
         classes = outputs.argmax(axis=-1)
-        if references.ndim == 2 and all(name == "O" or name[:2] in ("B-", "I-") for name in self.names):
+        if references.ndim == 2 and self.of_spans:
             pairs = zip(classes, references, strict=True)
             tags = [[[self.names[i] for i in ids[row >= 0]] for ids in (guess, row)] for guess, row in pairs]
             guessed, right = zip(*tags, strict=True)
@@ -145,6 +155,7 @@ def main() -> None:
         by_token, weighted = data_args.task == "tokens", data_args.class_weights is not None
         if weighted and (labels.regression or "train" not in data):
             raise ValueError("`--class_weights` counts the classes of training data. Leave it out.")
+        recipe.check_best_metric(args, labels.metric_names(by_token))
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
             texts, pairs = rows[text], None if second is None else rows[second]

@@ -36,6 +36,7 @@ def main() -> None:
         with args.main_process_first(desc="packing"):
             lines = recipe.is_text(data_args)
             blocks, groups = recipe.pack(data, data_args, tokenizer, length, lines)
+        recipe.check_best_metric(args, recipe.perplexity_names(groups))
         model = recipe.load_model(model_args, AutoModelForCausalLM, config, tokenizer, args.seed)
 
     def collate(rows: list[dict]) -> dict:

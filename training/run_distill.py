@@ -93,6 +93,7 @@ def main() -> None:
         with args.main_process_first(desc="packing"):
             lines = recipe.is_text(data_args)
             blocks, groups = recipe.pack(data, data_args, tokenizer, length, lines)
+        recipe.check_best_metric(args, recipe.perplexity_names(groups))
         model = recipe.load_model(model_args, AutoModelForCausalLM, config, tokenizer, args.seed)
         teacher = AutoModelForCausalLM.from_pretrained(data_args.teacher, dtype=model_args.dtype)
         if teacher.config.vocab_size != model.config.vocab_size:

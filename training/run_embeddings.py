@@ -137,6 +137,15 @@ def evaluator(pairs: Dataset, batch_size: int) -> EmbeddingSimilarityEvaluator |
     )
 
 
+def metric_names(encoder: SentenceTransformer, scored: bool) -> list[str]:
+    """What the [`evaluator`] calls its numbers."""
+    kind = encoder.similarity_fn_name
+    if scored:
+        return [f"pearson_{kind}", f"spearman_{kind}"]
+    names = ("accuracy@1", "precision@10", "recall@10", "ndcg@10", "mrr@10", "map@100")
+    return [f"{kind}_{name}" for name in names]
+
+
 def main() -> None:
     with recipe.stop_on_bad_input():
         model_args, data_args, args = recipe.parse_arguments(
@@ -160,6 +169,7 @@ def main() -> None:
         config = recipe.load_config(model_args, None)
         encoder = load_encoder(model_args, config)
         tokenizer = encoder.tokenizer
+        recipe.check_best_metric(args, metric_names(encoder, scored=data_args.score_column is not None))
         encoder.max_seq_length = recipe.sequence_length(data_args, tokenizer, config)
         encoder[0].model = recipe.load_model(model_args, AutoModel, config, tokenizer, args.seed)
 

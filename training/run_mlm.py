@@ -51,6 +51,7 @@ def main() -> None:
             blocks, groups = recipe.pack(data, data_args, tokenizer, length, lines=False)
             if "validation" in blocks:
                 blocks["validation"] = masked_once(blocks["validation"], tokenizer, data_args.mlm_probability)
+        recipe.check_best_metric(args, recipe.perplexity_names(groups))
         model = recipe.load_model(model_args, AutoModelForMaskedLM, config, tokenizer, args.seed)
 
     def collate(rows: list[dict]) -> dict:

@@ -61,6 +61,9 @@ def main() -> None:
         columns = (data_args.context_column, data_args.question_column, data_args.answers_column)
         context, question, answers = columns
         recipe.require_columns(data, context_column=context, question_column=question, answers_column=answers)
+        kinds = {qa.is_unanswerable(row) for row in data["validation"][answers]} if "validation" in data else {True}
+        examples = [[] if unanswerable else ["a"] for unanswerable in kinds]
+        recipe.check_best_metric(args, metrics.question_answering([""] * len(examples), examples))
         tokenizer = recipe.load_tokenizer(model_args)
         if not tokenizer.is_fast:
             raise ValueError(f"`{type(tokenizer).__name__}` does not say where tokens stand. Use a fast tokenizer.")

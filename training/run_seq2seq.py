@@ -34,15 +34,22 @@ class PairArguments(recipe.DataArguments):
     metric: str = field(default="sacrebleu", metadata={"help": "sacrebleu or rouge, of the generated texts."})
     metric_tokenizer: str | None = field(
         default=None,
-        metadata={"help": "How the metric cuts texts into words: 13a (the default), intl, zh (Chinese) or char."},
+        metadata={
+            "help": "How the metric cuts texts into words: 13a (sacrebleu's default), intl, zh (Chinese) or char; rouge "
+            "takes the last two."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metric not in metrics.OF_TEXTS:
             raise ValueError(f"`--metric={self.metric}` must be one of {tuple(metrics.OF_TEXTS)}.")
-        if self.metric_tokenizer not in (None, *metrics.TOKENIZERS):
-            raise ValueError(f"`--metric_tokenizer={self.metric_tokenizer}` must be one of {metrics.TOKENIZERS}.")
+        allowed = metrics.TOKENIZERS[self.metric]
+        if self.metric_tokenizer not in (None, *allowed):
+            raise ValueError(
+                f"`--metric_tokenizer={self.metric_tokenizer}` of `--metric {self.metric}` must be one of {allowed}, or "
+                "left out."
+            )
 
 
 @dataclass
@@ -55,6 +62,8 @@ def main() -> None:
         model_args, data_args, args = recipe.parse_arguments(
             __doc__, recipe.ModelArguments, PairArguments, GeneratingArguments
         )
+        score = metrics.OF_TEXTS[data_args.metric]
+        recipe.check_best_metric(args, score(["a"], ["a"]) if args.predict_with_generate else ())
         data = recipe.load_data(data_args)
         source, target = data_args.source_column, data_args.target_column
         recipe.require_columns(data, source_column=source, target_column=target)
@@ -88,8 +97,6 @@ def main() -> None:
         model = recipe.load_model(model_args, AutoModelForSeq2SeqLM, config, tokenizer, args.seed)
         if args.generation_max_length is None:
             args.generation_max_length = target_length
-
-    score = metrics.OF_TEXTS[data_args.metric]
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = np.where(prediction.predictions == -100, tokenizer.pad_token_id, prediction.predictions)

@@ -41,7 +41,12 @@ def base(checkpoints, files):
         ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
         ("run_mlm.py", {}, "which has no `AutoModelForMaskedLM`"),
         ("run_seq2seq.py", {"source_column": "text.en"}, "`--source_column=text.en` is no column"),
-        ("run_seq2seq.py", {"metric_tokenizer": "klingon"}, "`--metric_tokenizer=klingon` must be one of"),
+        (
+            "run_seq2seq.py",
+            {"metric_tokenizer": "klingon"},
+            "`--metric_tokenizer=klingon` of `--metric sacrebleu` must",
+        ),
+        ("run_seq2seq.py", {"metric": "rouge", "metric_tokenizer": "intl"}, "must be one of ('zh', 'char')"),
         ("run_classification.py", {"label_column": "class"}, "`--label_column=class` is no column"),
         ("run_classification.py", {"task": "chapters"}, "`--task=chapters` must be one of"),
     ],

@@ -1,5 +1,9 @@
 """The dense twin, what is frozen, and when a training stops."""
 
+import ast
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -150,6 +154,54 @@ def test_expert_dropout_and_early_stopping(checkpoints, files, call_recipe, tmp_
         assert torch.equal(trained.base_model.state_dict()[name], start.state_dict()[name])
     moved = "encoder.layer.1.attention.self.query.weight"
     assert not torch.equal(trained.base_model.state_dict()[moved], start.state_dict()[moved])
+
+
+PAIRS = {"text_column": "first", "second_text_column": "text"}
+SCORED = {
+    "clm": ("run_clm.py", "decoder", "docs.jsonl", {"group_by": "label"}),
+    "mlm": ("run_mlm.py", "encoder", "docs.jsonl", {}),
+    "seq2seq": ("run_seq2seq.py", *TASKS["run_seq2seq.py"]),
+    "texts": ("run_classification.py", "encoder", "docs.jsonl", {}),
+    "regression": ("run_classification.py", "encoder", "numbers.jsonl", {}),
+    "tokens": (
+        "run_classification.py",
+        "encoder",
+        "words.jsonl",
+        {"task": "tokens", "text_column": "words", "label_column": "tags"},
+    ),
+    "qa": ("run_qa.py", "encoder", "some.jsonl", {}),
+    "search": ("run_embeddings.py", "encoder", "docs.jsonl", PAIRS),
+    "similarity": ("run_embeddings.py", "encoder", "numbers.jsonl", {**PAIRS, "score_column": "label"}),
+}
+
+
+@pytest.mark.parametrize("task", SCORED)
+def test_the_metric_of_the_best_model_is_one_of_the_recipe(task, checkpoints, files, call_recipe, tmp_path, capsys):
+    """The sentence names all that an evaluation computes."""
+    script, family, name, arguments = SCORED[task]
+    numbers = [{"text": f"word {row}", "first": f"{row}", "label": row / 4} for row in range(4)]
+    asked = [{"context": "one two", "question": "?", "answers": {"text": words}} for words in (["two"], [])]
+    for path, rows in (("numbers.jsonl", numbers), ("some.jsonl", asked)):
+        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = {"model_name_or_path": checkpoints[family], "validation_file": files.get(name, tmp_path / name)}
+    line |= {"max_eval_samples": 8, "output_dir": tmp_path / "out", **arguments}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe(script, **line, metric_for_best_model="eval_ter")
+    assert stop.value.code == 2
+    (names,) = re.findall(
+        r"`--metric_for_best_model=eval_ter` is not computed here\. Choose one of (\[.*\])\.", capsys.readouterr().err
+    )
+    call_recipe(script, **line)
+    computed = {key.removeprefix("eval_") for key in results(tmp_path / "out") if key.startswith("eval_")}
+    speed = {"runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time"}
+    assert set(ast.literal_eval(names)) == computed - speed
+
+
+@pytest.mark.parametrize("name", ["loss", "perplexity", "eval_perplexity_law", "mse", "accuracy", "rouge1"])
+def test_lower_is_better_for_errors(name, tmp_path):
+    arguments = {"metric_for_best_model": name, "report_to": [], "use_cpu": True}
+    assert TrainingArguments(str(tmp_path), **arguments).greater_is_better is (name in ("accuracy", "rouge1"))
+    assert TrainingArguments(str(tmp_path), **arguments, greater_is_better=True).greater_is_better
 
 
 def names(model, trained: bool = False) -> set[str]:

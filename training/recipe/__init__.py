@@ -1,9 +1,9 @@
 """What the recipes of this folder share: arguments, data, model and the run itself."""
 
 from .data import DataArguments, column, is_text, load_data, require_columns, sequence_length
-from .language_model import TextArguments, pack, perplexity, token_losses
+from .language_model import TextArguments, pack, perplexity, perplexity_names, token_losses
 from .model import ModelArguments, load_config, load_model, load_tokenizer
-from .optimization import TrainingArguments
+from .optimization import TrainingArguments, check_best_metric
 from .run import parse_arguments, stop_on_bad_input, train_and_evaluate
 
 
@@ -12,6 +12,7 @@ __all__ = [
     "ModelArguments",
     "TextArguments",
     "TrainingArguments",
+    "check_best_metric",
     "column",
     "is_text",
     "load_config",
@@ -21,6 +22,7 @@ __all__ = [
     "pack",
     "parse_arguments",
     "perplexity",
+    "perplexity_names",
     "require_columns",
     "sequence_length",
     "stop_on_bad_input",

@@ -93,3 +93,8 @@ def perplexity(prediction: EvalPrediction, groups: Sequence[str] | None = None) 
         rows = [place for place, each in enumerate(groups or ()) if each == group]
         found[f"perplexity_{group}"] = metrics.perplexity(losses[rows], counts[rows].astype(int))["perplexity"]
     return found
+
+
+def perplexity_names(groups: Sequence[str] | None) -> list[str]:
+    """What [`perplexity`] calls its numbers."""
+    return ["perplexity", *(f"perplexity_{group}" for group in sorted(set(groups or ())))]

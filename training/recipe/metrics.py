@@ -174,6 +174,12 @@ def _longest_common_run(guess: list[str], right: list[str]) -> int:
     return SequenceMatcher(None, guess, right, autojunk=False).find_longest_match().size
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether the better of two models has the lower score of this name: of losses, perplexities and errors."""
+    name = name.removeprefix("eval_")
+    return name == "mse" or name.endswith("loss") or name.startswith("perplexity")
+
+
 LANGUAGES = ("en", "zh")
 OF_TEXTS: dict[str, Callable[..., dict[str, float]]] = {"sacrebleu": bleu, "rouge": rouge}
-TOKENIZERS = ("13a", "intl", "zh", "char")
+TOKENIZERS = {"sacrebleu": ("13a", "intl", "zh", "char"), "rouge": ("zh", "char")}

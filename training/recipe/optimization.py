@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 
 from hf_sparse_moe import parameter_groups
+
+from . import metrics
 
 
 @dataclass
@@ -36,6 +38,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not metrics.lower_is_better(self.metric_for_best_model)
         super().__post_init__()
         if self.early_stopping_patience is None:
             return
@@ -46,6 +50,15 @@ class TrainingArguments(transformers.TrainingArguments):
                 "`--early_stopping_patience` ends with the best model: pass `--load_best_model_at_end true "
                 "--eval_strategy epoch --save_strategy epoch` with it."
             )
+
+
+def check_best_metric(args: transformers.TrainingArguments, names: Iterable[str]) -> None:
+    """Raise a `ValueError` unless `metric_for_best_model` is the loss or one of the recipe's `names`."""
+    known = ["loss", *names]
+    if (args.metric_for_best_model or "loss").removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`--metric_for_best_model={args.metric_for_best_model}` is not computed here. Choose one of {known}."
+        )
 
 
 def prepare_training(trainer: Trainer, is_mixture: bool) -> None:
