@@ -1,6 +1,8 @@
 """What a person gets wrong ends in one sentence that says what, and exit code 2."""
 
+import gzip
 import json
+import re
 import shutil
 import sys
 
@@ -119,13 +121,36 @@ def test_the_command_line_wins_over_the_file(monkeypatch, tmp_path):
         assert args.num_train_epochs == 3  # a default
 
 
-def test_an_empty_file_of_rows(checkpoints, files, call_recipe, tmp_path, capsys):
-    (tmp_path / "empty.jsonl").touch()
-    line = {**base(checkpoints, files), "train_file": tmp_path / "empty.jsonl", "output_dir": tmp_path / "out"}
-    with pytest.raises(SystemExit) as stop:
-        call_recipe("run_clm.py", **line)
-    assert stop.value.code == 2
-    assert f"`--train_file={tmp_path / 'empty.jsonl'}` is empty" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("rows.jsonl", "", "has no rows"),
+        ("rows.jsonl.gz", "", "has no rows"),
+        ("rows.jsonl", "\n \n", "has no rows"),
+        ("rows.json", "[]", "has no rows"),
+        ("rows.csv", "text,label\n", "has no rows"),
+        ("rows.txt.gz", "\n\n", "has no rows"),
+        ("rows.jsonl.gz", None, "cannot be read as json: Compressed file ended"),
+    ],
+)
+def test_files_without_rows_are_named(name, text, sentence, tmp_path):
+    """Alone, and beside a file that has some."""
+    path, other = tmp_path / name, tmp_path / f"other-{name}"
+    rows = "text,label\none,two\n" if ".csv" in name else '{"text": "one"}\n'
+    for each, content in ((path, rows if text is None else text), (other, rows)):
+        with gzip.open(each, "wt") if name.endswith(".gz") else each.open("w") as file:
+            file.write(content)
+    if text is None:
+        path.write_bytes(path.read_bytes()[:-12])
+    for files in [path], [path, other]:
+        with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(sentence)):
+            recipe.load_data(recipe.DataArguments(train_file=list(map(str, files))))
+
+
+def test_one_row_cannot_be_divided(tmp_path):
+    (tmp_path / "row.txt").write_text("one line\n")
+    with pytest.raises(ValueError, match=r"leaves none of the rows of `.*row\.txt` \(1\) to train on"):
+        recipe.load_data(recipe.DataArguments(train_file=str(tmp_path / "row.txt")))
 
 
 def test_a_dense_model_in_4_bits(checkpoints, files, call_recipe, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import gzip
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,14 +84,28 @@ def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None =
         files = {"train": args.train_file, "validation": args.validation_file}
         data = DatasetDict({split: _load_files(names, split, args) for split, names in files.items() if names})
     if "validation" not in data and args.validation_percentage > 0:
-        parts = data["train"].train_test_split(args.validation_percentage / 100, seed=0)
+        rows, share = len(data["train"]), args.validation_percentage
+        if math.ceil(rows * share / 100) >= rows:
+            raise ValueError(
+                f"`--validation_percentage={share}` leaves none of the rows of {_named(args, 'train')} ({rows}) to "
+                "train on. Pass validation data, or `--validation_percentage 0`."
+            )
+        parts = data["train"].train_test_split(share / 100, seed=0)
         data = DatasetDict(train=parts["train"], validation=parts["test"])
     if unnest is not None:
         data = DatasetDict({split: unnest(rows) for split, rows in data.items()})
     for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
         if split in data and limit is not None:
             data[split] = data[split].select(range(min(limit, len(data[split]))))
+    for split, rows in data.items():
+        if len(rows) == 0:
+            raise ValueError(f"The {split} data has no rows: {_named(args, split)}.")
     return data
+
+
+def _named(args: DataArguments, split: str) -> str:
+    files = (args.validation_file if split == "validation" else None) or args.train_file
+    return f"`{' '.join(files)}`" if files else f"`{args.dataset_name}`"
 
 
 def is_text(args: DataArguments) -> bool:
@@ -136,18 +152,33 @@ def _load_files(names: list[str], split: str, args: DataArguments) -> Dataset:
         options["delimiter"] = args.delimiter or ("\t" if tab else ",")
         options |= {"column_names": args.column_names} if args.column_names else {}
         options |= {"quoting": 3} if args.no_quotes else {}
-    for path in paths:
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"`{argument}={path}` is empty. Leave it out, or write rows to it.")
+    if getattr(args, "group_by", None) != FILE:
+        return _read_files(paths, f"{argument}={' '.join(names)}", reader, options)
+    by_path = [(path, _read_files([path], f"{argument}={path}", reader, options)) for path in paths]
+    named = [rows.add_column(FILE, [Path(path).name.partition(".")[0]] * len(rows)) for path, rows in by_path]
+    return concatenate_datasets(named)
+
+
+def _read_files(paths: list[str], named: str, reader: str, options: dict[str, Any]) -> Dataset:
+    """The rows of files, which on the command line were `named` so."""
     try:
-        if getattr(args, "group_by", None) != FILE:
+        if not any(map(_is_blank, paths)):
             return load_dataset(reader, data_files=paths, split="train", **options)
-        by_path = [(path, load_dataset(reader, data_files=path, split="train", **options)) for path in paths]
-        named = [rows.add_column(FILE, [Path(path).name.partition(".")[0]] * len(rows)) for path, rows in by_path]
-        return concatenate_datasets(named)
-    except DatasetsError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"`{argument}={' '.join(names)}` cannot be read as {reader}: {reason}") from error
+        reason: object = None
+    except (DatasetsError, ValueError, OSError, EOFError, StopIteration) as error:
+        reason = None if "corresponds to no data" in str(error) else error.__cause__ or error  # a header alone
+    if len(paths) > 1:  # which of them?
+        for path in paths:
+            _read_files([path], f"{named.partition('=')[0]}={path}", reader, options)
+    if reason is None:
+        raise ValueError(f"`{named}` has no rows. Leave it out, or write rows to it.")
+    raise ValueError(f"`{named}` cannot be read as {reader}: {reason}")
+
+
+def _is_blank(path: str) -> bool:
+    """Whether a file has nothing but spaces and line breaks."""
+    with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+        return all(not chunk.strip() for chunk in iter(lambda: file.read(1 << 16), b""))
 
 
 def _reader(path: str) -> str | None:
