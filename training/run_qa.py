@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
+from datasets import DatasetDict
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction, Trainer
 
 import recipe
@@ -52,6 +53,18 @@ class QuestionArguments(recipe.DataArguments):
             raise ValueError(f"`--max_answer_length={self.max_answer_length}` must be at least 1.")
 
 
+def answered(data: DatasetDict, columns: tuple[str, str, str]) -> DatasetDict:
+    """The rows of each split that [`qa.with_answers`] leaves."""
+    found = DatasetDict({split: qa.with_answers(rows, columns) for split, rows in data.items()})
+    for split, rows in found.items():
+        if left_out := len(data[split]) - len(rows):
+            text = "%d of %d rows of the %s data are left out: their answer is not in the text"
+            logger.warning(text, left_out, len(data[split]), split)
+        if len(rows) == 0:
+            raise ValueError(f"No answer in `--answers_column={columns[2]}` of the {split} data is in its text.")
+    return found
+
+
 def main() -> None:
     with recipe.stop_on_bad_input():
         model_args, data_args, args = recipe.parse_arguments(
@@ -61,6 +74,12 @@ def main() -> None:
         columns = (data_args.context_column, data_args.question_column, data_args.answers_column)
         context, question, answers = columns
         recipe.require_columns(data, context_column=context, question_column=question, answers_column=answers)
+        recipe.require_texts(data, context_column=context)
+        recipe.require_rows(data, lambda value: isinstance(value, str | None), "a question", question_column=question)
+        form = '`{"text": [...], "answer_start": [...]}`, both lists, or `[]`'
+        recipe.require_rows(data, qa.are_answers, form, answers_column=answers)
+        with args.main_process_first(desc="looking for answers"):
+            data = answered(data, columns)
         kinds = {qa.is_unanswerable(row) for row in data["validation"][answers]} if "validation" in data else {True}
         examples = [[] if unanswerable else ["a"] for unanswerable in kinds]
         recipe.check_best_metric(args, metrics.question_answering([""] * len(examples), examples))
@@ -78,17 +97,6 @@ def main() -> None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenize = partial(qa.windows, tokenizer=tokenizer, columns=columns, length=length, stride=stride)
         with args.main_process_first(desc="tokenizing"):
-            if "train" in data:
-                rows = len(data["train"])
-                data["train"] = qa.with_answers(data["train"], columns)
-                if left_out := rows - len(data["train"]):
-                    logger.warning(
-                        "%d of %d training rows are left out: their answer is not in the text", left_out, rows
-                    )
-                if len(data["train"]) == 0:
-                    raise ValueError(
-                        f"No answer in `--answers_column={columns[2]}` of the training data is in its text."
-                    )
             features = data.map(
                 tokenize,
                 batched=True,

@@ -35,8 +35,8 @@ class PairArguments(recipe.DataArguments):
     metric_tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "How the metric cuts texts into words: 13a (sacrebleu's default), intl, zh (Chinese) or char; rouge "
-            "takes the last two."
+            "help": "How the metric cuts texts into words: sacrebleu by 13a (the default), intl, zh (Chinese) or "
+            "char; rouge by zh or char."
         },
     )
 
@@ -47,8 +47,8 @@ class PairArguments(recipe.DataArguments):
         allowed = metrics.TOKENIZERS[self.metric]
         if self.metric_tokenizer not in (None, *allowed):
             raise ValueError(
-                f"`--metric_tokenizer={self.metric_tokenizer}` of `--metric {self.metric}` must be one of {allowed}, or "
-                "left out."
+                f"`--metric_tokenizer={self.metric_tokenizer}` of `--metric {self.metric}` must be one of {allowed}. "
+                "Without it, the metric cuts words as it does by default."
             )
 
 
@@ -67,6 +67,7 @@ def main() -> None:
         data = recipe.load_data(data_args)
         source, target = data_args.source_column, data_args.target_column
         recipe.require_columns(data, source_column=source, target_column=target)
+        recipe.require_texts(data, source_column=source, target_column=target)
         tokenizer = recipe.load_tokenizer(model_args)
         config = recipe.load_config(model_args, tokenizer)
         length = recipe.sequence_length(data_args, tokenizer, config)

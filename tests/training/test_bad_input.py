@@ -153,6 +153,20 @@ def test_one_row_cannot_be_divided(tmp_path):
         recipe.load_data(recipe.DataArguments(train_file=str(tmp_path / "row.txt")))
 
 
+@pytest.mark.parametrize(
+    ("pair", "column"), [(None, "source"), ({"source": None}, "source"), ({"source": "one", "target": None}, "target")]
+)
+def test_a_pair_without_a_text(pair, column, checkpoints, call_recipe, tmp_path, capsys):
+    rows = [{"pair": {"source": "one", "target": "two"}}, {"pair": pair}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = {"model_name_or_path": checkpoints["encoder_decoder"], "validation_file": tmp_path / "pairs.jsonl"}
+    line |= {"source_column": "pair.source", "target_column": "pair.target", "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_seq2seq.py", **line)
+    assert stop.value.code == 2
+    assert f"column=pair.{column}` must hold a text in every row: not so in 1 of 2" in capsys.readouterr().err
+
+
 def test_a_dense_model_in_4_bits(checkpoints, files, call_recipe, tmp_path, capsys):
     shutil.copytree(checkpoints["decoder"], tmp_path / "packed")
     path = tmp_path / "packed" / "config.json"

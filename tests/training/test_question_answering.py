@@ -1,6 +1,7 @@
 """Question answering: windows that lose no answer, the best span of all windows, and the recipe end to end."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def test_where_an_answer_stands():
     assert qa.find_answer(text, {"text": ["three"], "answer_start": [0]}) is None
     assert qa.find_answer(text, []) is None
     assert qa.is_unanswerable({"text": [], "answer_start": []})
+    assert qa.is_unanswerable({"text": None, "answer_start": None})
     assert not qa.is_unanswerable([{"text": "three"}])
 
 
@@ -201,16 +203,45 @@ def test_one_sentence(arguments, sentence, checkpoints, squad_file, call_recipe,
     assert sentence in error[0]
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("answers", "two"),
+        ("answers", ["two"]),
+        ("answers", {"text": "two", "answer_start": 4}),
+        ("answers", {"text": ["two"], "answer_start": [4, 8]}),
+        ("answers", {"span": ["two"]}),
+        ("context", None),
+        ("question", 5),
+    ],
+)
+def test_rows_of_another_form(column, value, checkpoints, call_recipe, tmp_path, capsys):
+    row = {"context": "one two", "question": "?", "answers": squad("one two", "two"), column: value}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        call_recipe(
+            "run_qa.py", model_name_or_path=checkpoints["encoder"], validation_file=file, output_dir=tmp_path / "out"
+        )
+    assert stop.value.code == 2
+    sentence = (
+        rf"error: `--{column}_column={column}` must hold .* in every row: not so in 1 of 1 rows of the validation"
+    )
+    assert re.search(sentence, capsys.readouterr().err)
+
+
 def test_answers_that_are_not_in_the_text(checkpoints, call_recipe, tmp_path, capsys, caplog):
     rows = [{"context": "one two three", "question": "?", "answers": {"text": [word]}} for word in ("two", "four")]
     file = tmp_path / "rows.jsonl"
     line = {"model_name_or_path": checkpoints["encoder"], "train_file": file, "max_steps": 1, "save_strategy": "no"}
     line["log_level"] = "warning"  # whatever another test left
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    call_recipe("run_qa.py", **line, validation_percentage=0, output_dir=tmp_path / "some")
-    assert "1 of 2 training rows are left out: their answer is not in the text" in caplog.text
+    call_recipe("run_qa.py", **line, validation_file=file, output_dir=tmp_path / "some")
+    for split in ("train", "validation"):
+        assert caplog.text.count(f"1 of 2 rows of the {split} data are left out: their answer is not in the text") == 1
+    assert json.loads((tmp_path / "some" / "training_record.json").read_text())["evaluation"]["data"][""]["rows"] == 1
     file.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(SystemExit) as stop:
         call_recipe("run_qa.py", **line, validation_percentage=0, output_dir=tmp_path / "none")
     assert stop.value.code == 2
-    assert "No answer in `--answers_column=answers` of the training data is in its text" in capsys.readouterr().err
+    assert "No answer in `--answers_column=answers` of the train data is in its text" in capsys.readouterr().err

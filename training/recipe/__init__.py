@@ -1,6 +1,15 @@
 """What the recipes of this folder share: arguments, data, model and the run itself."""
 
-from .data import DataArguments, column, is_text, load_data, require_columns, sequence_length
+from .data import (
+    DataArguments,
+    column,
+    is_text,
+    load_data,
+    require_columns,
+    require_rows,
+    require_texts,
+    sequence_length,
+)
 from .language_model import TextArguments, pack, perplexity, perplexity_names, token_losses
 from .model import ModelArguments, load_config, load_model, load_tokenizer
 from .optimization import TrainingArguments, check_best_metric
@@ -24,6 +33,8 @@ __all__ = [
     "perplexity",
     "perplexity_names",
     "require_columns",
+    "require_rows",
+    "require_texts",
     "sequence_length",
     "stop_on_bad_input",
     "token_losses",

@@ -194,7 +194,7 @@ def _as_list(value: list[str] | str | None) -> list[str] | None:
 def column(rows: Dataset | dict[str, list], name: str) -> list:
     """The values of a column; `translation.en` is the entry `en` of the column `translation`."""
     outer, _, inner = name.partition(".")
-    return [value[inner] for value in rows[outer]] if inner else list(rows[outer])
+    return [value and value[inner] for value in rows[outer]] if inner else list(rows[outer])
 
 
 def require_columns(data: DatasetDict, **columns: str | None) -> None:
@@ -209,6 +209,30 @@ def require_columns(data: DatasetDict, **columns: str | None) -> None:
             )
             if name is not None and missing:
                 raise ValueError(f"`--{argument}={name}` is no column of the {split} data; it has {sorted(known)}.")
+
+
+def require_rows(data: DatasetDict, allowed: Callable[..., bool], needed: str, **columns: str | None) -> None:
+    """
+    Raise a `ValueError` unless in every row of every split `allowed` takes the values of the columns; each keyword is
+    the argument that names one.
+    """
+    names = {argument: name for argument, name in columns.items() if name is not None}
+    for split, rows in data.items():
+        values = zip(*(column(rows, name) for name in names.values()), strict=True)
+        wrong = [place for place, row in enumerate(values) if not allowed(*row)]
+        if wrong:
+            arguments = " and ".join(f"`--{argument}={name}`" for argument, name in names.items())
+            raise ValueError(
+                f"{arguments} must hold {needed} in every row: not so in {len(wrong)} of {len(rows)} rows of the "
+                f"{split} data, such as {str(rows[wrong[0]])[:200]}. Remove or repair them."
+            )
+
+
+def require_texts(data: DatasetDict, **columns: str | None) -> None:
+    """[`require_rows`] for columns of texts."""
+    for argument, name in columns.items():
+        if name is not None:
+            require_rows(data, lambda value: isinstance(value, str), "a text", **{argument: name})
 
 
 def sequence_length(args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:

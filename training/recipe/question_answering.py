@@ -23,31 +23,46 @@ def question_rows(data: Dataset) -> Dataset:
     if "paragraphs" not in data.column_names:
         return data
     rows = [
-        {"context": paragraph["context"], "question": question["question"], "answers": question["answers"]}
+        {"context": paragraph.get("context"), "question": question.get("question"), "answers": question.get("answers")}
         for article in data
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
+        for paragraph in article["paragraphs"] or ()
+        for question in paragraph.get("qas") or ()
     ]
     return Dataset.from_list(rows)
 
 
-def answer_texts(answers: dict[str, list] | list[dict] | None) -> list[str]:
-    """The texts of a row's answers, of which SQuAD's files have a list, and its data sets a mapping of lists."""
+Answers = dict[str, list] | list[dict] | None  # a mapping of lists, as SQuAD's data sets have it, or its files' list
+
+
+def answer_pairs(answers: Answers) -> list[tuple[str | None, int | None]]:
+    """The texts of a row's answers, and where they are said to stand."""
     if isinstance(answers, dict):
-        return list(answers["text"] or ())
-    return [answer["text"] for answer in answers or ()]
+        texts = answers["text"] or []
+        return list(zip(texts, answers.get("answer_start") or [None] * len(texts), strict=True))
+    return [(answer["text"], answer.get("answer_start")) for answer in answers or ()]
 
 
-def find_answer(context: str, answers: dict[str, list] | list[dict] | None) -> Answer | None:
+def are_answers(value: Any) -> bool:
+    """Whether a row's answers have one of the two forms."""
+    try:
+        pairs = answer_pairs(value)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    in_lists = not (isinstance(value, dict) and isinstance(value["text"], str))
+    return in_lists and all(isinstance(text, str | None) and isinstance(start, int | None) for text, start in pairs)
+
+
+def answer_texts(answers: Answers) -> list[str]:
+    """The texts of a row's answers."""
+    return [text for text, _ in answer_pairs(answers) if text]
+
+
+def find_answer(context: str, answers: Answers) -> Answer | None:
     """
     Where the first answer that the context has stands in it: at its `answer_start`, or else its first occurrence. None
     where the context has none of them.
     """
-    if isinstance(answers, dict):
-        starts = answers.get("answer_start") or [None] * len(answers["text"])
-        pairs = list(zip(answers["text"], starts, strict=True))
-    else:
-        pairs = [(answer["text"], answer.get("answer_start")) for answer in answers or ()]
+    pairs = answer_pairs(answers)
     for text, start in pairs:
         if text and start is not None and start >= 0 and context.startswith(text, start):
             return start, start + len(text)
@@ -55,9 +70,9 @@ def find_answer(context: str, answers: dict[str, list] | list[dict] | None) -> A
     return next(((start, start + len(text)) for start, text in places if start >= 0), None)
 
 
-def is_unanswerable(answers: dict[str, list] | list[dict] | None) -> bool:
+def is_unanswerable(answers: Answers) -> bool:
     """Whether a question has no answer in its context, as some of SQuAD 2's."""
-    return not any(answer_texts(answers))
+    return not answer_texts(answers)
 
 
 def windows(
@@ -158,10 +173,10 @@ def best_answer(
 
 
 def with_answers(data: Dataset, columns: tuple[str, str, str]) -> Dataset:
-    """The rows of training data that teach something: their context has an answer, or they say that it has none."""
+    """The rows that a model can get right: their context has an answer, or they say that it has none."""
     context, _, answers = columns
 
-    def teaches(row: dict[str, Any]) -> bool:
+    def has_it(row: dict[str, Any]) -> bool:
         return is_unanswerable(row[answers]) or find_answer(row[context], row[answers]) is not None
 
-    return data.filter(teaches, desc="Looking for the answers")
+    return data.filter(has_it, desc="Looking for the answers")
