@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -66,8 +66,6 @@ class Labels:
             return
         of_split = {split: set(chain(*self._lists(rows, args))) for split, rows in data.items()}
         found = set().union(*of_split.values())
-        if None in found:
-            raise ValueError(f"`--label_column={args.label_column}` has rows without a label. Remove them.")
         self.names = [str(name) for name in sorted(found)]
         known = getattr(config, "label2id", None) or {}
         if set(self.names) <= set(known):  # a checkpoint that was trained on these labels keeps their ids
@@ -148,6 +146,7 @@ def main() -> None:
         data = recipe.load_data(data_args)
         text, second, label = data_args.text_column, data_args.second_text_column, data_args.label_column
         recipe.require_columns(data, text_column=text, second_text_column=second, label_column=label)
+        check_rows(data, data_args)
         tokenizer = recipe.load_tokenizer(model_args)
         config = recipe.load_config(model_args, tokenizer)
         length = recipe.sequence_length(data_args, tokenizer, config)
@@ -198,6 +197,31 @@ def main() -> None:
     recipe.train_and_evaluate(
         trainer, data_args, "F1 of classes is the macro average; of tagged spans, seqeval's over whole spans"
     )
+
+
+def check_rows(data: DatasetDict, args: LabelledArguments) -> None:
+    """Raise a `ValueError` unless every row has its texts, or words, and its label or labels."""
+    text, label = {"text_column": args.text_column}, {"label_column": args.label_column}
+    feature = next(iter(data.values())).features[args.label_column]
+    numbered = isinstance(getattr(feature, "feature", feature), ClassLabel)
+
+    def is_label(value: object) -> bool:
+        is_missing = value is None or value != value or (numbered and value == -1)  # NaN; what `datasets` gives
+        return not is_missing and not isinstance(value, list | dict)
+
+    if args.task == "texts":
+        recipe.require_texts(data, **text, second_text_column=args.second_text_column)
+        recipe.require_rows(data, is_label, "a label", **label)
+        return
+
+    def are_words(values: object) -> bool:
+        return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+    def are_labels(words: list[str], values: object) -> bool:
+        return isinstance(values, list) and len(values) == len(words) and all(map(is_label, values))
+
+    recipe.require_rows(data, are_words, "a list of words, as `--task tokens` takes them,", **text)
+    recipe.require_rows(data, are_labels, "a list with as many labels as words", **text, **label)
 
 
 def first_tokens(word_labels: list[int], word_ids: list[int | None]) -> list[int]:

@@ -154,7 +154,8 @@ def test_one_row_cannot_be_divided(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pair", "column"), [(None, "source"), ({"source": None}, "source"), ({"source": "one", "target": None}, "target")]
+    ("pair", "column"),
+    [(None, "source"), ({"source": None, "target": "two"}, "source"), ({"source": "one", "target": None}, "target")],
 )
 def test_a_pair_without_a_text(pair, column, checkpoints, call_recipe, tmp_path, capsys):
     rows = [{"pair": {"source": "one", "target": "two"}}, {"pair": pair}]

@@ -61,3 +61,32 @@ def test_one_sentence(arguments, sentence, checkpoints, call_recipe, tmp_path, c
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert sentence in error[0]
+
+
+TOKENS = {"task": "tokens", "text_column": "words", "label_column": "tags"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row", "sentence"),
+    [
+        ({}, {"text": None}, "`--text_column=text` must hold a text"),
+        ({}, {"label": None}, "`--label_column=label` must hold a label"),
+        ({"second_text_column": "number"}, {}, "`--second_text_column=number` must hold a text"),
+        ({"label_column": "number"}, {"number": None}, "`--label_column=number` must hold a label"),
+        ({"task": "tokens"}, {}, "`--text_column=text` must hold a list of words"),
+        ({"task": "tokens", "text_column": "words"}, {}, "`--text_column=words` and `--label_column=label` must hold"),
+        (TOKENS, {"tags": None}, "`--label_column=tags` must hold a list with as many labels as words"),
+        (TOKENS, {"tags": ["a"]}, "as many labels as words"),
+        (TOKENS, {"tags": ["a", None]}, "as many labels as words"),
+    ],
+)
+def test_rows_without_a_text_or_a_label(arguments, row, sentence, checkpoints, call_recipe, tmp_path, capsys):
+    whole = {"text": "one two", "label": "a", "number": 0.5, "words": ["one", "two"], "tags": ["a", "b"]}
+    train = write(tmp_path / "train.jsonl", [whole, {**whole, **row}, {**whole, "label": "b"}])
+    line = {"model_name_or_path": checkpoints["encoder"], "validation_file": train, "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_classification.py", **line, **arguments)
+    assert stop.value.code == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence in error
+    assert f"not so in {1 if row else 3} of 3 rows of the validation data, such as {{'text'" in error
