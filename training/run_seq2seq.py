@@ -42,6 +42,8 @@ class PairArguments(recipe.DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_target_length is not None and self.max_target_length < 1:
+            raise ValueError(f"`--max_target_length={self.max_target_length}` must be at least 1.")
         if self.metric not in metrics.OF_TEXTS:
             raise ValueError(f"`--metric={self.metric}` must be one of {tuple(metrics.OF_TEXTS)}.")
         allowed = metrics.TOKENIZERS[self.metric]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModel, CamembertConfig, Data2VecTextConfig, EncoderDecoderConfig, LlamaConfig, MPNetConfig
 
 import hf_sparse_moe
 from cli_client import assert_one_sentence, run_cli
-from hf_sparse_moe.checkpoints.config import read_config, sensible_config
+from hf_sparse_moe.checkpoints.config import read_config, sensible_config, usable_positions
 from hf_sparse_moe.checkpoints.source import find_source
-from tiny_models import tiny_dense, tiny_sparse
+from tiny_models import ARCHITECTURES, tiny_dense, tiny_sparse
 
 
 @pytest.fixture
@@ -103,3 +103,23 @@ def test_a_field_by_its_other_name_is_checked_as_by_its_own():
             hf_sparse_moe.SparseMoeDecoderConfig(num_local_experts=value)
     config = hf_sparse_moe.SparseMoeDecoderConfig(num_local_experts=4)
     assert (config.num_experts, config.num_local_experts) == (4, 4)
+
+
+RELATIVES = {"camembert": CamembertConfig, "mpnet": MPNetConfig, "data2vec": Data2VecTextConfig}
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm_roberta", *RELATIVES, "gpt2", "opt", "bart"])
+def test_a_model_takes_as_many_tokens_as_it_has_usable_positions(name):
+    config = RELATIVES[name](**ARCHITECTURES["roberta"].fields) if name in RELATIVES else ARCHITECTURES[name].config()
+    model = AutoModel.from_config(config).eval()
+    most = usable_positions(config)
+    model(torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, most + 1), 5))
+
+
+def test_usable_positions_of_other_configs():
+    assert usable_positions(tiny_sparse("roberta").config) == 62
+    assert usable_positions(ARCHITECTURES["t5"].config()) is None
+    sides = [ARCHITECTURES[name].config() for name in ("bert", "roberta")]
+    assert usable_positions(EncoderDecoderConfig.from_encoder_decoder_configs(*sides)) == 62

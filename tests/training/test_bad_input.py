@@ -39,6 +39,8 @@ def base(checkpoints, files):
         ("run_clm.py", {"num_experts_per_tok": 9}, "`num_experts_per_tok=9` is not allowed"),
         ("run_clm.py", {"upcycling_method": "magic"}, "`method='magic'` is not allowed"),
         ("run_clm.py", {"max_length": 4096}, "`--max_length=4096` is more than the 128 tokens"),
+        ("run_clm.py", {"max_length": 0}, "`--max_length=0` must be at least 1"),
+        ("run_seq2seq.py", {"max_target_length": 0}, "`--max_target_length=0` must be at least 1"),
         ("run_clm.py", {"max_length": 128, "max_train_samples": 1}, "fill no block of 128 tokens"),
         ("run_clm.py", {"nonsense": 1}, "['--nonsense', '1']"),
         ("run_mlm.py", {}, "which has no `AutoModelForMaskedLM`"),

@@ -1,5 +1,6 @@
 """Every kind of file gives the same rows, and packing and metrics count what they should."""
 
+import copy
 import gzip
 import math
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset, DatasetDict
-from transformers import EvalPrediction
+from transformers import EvalPrediction, RobertaConfig
 
 from training_runs import TRAINING
 
@@ -77,6 +78,17 @@ def test_nested_columns(recipe):
     assert recipe.column(data["train"], "pair.en")[1] == "one 1"
     with pytest.raises(ValueError, match=r"`--source_column=pair\.fr` is no column"):
         recipe.require_columns(data, source_column="pair.fr")
+
+
+def test_the_longest_sequence_is_what_the_model_takes(recipe, tokenizer):
+    """Of 66 positions RoBERTa leaves the first two to the padding; a tokenizer may know no limit."""
+    config = RobertaConfig(max_position_embeddings=66, pad_token_id=1, hidden_size=8, num_attention_heads=1)
+    endless = copy.deepcopy(tokenizer)
+    endless.model_max_length = 10**30
+    given = [recipe.DataArguments(train_file="x.jsonl", max_length=length) for length in (None, 64, 65)]
+    assert [recipe.sequence_length(args, endless, config) for args in given[:2]] == [64, 64]
+    with pytest.raises(ValueError, match="`--max_length=65` is more than the 64 tokens"):
+        recipe.sequence_length(given[2], endless, config)
 
 
 def test_packing_keeps_the_text(recipe, tokenizer, texts):

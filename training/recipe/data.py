@@ -15,6 +15,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from hf_sparse_moe.checkpoints.config import usable_positions
+
 
 # The reader of `datasets` by the end of a file's name. All but parquet, which is compressed itself, may end with .gz.
 READERS = {
@@ -67,6 +69,8 @@ class DataArguments:
             raise ValueError("Pass either `--train_file` and/or `--validation_file`, or `--dataset_name`.")
         if not 0 <= self.validation_percentage < 100:
             raise ValueError(f"`--validation_percentage={self.validation_percentage}` must be from 0 to 99.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`--max_length={self.max_length}` must be at least 1.")
 
 
 def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None = None) -> DatasetDict:
@@ -237,7 +241,7 @@ def require_texts(data: DatasetDict, **columns: str | None) -> None:
 
 def sequence_length(args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
     """`--max_length`, or its default; never more than model and tokenizer take."""
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    limit = min(tokenizer.model_max_length, usable_positions(config) or sys.maxsize)
     if args.max_length is not None and args.max_length > limit:
         raise ValueError(f"`--max_length={args.max_length}` is more than the {limit} tokens that the model takes.")
     return args.max_length or min(limit, 512)

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
@@ -85,6 +85,27 @@ def read_mixture_config(
             f"it: hf-sparse-moe {command} {name} <new folder>."
         )
     return config
+
+
+def usable_positions(config: Any) -> int | None:
+    """
+    How many tokens the model of a config, sparse or dense, has positions for; None where its config names no bound.
+    RoBERTa and its relatives count from behind the padding's position, which leaves the first ones of
+    `max_position_embeddings` without use.
+    """
+    dense: Any = config.dense_config if isinstance(config, SparseMoeConfig) else config
+    sides = (getattr(dense, side, None) for side in ("encoder", "decoder"))
+    bounds = [usable_positions(side) for side in sides if isinstance(side, PreTrainedConfig)]
+    named = getattr(dense, "max_position_embeddings", None)
+    if isinstance(named, int) and named > 0:
+        bounds.append(named)
+        if not getattr(dense, "rope_parameters", None):  # then there may be a table
+            with sensible_config(str(dense.name_or_path)), torch.device("meta"):
+                modules = AutoModel.from_config(dense).named_modules()
+            tables = [module for name, module in modules if "position" in name and hasattr(module, "weight")]
+            padded = [table for table in tables if getattr(table, "padding_idx", None) is not None]
+            bounds += [len(table.weight) - table.padding_idx - 1 for table in padded]
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse_moe.checkpoints.config import usable_positions
 from hf_sparse_moe.models.configuration_sparse_moe import SparseMoeConfig
 from hf_sparse_moe.models.masks import IGNORED_LABEL
 from hf_sparse_moe.routing.statistics import ALL
@@ -105,10 +106,9 @@ def _listed(words: str | Sequence[str]) -> list[str]:
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     """How many tokens of a text a model takes, at most `max_length`."""
     dense: Any = config.dense_config if isinstance(config, SparseMoeConfig) else config
-    known = [getattr(dense, name, None) for name in ("max_position_embeddings", "n_positions")]
+    known = [usable_positions(dense), getattr(dense, "n_positions", None)]
     bounds = [bound for bound in known if isinstance(bound, int) and bound > 0]
-    start = 2 if "roberta" in str(dense.model_type) else 0  # its positions begin behind the pad's
-    return max(1, min([bound - start for bound in bounds] + [int(tokenizer.model_max_length), max_length]))
+    return max(1, min([*bounds, int(tokenizer.model_max_length), max_length]))
 
 
 def _predicts_the_next(model: PreTrainedModel) -> bool:
