@@ -53,13 +53,14 @@ class QuestionArguments(recipe.DataArguments):
             raise ValueError(f"`--max_answer_length={self.max_answer_length}` must be at least 1.")
 
 
-def answered(data: DatasetDict, columns: tuple[str, str, str]) -> DatasetDict:
-    """The rows of each split that [`qa.with_answers`] leaves."""
+def answered(data: DatasetDict, columns: tuple[str, str, str], args: QuestionArguments) -> DatasetDict:
+    """The rows of each split that [`qa.with_answers`] leaves; `args` are told that there are fewer."""
     found = DatasetDict({split: qa.with_answers(rows, columns) for split, rows in data.items()})
     for split, rows in found.items():
         if left_out := len(data[split]) - len(rows):
             text = "%d of %d rows of the %s data are left out: their answer is not in the text"
             logger.warning(text, left_out, len(data[split]), split)
+            args.whole_split &= split != "validation"
         if len(rows) == 0:
             raise ValueError(f"No answer in `--answers_column={columns[2]}` of the {split} data is in its text.")
     return found
@@ -79,7 +80,7 @@ def main() -> None:
         form = '`{"text": [...], "answer_start": [...]}`, both lists, or `[]`'
         recipe.require_rows(data, qa.are_answers, form, answers_column=answers)
         with args.main_process_first(desc="looking for answers"):
-            data = answered(data, columns)
+            data = answered(data, columns, data_args)
         kinds = {qa.is_unanswerable(row) for row in data["validation"][answers]} if "validation" in data else {True}
         examples = [[] if unanswerable else ["a"] for unanswerable in kinds]
         recipe.check_best_metric(args, metrics.question_answering([""] * len(examples), examples))

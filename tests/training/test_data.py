@@ -72,6 +72,26 @@ def test_a_tsv_without_header_and_quoting(recipe, tmp_path):
     assert "validation" not in data
 
 
+@pytest.mark.parametrize(
+    ("arguments", "validation"),
+    [
+        ({}, ["hf://datasets/user/law"]),
+        ({"max_eval_samples": 1}, ["hf://datasets/user/law, split validation", "of these the first 1 rows"]),
+        ({"validation_split": "dev"}, ["hf://datasets/user/law, 25% held out of the training data"]),
+        ({"dataset_name": "folder/law"}, ["law"]),
+    ],
+)
+def test_the_card_names_a_data_set(arguments, validation, recipe, tmp_path, monkeypatch):
+    """A whole split as `.eval_results/` takes it, a part of one in words, and a folder by its name."""
+    splits = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS))
+    monkeypatch.setattr(recipe.data, "load_dataset", lambda name, config: splits)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "law").mkdir(parents=True)
+    args = recipe.DataArguments(**{"dataset_name": "user/law", "validation_percentage": 25, **arguments})
+    recipe.load_data(args)
+    assert recipe.data.data_names(args) == ([validation[0].partition(",")[0]], validation)
+
+
 def test_nested_columns(recipe):
     data = DatasetDict(train=Dataset.from_list(ROWS))
     recipe.require_columns(data, source_column="pair.en")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -157,6 +159,27 @@ def test_classification_of_texts_and_then_further_with_the_mixture(checkpoints, 
     held_out = {"model_name_or_path": first, "num_experts": None, "train_file": files["docs.jsonl"]}
     call_recipe("run_classification.py", **{**arguments, **held_out, "learning_rate": 0.0, "output_dir": second})
     assert results(second)["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-5)
+
+
+def test_scores_on_a_data_set_of_the_hub(checkpoints, files, call_recipe, tmp_path, monkeypatch):
+    rows = Dataset.from_json(str(files["docs.jsonl"])).select(range(8))
+    monkeypatch.setattr("recipe.data.load_dataset", lambda name, config: DatasetDict(train=rows, validation=rows))
+    call_recipe(
+        "run_classification.py",
+        model_name_or_path=checkpoints["encoder"],
+        dataset_name="user/lengths",
+        dataset_config_name="short",
+        max_steps=1,
+        save_strategy="no",
+        output_dir=tmp_path,
+    )
+    entries = yaml.safe_load((tmp_path / ".eval_results" / "hf-sparse-moe.yaml").read_text())
+    assert [entry["dataset"] for entry in entries] == [{"id": "user/lengths", "task_id": "short"}] * len(entries)
+    found = {entry["notes"]: entry["value"] for entry in entries}
+    assert found["accuracy"] == pytest.approx(results(tmp_path)["eval_accuracy"])
+    card = (tmp_path / "README.md").read_text()
+    assert "on the split validation" in card
+    assert ModelCard(card).data.datasets == ["user/lengths"]
 
 
 def test_classification_of_tokens(checkpoints, files, call_recipe, tmp_path):

@@ -60,6 +60,9 @@ class DataArguments:
         default=None, metadata={"help": "Tokens of a sequence; the model's limit, at most 512, if not given."}
     )
     num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    # What `load_data` made the validation data of: a part of the training data, or all of a data set's split.
+    held_out: bool = field(default=False, init=False)
+    whole_split: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.train_file, self.validation_file = _as_list(self.train_file), _as_list(self.validation_file)
@@ -84,6 +87,7 @@ def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None =
             raise ValueError(f"`--train_split={args.train_split}` is none of {sorted(splits)}.")
         named = {"train": args.train_split, "validation": args.validation_split}
         data = DatasetDict({name: splits[split] for name, split in named.items() if split in splits})
+        args.whole_split = "validation" in data and args.max_eval_samples is None
     else:
         files = {"train": args.train_file, "validation": args.validation_file}
         data = DatasetDict({split: _load_files(names, split, args) for split, names in files.items() if names})
@@ -94,6 +98,7 @@ def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None =
                 f"`--validation_percentage={share}` leaves none of the rows of {_named(args, 'train')} ({rows}) to "
                 "train on. Pass validation data, or `--validation_percentage 0`."
             )
+        args.held_out = True
         parts = data["train"].train_test_split(share / 100, seed=0)
         data = DatasetDict(train=parts["train"], validation=parts["test"])
     if unnest is not None:
@@ -119,11 +124,16 @@ def is_text(args: DataArguments) -> bool:
 
 
 def data_names(args: DataArguments) -> tuple[list[str], list[str]]:
-    """What the model card calls the training and the validation data: a data set of the Hub, or folder and file."""
+    """
+    What the model card calls the training and the validation data: a data set of the Hub, or folder and file. A whole
+    split is named as `.eval_results/` takes it.
+    """
     held_out = f"{args.validation_percentage}% held out of the training data"
     if args.dataset_name is not None:
-        train = [f"hf://datasets/{args.dataset_name}"]
-        validation = [f"{args.dataset_name}, {args.validation_split}, or where it has none {held_out}"]
+        is_folder = Path(args.dataset_name).exists()
+        name = Path(args.dataset_name).resolve().name if is_folder else f"hf://datasets/{args.dataset_name}"
+        part = held_out if args.held_out else f"split {args.validation_split}"
+        train, validation = [name], [name if args.whole_split else f"{name}, {part}"]
     else:
         train, validation = _named_files(args.train_file), _named_files(args.validation_file) or [held_out]
     limits = ((train, args.max_train_samples), (validation, args.max_eval_samples))

@@ -121,7 +121,11 @@ def train_and_evaluate(trainer: Trainer, data_args: DataArguments, eval_metrics:
     apply_timeout(trainer.args)  # the model may have opened groups of its own
     train_data, eval_data = data_names(data_args)
     if is_mixture:  # a dense model gets the card of transformers
-        add_model_card(trainer, ModelCardCallback(train_data, eval_data, eval_metrics=eval_metrics))
+        task = "default"
+        if data_args.whole_split:
+            task = data_args.dataset_config_name or task
+            eval_metrics = f"{eval_metrics}; on the split {data_args.validation_split}"
+        add_model_card(trainer, ModelCardCallback(train_data, eval_data, task, eval_metrics=eval_metrics))
     if trainer.train_dataset is not None:
         if is_mixture:
             add_leading_callback(trainer, RoutingMonitor())
