@@ -6,21 +6,28 @@ Train a sparse encoder or decoder to embed texts, through sentence-transformers:
         --train_file questions.jsonl.gz --text_column question --second_text_column answer --output_dir outputs/search
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
-from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.evaluation import (
-    EmbeddingSimilarityEvaluator,
-    InformationRetrievalEvaluator,
-)
-from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import AutoModel, PreTrainedConfig
+
+
+try:
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.evaluation import (
+        EmbeddingSimilarityEvaluator,
+        InformationRetrievalEvaluator,
+    )
+    from sentence_transformers.sentence_transformer.modules import Transformer
+except ModuleNotFoundError as error:
+    print(f"error: {error}. Install it: pip install 'hf-sparse-moe[embeddings]'", file=sys.stderr)
+    raise SystemExit(2) from error
 
 import recipe
 

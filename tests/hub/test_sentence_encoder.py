@@ -71,6 +71,7 @@ def test_its_training_pushes_it_whole_with_its_scores(client, hub_server, repo_i
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     card = hub_server.hub.read(repo_id, "README.md").decode()
     assert "SparseMoeEncoderModel" in card
+    assert "library_name: sentence-transformers" in card
     assert "SentenceTransformer based on" not in card  # as its own card begins
     [result] = [
         entry for entry in yaml.safe_load(hub_server.hub.read(repo_id, ".eval_results/hf-sparse-moe.yaml"))

@@ -11,7 +11,9 @@ from training_runs import results
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("training.md", "embeddings.md")
-TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
+TEXTS = {page: (ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES}
+TEXT = "\n".join(TEXTS.values())
+BLOCKS = {page: re.findall(r"^```py\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0] for page, text in TEXTS.items()}
 LINES = [
     shlex.split(line, comments=True)
     for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -62,7 +64,7 @@ def test_command(command, run, tmp_path):
 
 def test_the_models_are_used_as_the_page_says(run, capsys):
     """Every task's model, after a step of its command: texts, labels, and an answer that is a part of its context."""
-    (block,) = re.findall(r"^```py\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    block = BLOCKS["training.md"]
     commands = [command for command in COMMANDS if f'"{command[-1]}"' in block]
     assert len(commands) == block.count("print(") == 6
     for command in commands:
@@ -75,3 +77,12 @@ def test_the_models_are_used_as_the_page_says(run, capsys):
     assert printed[2].startswith("[{'entity_group'") or printed[2] == "[]"
     assert printed[-1]
     assert printed[-1] in "Ada Lovelace was born in London."
+
+
+def test_the_trained_encoder_searches(run, capsys):
+    (command,) = [command for command in COMMANDS if command[-1] == "outputs/search"]
+    run(command)
+    capsys.readouterr()
+    namespace: dict = {}
+    exec(compile(BLOCKS["embeddings.md"], "docs/embeddings.md", "exec"), namespace)
+    assert capsys.readouterr().out.startswith(tuple(namespace["documents"]))

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -76,6 +79,27 @@ def test_its_scores_and_its_routing_are_recorded(search_run):
     card = (folder / "README.md").read_text()
     assert "ndcg@10" in card
     assert "SparseMoeEncoderModel" in card
+
+
+def test_its_card_says_how_to_use_it(search_run, monkeypatch):
+    folder = search_run["output_dir"]
+    card = (folder / "README.md").read_text()
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert "sentence-transformers" in data.tags
+    assert "AutoModel" not in card
+    monkeypatch.chdir(folder.parent)
+    namespace: dict = {}
+    exec(re.search(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[1], namespace)
+    assert namespace["embeddings"].shape == (2, 32)
+
+
+def test_the_extra_is_named(call_recipe, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(SystemExit) as stop:
+        call_recipe("run_embeddings.py", "--help")
+    assert stop.value.code == 2
+    assert "pip install 'hf-sparse-moe[embeddings]'" in capsys.readouterr().err
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(search_run, tmp_path):

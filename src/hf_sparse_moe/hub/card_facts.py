@@ -134,6 +134,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "routing": checkpoint.routing.get("layers") or [],
         "picture": checkpoint.has_picture,
         "report": checkpoint.has_report,
+        "embeds": checkpoint.embeds,
         "exports": Markup(", ".join(map(as_code, explain_export(model).possible))),
         "versions": mapping(receipt.get("versions")) or {"transformers": config.transformers_version},
     }

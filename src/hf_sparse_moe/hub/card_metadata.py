@@ -29,14 +29,18 @@ def derived_metadata(published: Checkpoint | SurgeryResult | Adapter) -> dict[st
         tags += [variant] if variant else []
     else:
         # the Hub knows four relations; an upcycled model is nearest to a fine-tuned one
-        library, relation = "transformers", "finetune"
+        library, relation = "sentence-transformers" if published.embeds else "transformers", "finetune"
         tags = ["moe", "sparse-moe", str(variant), *(["upcycled"] if published.receipt else [])]
+        tags += ["sentence-transformers"] if published.embeds else []
+    task = auto_class_of(architecture)[1]
+    if isinstance(published, Checkpoint) and published.embeds:
+        task = "sentence-similarity"
     trained_on = words(mapping(published.record.get("training")).get("data"))
     derived = {
         "library_name": library,
         "base_model": base,
         "base_model_relation": relation if base else None,
-        "pipeline_tag": auto_class_of(architecture)[1],
+        "pipeline_tag": task,
         "datasets": [found[0] for name in trained_on if (found := hub_data(name))],
         "tags": tags,
     }

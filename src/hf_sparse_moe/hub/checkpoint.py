@@ -23,6 +23,7 @@ from hf_sparse_moe.upcycling.surgery_checks import last_surgery
 RECORD_NAME = "training_record.json"
 ROUTING_NAME = "routing_statistics.json"
 PICTURE_NAME = "expert_load.png"
+MODULES_NAME = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Checkpoint:
     routing: Mapping[str, Any] = field(default_factory=dict)  # of `save_routing_statistics`
     has_picture: bool = False  # expert_load.png
     has_report: bool = False  # routing.html, which `push` brings along
+    embeds: bool = False  # modules.json of sentence-transformers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint | SurgeryResult:
         return SurgeryResult(str(named_architecture(config)), receipt, record)
     model = model_without_weights(read_mixture_config(folder))
     dtype = str(model.config.dtype or "").removeprefix("torch.")
-    return Checkpoint(model, dtype, receipt, record, routing, (folder / PICTURE_NAME).is_file())
+    has_picture, embeds = ((folder / name).is_file() for name in (PICTURE_NAME, MODULES_NAME))
+    return Checkpoint(model, dtype, receipt, record, routing, has_picture, embeds=embeds)
 
 
 def save_routing_statistics(statistics: RoutingStatistics, folder: str | Path) -> Path:
