@@ -104,7 +104,9 @@ def main() -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = np.where(prediction.predictions == -100, tokenizer.pad_token_id, prediction.predictions)
         generated = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        return score(generated, references[: len(generated)], data_args.metric_tokenizer)
+        # Several processes repeat the first rows in the last batch; `--dataloader_drop_last` leaves the last rows out.
+        count = min(len(generated), len(references))
+        return score(generated[:count], references[:count], data_args.metric_tokenizer)
 
     trainer_class = Seq2SeqTrainer if model_args.distributed_config is None else ResumableSeq2SeqTrainer
     trainer = trainer_class(
