@@ -289,6 +289,12 @@ def test_optimizer_step_event_comes_after_the_step_and_before_the_gradients_go()
     assert step < event < zero
 
 
+def test_trainer_asks_itself_for_the_order_of_an_evaluation():
+    """Else the recipes' metrics meet validation data in the order of `group_by_length`."""
+    assert parameters(Trainer._get_eval_sampler) == ["self", "eval_dataset"]
+    assert "self._get_eval_sampler" in inspect.getsource(Trainer.get_eval_dataloader)
+
+
 def test_grouped_linear_takes_rows_weight_offsets_bias_and_layout():
     """Else LoRA on experts has no path for CUDA and for torch.compile."""
     assert parameters(moe._grouped_linear) == ["input", "weight", "offs", "bias", "is_transposed"]

@@ -176,7 +176,8 @@ def main() -> None:
         config = recipe.load_config(model_args, None)
         encoder = load_encoder(model_args, config)
         tokenizer = encoder.tokenizer
-        recipe.check_best_metric(args, metric_names(encoder, scored=data_args.score_column is not None))
+        names = metric_names(encoder, scored=data_args.score_column is not None)
+        recipe.check_best_metric(args, names, of_predictions=False)
         encoder.max_seq_length = recipe.sequence_length(data_args, tokenizer, config)
         encoder[0].model = recipe.load_model(model_args, AutoModel, config, tokenizer, args.seed)
 

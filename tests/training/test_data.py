@@ -73,23 +73,34 @@ def test_a_tsv_without_header_and_quoting(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "validation"),
+    ("splits", "arguments", "validation"),
     [
-        ({}, ["hf://datasets/user/law"]),
-        ({"max_eval_samples": 1}, ["hf://datasets/user/law, split validation", "of these the first 1 rows"]),
-        ({"validation_split": "dev"}, ["hf://datasets/user/law, 25% held out of the training data"]),
-        ({"dataset_name": "folder/law"}, ["law"]),
+        (("train", "validation"), {}, ["hf://datasets/user/law"]),
+        (
+            ("train", "validation"),
+            {"max_eval_samples": 1},
+            ["hf://datasets/user/law, split validation", "of these the first 1 rows"],
+        ),
+        (("train", "test"), {}, ["hf://datasets/user/law, 25% held out of the training data"]),
+        (("train", "validation"), {"dataset_name": "folder/law"}, ["law"]),
     ],
 )
-def test_the_card_names_a_data_set(arguments, validation, recipe, tmp_path, monkeypatch):
+def test_the_card_names_a_data_set(splits, arguments, validation, recipe, tmp_path, monkeypatch):
     """A whole split as `.eval_results/` takes it, a part of one in words, and a folder by its name."""
-    splits = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS))
-    monkeypatch.setattr(recipe.data, "load_dataset", lambda name, config: splits)
+    data = DatasetDict({split: Dataset.from_list(ROWS) for split in splits})
+    monkeypatch.setattr(recipe.data, "load_dataset", lambda name, config: data)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder" / "law").mkdir(parents=True)
     args = recipe.DataArguments(**{"dataset_name": "user/law", "validation_percentage": 25, **arguments})
     recipe.load_data(args)
     assert recipe.data.data_names(args) == ([validation[0].partition(",")[0]], validation)
+
+
+def test_a_split_that_is_not_there_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(recipe.data, "load_dataset", lambda name, config: DatasetDict(train=Dataset.from_list(ROWS)))
+    for argument in ("train_split", "validation_split"):
+        with pytest.raises(ValueError, match=rf"`--{argument}=dev` is none of \['train'\]"):
+            recipe.load_data(recipe.DataArguments(dataset_name="user/law", **{argument: "dev"}))
 
 
 def test_nested_columns(recipe):

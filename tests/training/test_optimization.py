@@ -191,6 +191,10 @@ def test_the_metric_of_the_best_model_is_one_of_the_recipe(task, checkpoints, fi
     (names,) = re.findall(
         r"`--metric_for_best_model=eval_ter` is not computed here\. Choose one of (\[.*\])\.", capsys.readouterr().err
     )
+    if script != "run_embeddings.py":  # its evaluator needs no predictions
+        with pytest.raises(SystemExit):
+            call_recipe(script, **line, metric_for_best_model=ast.literal_eval(names)[1], prediction_loss_only="true")
+        assert "Choose one of ['loss']." in capsys.readouterr().err
     call_recipe(script, **line)
     computed = {key.removeprefix("eval_") for key in results(tmp_path / "out") if key.startswith("eval_")}
     speed = {"runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time"}

@@ -85,6 +85,9 @@ def load_data(args: DataArguments, unnest: Callable[[Dataset], Dataset] | None =
         splits = load_dataset(args.dataset_name, args.dataset_config_name)
         if args.train_split not in splits:
             raise ValueError(f"`--train_split={args.train_split}` is none of {sorted(splits)}.")
+        # The default may be missing: then rows are held out. A name that somebody typed may not.
+        if args.validation_split not in (*splits, DataArguments.validation_split):
+            raise ValueError(f"`--validation_split={args.validation_split}` is none of {sorted(splits)}.")
         named = {"train": args.train_split, "validation": args.validation_split}
         data = DatasetDict({name: splits[split] for name, split in named.items() if split in splits})
         args.whole_split = "validation" in data and args.max_eval_samples is None

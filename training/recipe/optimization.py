@@ -52,9 +52,12 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
 
-def check_best_metric(args: transformers.TrainingArguments, names: Iterable[str]) -> None:
-    """Raise a `ValueError` unless `metric_for_best_model` is the loss or one of the recipe's `names`."""
-    known = ["loss", *names]
+def check_best_metric(args: transformers.TrainingArguments, names: Iterable[str], of_predictions: bool = True) -> None:
+    """
+    Raise a `ValueError` unless `metric_for_best_model` is the loss or one of the recipe's `names`, which are computed
+    `of_predictions` that `prediction_loss_only` leaves out, or by an evaluator.
+    """
+    known = ["loss", *([] if of_predictions and args.prediction_loss_only else names)]
     if (args.metric_for_best_model or "loss").removeprefix("eval_") not in known:
         raise ValueError(
             f"`--metric_for_best_model={args.metric_for_best_model}` is not computed here. Choose one of {known}."
