@@ -109,7 +109,9 @@ def to_dense(
     """
     check_argument("method", method, *METHODS)
     if method == "best" and measured is None:
-        raise ValueError('`method="best"` needs `measured`: what `measure_experts` tells of the mixture.')
+        raise ValueError(
+            '`method="best"` needs `measured`: what `measure_experts` (`hf-sparse-moe measure`) tells of the mixture.'
+        )
     if output is not None:
         check_target(output)
     found = None

@@ -100,7 +100,9 @@ def prune_experts(
         raise ValueError(f"`method={method!r}` is not allowed: it must be one of {METHODS}.")
 
     if keep is not None and method != "random" and measured is None:
-        raise ValueError(f"`method={method!r}` needs `measured`: what `measure_experts` finds on some text.")
+        raise ValueError(
+            f"`method={method!r}` needs `measured`: what `measure_experts` (`hf-sparse-moe measure`) finds."
+        )
     known = None if measured is None else ExpertMeasurements.of(measured)
 
     def cut(mixture: Mixture) -> Plan:
