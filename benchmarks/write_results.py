@@ -30,6 +30,7 @@ from write_performance import table
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, PICTURE = HERE / "results", HERE.parent / "docs" / "results.md", "results_quality.png"
+FURTHER = "further_metrics.csv"
 INTRODUCTION = """\
 # Results
 
@@ -78,6 +79,7 @@ def main() -> None:
     draw({title: (arms, documents) for _, title, _, arms, documents in families}, PAGE.with_name(PICTURE))
     for folder, _, _, arms, documents in families:
         (folder / "domains.csv").write_text(domain_table(arms, documents))
+    (RESULTS / "tasks" / FURTHER).write_text(further_metrics(RESULTS / "tasks"))
     PAGE.write_text(render(configuration), encoding="utf-8")
     print("Wrote", PAGE.relative_to(HERE.parent))
 
@@ -139,14 +141,18 @@ def tasks_section(folder: Path) -> list[str]:
         for row in rows
     ]
     heads = ["task", "metric", *arms, "difference", "seeds", "minutes", "M parameters", "active", "command"]
-    further = [
-        [row["task"], metric, *(f"{fmean(values[name]):.3f}" for name in arms)]
-        for row in rows
-        for metric, values in row.get("further", {}).items()
-    ]
     machines = "; ".join(sorted({row["machine"] for row in rows}))
-    parts = [TASKS, table(heads, cells), f"Commands: `python benchmarks/tasks.py --row NAME`. Machine: {machines}.\n"]
-    return [*parts, table(["task", "further metric", *arms], further)] if further else parts
+    note = f"Commands: `python benchmarks/tasks.py --row NAME`. Machine: {machines}. Further metrics, such as F1 and the"
+    return [TASKS, table(heads, cells), f"{note}\nperplexity of each domain: `benchmarks/results/tasks/{FURTHER}`.\n"]
+
+
+def further_metrics(folder: Path) -> str:
+    """The metrics of the tasks beside those of the table, means over the seeds, as CSV."""
+    lines = ["task,metric,arm,mean"]
+    for path in sorted(folder.glob("*.json")):
+        for metric, values in json.loads(path.read_text()).get("further", {}).items():
+            lines += [f"{path.stem},{metric},{arm},{fmean(of_seeds):.4f}" for arm, of_seeds in values.items()]
+    return "\n".join([*lines, ""])
 
 
 def path_name(row: dict[str, Any]) -> str:

@@ -43,6 +43,8 @@ def test_page_is_that_of_the_result_files(writer, reader, configuration):
     assert "decoder" in [folder.name for folder, *_ in families]
     for folder, _, _, arms, documents in families:
         assert (folder / "domains.csv").read_text() == reader.domain_table(arms, documents)
+    tasks = writer.RESULTS / "tasks"
+    assert (tasks / writer.FURTHER).read_text() == writer.further_metrics(tasks)
 
 
 def test_readme_says_what_the_comparison_found(writer, reader, configuration):
@@ -191,7 +193,8 @@ def test_page_without_results_and_with_a_task(writer, configuration, tmp_path):
     page = writer.render(configuration, tmp_path)
     scores = "| 0.750 (0.700 to 0.800) | 0.800 (0.750 to 0.850) | +0.050 [+0.010, +0.090] | 2 |"
     assert f"| sentiment | accuracy {scores} 2.0, 3.0 | 1.5, 4.0 | 1.5, 2.0 | `--row sentiment` |" in page
-    assert "| sentiment | f1 | 0.650 | 0.660 |" in page
+    further = writer.further_metrics(tmp_path / "tasks").splitlines()
+    assert further[1:] == ["sentiment,f1,dense,0.6500", "sentiment,f1,mixture,0.6600"]
 
 
 def test_specialists_are_compared_with_the_dense_model_of_as_much_training(writer):
