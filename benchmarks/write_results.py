@@ -142,7 +142,9 @@ def tasks_section(folder: Path) -> list[str]:
     ]
     heads = ["task", "metric", *arms, "difference", "seeds", "minutes", "M parameters", "active", "command"]
     machines = "; ".join(sorted({row["machine"] for row in rows}))
-    note = f"Commands: `python benchmarks/tasks.py --row NAME`. Machine: {machines}. Further metrics, such as F1 and the"
+    note = (
+        f"Commands: `python benchmarks/tasks.py --row NAME`. Machine: {machines}. Further metrics, such as F1 and the"
+    )
     return [TASKS, table(heads, cells), f"{note}\nperplexity of each domain: `benchmarks/results/tasks/{FURTHER}`.\n"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -40,8 +41,17 @@ def small_row(tasks, checkpoints, files, tmp_path):
     return tasks.Table(path, tmp_path / "cache")
 
 
-def test_a_row_is_measured_once(tasks, small_row, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
+def test_a_row_is_measured_once(tasks, small_row, call_recipe, tmp_path, monkeypatch):
+    cache, calls, fresh_process = tmp_path / "cache", [], tasks.subprocess.run
+
+    def run_recipe(line, **options):
+        calls.append(line)
+        if len(calls) <= 2:
+            return fresh_process(line, **options)
+        call_recipe(Path(line[1]).name, *line[2:])  # the others here, where the imports are done
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(tasks.subprocess, "run", run_recipe)
     first = tasks.measure(small_row, "length", [0, 1], cache)
     assert first["arms"].keys() == {"dense", "mixture"}
     assert all(len(values) == 2 and min(values) >= 0 for values in first["arms"].values())
@@ -52,15 +62,14 @@ def test_a_row_is_measured_once(tasks, small_row, tmp_path, monkeypatch):
     assert (cache / "small" / "model.safetensors").is_file()
     assert not list((cache / "runs").rglob("*.safetensors"))
 
-    calls, recipe_run = [], tasks.subprocess.run
-    monkeypatch.setattr(tasks.subprocess, "run", lambda line, **rest: calls.append(line) or recipe_run(line, **rest))
+    assert len(calls) == 5
     (cache / "runs" / "length" / "mixture-1" / "run.json").unlink()  # all that a kill would leave
     again = tasks.measure(small_row, "length", [0, 1], cache)
     assert again["arms"] == first["arms"]  # the same seed, the same bits
-    assert len(calls) == 1
+    assert len(calls) == 6
     small_row.row("length")["arguments"]["max_steps"] = 1
     tasks.measure(small_row, "length", [0], cache)
-    assert len(calls) == 3
+    assert len(calls) == 8
 
 
 def test_differences_are_of_pairs(tasks):
