@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .few import FEW_PAIRS
 from .products import suits_grouped
 from .tuning import Turn, choose, cpu_flags
 
 
 logger = logging.get_logger(__name__)
 
-# The ways to compute the same: a product for each expert, torch's `grouped_mm` for all of a batch, and transformers'
-# function of that name.
-LOOP, GROUPED, STOCK = "loop", "grouped products", "grouped_mm"
+# The ways to compute the same: a product for each expert, torch's `grouped_mm` for all of a batch, transformers'
+# function of that name, and, for the tokens of a decoding step, a product for each expert with the least beside it.
+LOOP, GROUPED, STOCK, FEW = "loop", "grouped products", "grouped_mm", "few rows"
 _PLAIN = (nn.Parameter, torch.Tensor)
 FEW_ROWS = 32  # rows an expert, below which what a call keeps is little beside the weights
 # What a processor must say of itself to multiply in half precision: x86, and ARM. Without, oneDNN converts every
@@ -58,14 +59,13 @@ def choose_way(
 ) -> Turn:  # fmt: skip
     """
     The way to compute this call on a CPU: what [`tuning`] measured to be the fastest, and where it does not measure,
-    grouped products for few rows without gradient, and else the loop.
+    for few rows without gradient the leanest or grouped products, and else the loop.
     """
     rows, shape = top_k_index.numel(), (*up.shape, *down.shape[1:])
     # What a weight of another kind or dtype would compute for all experts at each access is left to the loop.
     plain = up.dtype == down.dtype == dtype and type(up) in _PLAIN and type(down) in _PLAIN
-    keeps = learns or experts.training
-    ways = _ways(plain, dtype, shape, rows.bit_length(), keeps, keeps or adapted or experts._is_expert_parallel)
-    autocast = torch.is_autocast_enabled("cpu")
+    keeps, autocast = learns or experts.training, torch.is_autocast_enabled("cpu")
+    ways = _ways(plain, autocast, dtype, shape, rows.bit_length(), keeps, keeps or adapted or experts._is_expert_parallel)
     kind = (up.dtype, dtype, autocast, *shape, top_k_index.shape[1], rows.bit_length(), learns, experts.training)
     layout = (adapted, recompute, experts.has_gate, experts.has_bias, experts.is_transposed)
     return choose((*kind, *layout, torch.get_num_threads(), *ways), ways, rows)
@@ -73,11 +73,14 @@ def choose_way(
 
 @lru_cache(1024)
 def _ways(
-    plain: bool, dtype: torch.dtype, shape: tuple[int, ...], rows_bits: int, keeps: bool, ours_only: bool
+    plain: bool, autocast: bool, dtype: torch.dtype, shape: tuple[int, ...], rows_bits: int, keeps: bool, ours_only: bool
 ) -> tuple[str, ...]:
     E, *sizes = shape
+    first = FEW if plain and not (autocast or ours_only) and 0 < 1 << rows_bits <= 2 * FEW_PAIRS else LOOP
     if not (plain and rows_bits and suits_grouped(*sizes, dtype=dtype)):
-        return (LOOP,)
+        return (first,)
+    if first == FEW:
+        return (FEW, GROUPED, STOCK)
     few = 1 << rows_bits <= FEW_ROWS * E
     ways = (LOOP, GROUPED) if keeps or not few else (GROUPED, LOOP)
     # transformers' keeps all that it computes until it ends, and draws a dropout's numbers in another order.

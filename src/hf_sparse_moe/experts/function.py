@@ -23,7 +23,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.utils import logging
 
 from .activation import Activation
-from .choice import GROUPED, LOOP, STOCK, choose_way, compute_dtype
+from .choice import FEW, GROUPED, LOOP, STOCK, choose_way, compute_dtype
+from .few import few_rows_forward
 from .products import suits_grouped
 from .projection import Projection, ProjectionGradient
 from .segments import Segments, find_segments, find_segments_on_device, require_experts
@@ -99,6 +100,10 @@ def run_experts(
         turn = choose_way(self, up, down, top_k_index, dtype, **how)
 
     def compute(way: str) -> torch.Tensor:
+        if way == FEW:
+            return few_rows_forward(
+                self, hidden_states, top_k_index, top_k_weights, (up, up_bias), (down, down_bias), activation
+            )
         if way == STOCK:
             require_experts(top_k_index, self.num_experts)
             return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
