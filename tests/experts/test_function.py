@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_sparse_moe.experts.function as function_module
 from experts.experts_modules import KINDS, inputs, make
 from experts.experts_oracle import experts_oracle
+from hf_sparse_moe.experts.few import few_rows_forward
 from hf_sparse_moe.experts.segments import padded_lengths
 from pairwise import pairwise
 
@@ -478,3 +479,26 @@ def test_padded_lengths_are_few_and_near(lengths):
         assert length <= longer <= max(length + 7, length * 17 / 16)
         assert padded_lengths(np.array([longer]))[0] == longer
     assert len(set(padded_lengths(np.arange(1, 1025)).tolist())) < 100
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (4, 2), (16, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_few_tokens_of_a_decoding_step(kind, tokens, k, monkeypatch):
+    called = []
+    monkeypatch.setattr(function_module, "few_rows_forward", lambda *a: called.append(0) or few_rows_forward(*a))
+    for dtype in (torch.float32, torch.bfloat16):
+        experts, tensors = make(kind, "sparse_moe", dtype), inputs(tokens, k, dtype=dtype)
+        with torch.no_grad():
+            found, right = experts(*tensors).float(), experts_oracle(experts, *tensors).float()
+        assert (found - right).abs().max() <= TOLERANCE[dtype] * right.abs().max()
+    assert len(called) == 2
+
+
+def test_few_tokens_of_another_dtype_and_an_expert_that_is_named_twice():
+    experts = make("mixtral", "sparse_moe", torch.bfloat16)
+    hidden, _, weights = inputs(1, 2)
+    with torch.no_grad():
+        twice = experts(hidden, torch.tensor([[3, 3]]), weights)
+        once = experts(hidden, torch.tensor([[3]]), weights.sum(dim=-1, keepdim=True))
+    assert twice.dtype == torch.float32
+    torch.testing.assert_close(twice, once, rtol=2e-2, atol=2e-2)

@@ -12,7 +12,7 @@ from experts.experts_modules import inputs, make
 from experts.experts_oracle import experts_oracle
 from experts.test_function import assert_equals_oracle
 from hf_sparse_moe.experts import tuning
-from hf_sparse_moe.experts.choice import GROUPED, LOOP, STOCK
+from hf_sparse_moe.experts.choice import FEW, GROUPED, LOOP, STOCK
 from hf_sparse_moe.experts.projection import Projection
 from hf_sparse_moe.hub.fingerprint import probe_output
 from hf_sparse_moe.upcycling.receipt import output_difference
@@ -84,12 +84,12 @@ def test_measuring_costs_little(measuring, monkeypatch, slower):
 
 @pytest.mark.parametrize("kind", ["mixtral", "ours, gated, biased", "aria, transposed"])
 def test_results_stay_right_while_it_measures(measuring, kind):
-    for call in (learn, infer):
+    for call, tokens in ((learn, 9), (infer, 9), (infer, 40)):
         experts = make(kind, "sparse_moe")
         for seed in range(CALLS + 2):
-            call(experts, inputs(9, 2, seed=seed))
+            call(experts, inputs(tokens, 2, seed=seed))
     raced = {tuple(contest.ways): contest for contest in tuning._contests.values()}
-    assert raced.keys() == {(LOOP, GROUPED), (GROUPED, LOOP, STOCK)}
+    assert raced.keys() == {(LOOP, GROUPED), (FEW, GROUPED, STOCK), (GROUPED, LOOP, STOCK)}
     assert all(contest.winner and all(contest.seconds.values()) for contest in raced.values())
 
 
@@ -200,7 +200,7 @@ def test_a_way_that_raises_in_forward_is_dropped(measuring, monkeypatch, lines):
     for _ in range(CALLS):
         infer(make("mixtral", "sparse_moe"), inputs(9, 2))
     (contest,) = tuning._contests.values()
-    assert contest.winner in (LOOP, GROUPED)
+    assert contest.winner in (FEW, GROUPED)
     assert [line for line in lines() if "no such kernel" in line] == lines()
     assert len(lines()) == 1
 
@@ -224,7 +224,7 @@ def test_a_way_that_raises_in_backward_is_dropped(measuring, monkeypatch, lines)
 def test_an_expert_that_does_not_exist_is_refused_by_each_way(measuring):
     hidden, index, weights = inputs(4, 2)
     index[2, 1] = 5
-    for way in (GROUPED, LOOP, STOCK):
+    for way in (FEW, GROUPED, LOOP, STOCK):
         tuning._contests.clear()
         infer(make("mixtral", "sparse_moe"), inputs(4, 2))
         (contest,) = tuning._contests.values()

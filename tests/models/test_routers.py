@@ -58,6 +58,21 @@ def test_normalised_softmax_is_the_softmax_over_the_chosen_logits(tokens):
     torch.testing.assert_close(routing.top_k_weights, chosen.softmax(-1))
 
 
+@pytest.mark.parametrize("k", [2, 6])
+def test_the_short_way_says_what_the_formula_says(tokens, k):
+    found = []
+    for router in (make_router(num_experts_per_tok=k), make_router(num_experts_per_tok=k, routed_scaling_factor=2.0)):
+        torch.nn.init.normal_(router.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+        routing = router(tokens)
+        (routing.top_k_weights / router.routed_scaling_factor).square().sum().backward()
+        found.append((router, routing, router.weight.grad))
+    (short, routing, grad), (formula, other, other_grad) = found
+    assert (short.is_plain, formula.is_plain) == (True, False)
+    assert torch.equal(routing.top_k_index, other.top_k_index)
+    torch.testing.assert_close(routing.top_k_weights, other.top_k_weights / 2)
+    torch.testing.assert_close(grad, other_grad, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_are_not_normalised_are_the_scores(tokens):
     routing = make_router(norm_topk_prob=False)(tokens)
     torch.testing.assert_close(routing.top_k_weights, routing.router_logits.softmax(-1).gather(1, routing.top_k_index))

@@ -65,7 +65,9 @@ def choose_way(
     # What a weight of another kind or dtype would compute for all experts at each access is left to the loop.
     plain = up.dtype == down.dtype == dtype and type(up) in _PLAIN and type(down) in _PLAIN
     keeps, autocast = learns or experts.training, torch.is_autocast_enabled("cpu")
-    ways = _ways(plain, autocast, dtype, shape, rows.bit_length(), keeps, keeps or adapted or experts._is_expert_parallel)
+    ours_only = keeps or adapted or experts._is_expert_parallel
+    fewest = plain and not autocast and not ours_only and 0 < rows <= FEW_PAIRS
+    ways = _ways(plain, dtype, shape, rows.bit_length(), keeps, ours_only, fewest)
     kind = (up.dtype, dtype, autocast, *shape, top_k_index.shape[1], rows.bit_length(), learns, experts.training)
     layout = (adapted, recompute, experts.has_gate, experts.has_bias, experts.is_transposed)
     return choose((*kind, *layout, torch.get_num_threads(), *ways), ways, rows)
@@ -73,13 +75,18 @@ def choose_way(
 
 @lru_cache(1024)
 def _ways(
-    plain: bool, autocast: bool, dtype: torch.dtype, shape: tuple[int, ...], rows_bits: int, keeps: bool, ours_only: bool
+    plain: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    rows_bits: int,
+    keeps: bool,
+    ours_only: bool,
+    fewest: bool,
 ) -> tuple[str, ...]:
     E, *sizes = shape
-    first = FEW if plain and not (autocast or ours_only) and 0 < 1 << rows_bits <= 2 * FEW_PAIRS else LOOP
     if not (plain and rows_bits and suits_grouped(*sizes, dtype=dtype)):
-        return (first,)
-    if first == FEW:
+        return (FEW if fewest else LOOP,)
+    if fewest:
         return (FEW, GROUPED, STOCK)
     few = 1 << rows_bits <= FEW_ROWS * E
     ways = (LOOP, GROUPED) if keeps or not few else (GROUPED, LOOP)

@@ -43,13 +43,14 @@ def few_rows_forward(
         pieces = zip(pairs_of, rows, strict=False)
         return torch.cat([F.linear(x, matrices[e], None if bias is None else bias[e]) for e, x in pieces])
 
-    hidden_TH = hidden_TH.to(up[0].dtype)
-    if num_tokens == 1:
-        activated_RI = activation(project(repeat(hidden_TH), *up))
-        return weights_TK.to(up[0].dtype) @ project(activated_RI.split(1), *down)
+    dtype = up[0].dtype
+    rows_TH, weights_TK = hidden_TH.to(dtype), weights_TK.to(dtype)
+    if len(pairs_of) == top_k and num_tokens == 1:  # a row each, in the order of the weights
+        activated_RI = activation(project(repeat(rows_TH), *up)).to(dtype)
+        return (weights_TK @ project(activated_RI.split(1), *down)).to(hidden_TH.dtype)
     token_R = torch.tensor([pair // top_k for pair in pair_R])
-    activated_RI = activation(project(hidden_TH.index_select(0, token_R).split(lengths), *up))
+    activated_RI = activation(project(rows_TH.index_select(0, token_R).split(lengths), *up)).to(dtype)
     output_RH = project(activated_RI.split(lengths), *down)
     row_P = torch.tensor(sorted(range(len(pair_R)), key=pair_R.__getitem__))
     output_TKH = output_RH.index_select(0, row_P).view(num_tokens, top_k, -1)
-    return torch.bmm(weights_TK.to(output_RH.dtype)[:, None], output_TKH)[:, 0]
+    return torch.bmm(weights_TK[:, None], output_TKH)[:, 0].to(hidden_TH.dtype)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
     use_experts_implementation,
@@ -112,7 +113,6 @@ def _run_where_possible(experts_class: Any) -> Any:
     Another backend where the one that was chosen cannot run. `grouped_mm` of torch refuses rows that are no multiple
     of 16 bytes, and ONNX has no such product. An exported graph may not loop over the experts of its example.
     """
-    dispatch = experts_class.forward
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         arguments = (self, hidden_states, top_k_index, top_k_weights)
@@ -128,7 +128,7 @@ def _run_where_possible(experts_class: Any) -> Any:
                 "no multiple of 16 bytes, which `grouped_mm` needs: they run with the slower `eager` backend."
             )
             return SparseMoeExperts.forward(*arguments)
-        return dispatch(*arguments)
+        return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, SparseMoeExperts.forward)(*arguments)
 
     experts_class.forward = forward
     return experts_class

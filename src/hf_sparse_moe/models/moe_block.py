@@ -91,7 +91,9 @@ class SparseMoeBlock(nn.Module):
             if self.shared_expert_gate is not None:
                 shared_TH = shared_TH * self.shared_expert_gate(tokens_TH).sigmoid()
             output_TH = output_TH + shared_TH
-        return self.dropout(output_TH).reshape(hidden_states.shape)
+        if self.training:  # a call of `nn.Dropout` costs a decoding step as much as an operation
+            output_TH = self.dropout(output_TH)
+        return output_TH.reshape(hidden_states.shape)
 
 
 class SharedExperts(nn.Module):

@@ -105,6 +105,9 @@ class SparseMoeRouter(nn.Module):
             context (`TokenContext`, *optional*): What else is known of them.
         """
         router_logits, raw_logits = self.compute_logits(hidden_states_TH)
+        if self.is_plain:
+            weights, index = self.best(router_logits)
+            return Routing(router_logits, weights, index, None, None, raw_logits)
         scores = self.scores(router_logits)
         index, kept, token_index = self.choose(scores, context)
         choice = Routing(router_logits, scores, index, kept, token_index, raw_logits)
@@ -120,6 +123,19 @@ class SparseMoeRouter(nn.Module):
         if self.disabled_experts is not None:
             router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
         return router_scores(router_logits_TE, self.scoring_func)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether [`best`] says what [`scores`], [`choose`] and [`weigh`] say."""
+        return False
+
+    def best(self, router_logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The K highest logits and their experts, the logits as a softmax over them: what the softmax over all experts,
+        divided by the sum of its K highest, is, in two operations.
+        """
+        values_TK, index_TK = router_logits_TE.topk(self.top_k, dim=-1)
+        return values_TK.softmax(dim=-1), index_TK
 
     def reset_parameters(self) -> None:
         """Initialise what no checkpoint has filled."""
@@ -163,6 +179,17 @@ class SparseMoeTopKRouter(SparseMoeRouter):
         self.e_score_correction_bias: torch.Tensor | None
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    @property
+    def is_plain(self) -> bool:
+        return (
+            self.norm_topk_prob
+            and self.scoring_func != "sigmoid"
+            and self.routed_scaling_factor == 1
+            and self.topk_group >= self.n_group
+            and self.disabled_experts is None
+            and not (self.training and self.capacity_factor is not None)
+        )
 
     @staticmethod
     def row_size(hidden_size: int) -> int:
@@ -254,6 +281,8 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     the weight is the softmax over the experts. The capacity factor is how many experts serve a token on average, and
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
+
+    is_plain = False
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if not torch.compiler.is_compiling() and context.is_packed:
