@@ -115,7 +115,10 @@ class SparseMoeRouter(nn.Module):
 
     def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
         """The experts of `choice` with the weights that these logits give them."""
-        weights = self.weigh(self.scores(router_logits_TE), choice)
+        if self.is_plain and choice.kept is None and choice.token_index is None:
+            weights = router_logits_TE.gather(-1, choice.top_k_index).softmax(dim=-1)  # the bits of `best`
+        else:
+            weights = self.weigh(self.scores(router_logits_TE), choice)
         return choice._replace(router_logits=router_logits_TE, top_k_weights=weights)
 
     def scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
