@@ -67,10 +67,22 @@ def test_the_short_way_says_what_the_formula_says(tokens, k):
         (routing.top_k_weights / router.routed_scaling_factor).square().sum().backward()
         found.append((router, routing, router.weight.grad))
     (short, routing, grad), (formula, other, other_grad) = found
-    assert (short.is_plain, formula.is_plain) == (True, False)
+    assert (short.is_short, formula.is_short) == (True, False)
     assert torch.equal(routing.top_k_index, other.top_k_index)
     torch.testing.assert_close(routing.top_k_weights, other.top_k_weights / 2)
     torch.testing.assert_close(grad, other_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_capacity_changes_neither_the_choice_nor_the_weights_that_it_keeps():
+    router = make_router(num_experts_per_tok=2, num_experts=3, capacity_factor=0.6)
+    router.weight.data = 1000 * torch.eye(3, HIDDEN)  # the softmax of all but one logit is 0: a tie, which they are not
+    tokens = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
+    free, limited = router.eval()(tokens), router.train()(tokens)
+    assert torch.equal(limited.top_k_index, free.top_k_index)
+    assert 0 < limited.kept.sum() < limited.kept.numel()
+    assert torch.equal(limited.top_k_weights, free.top_k_weights.masked_fill(~limited.kept, 0.0))
+    again = router.follow(limited, limited.router_logits)  # the second pass of gradient checkpointing
+    assert torch.equal(again.top_k_weights, limited.top_k_weights)
 
 
 def test_weights_that_are_not_normalised_are_the_scores(tokens):

@@ -75,6 +75,11 @@ def within_capacity(
     return (valid & (rank < capacity)).reshape(index_TK.shape)
 
 
+def without_dropped(weights_TK: torch.Tensor, kept_TK: torch.Tensor | None) -> torch.Tensor:
+    """The weights, 0 where an assignment was dropped."""
+    return weights_TK if kept_TK is None else weights_TK.masked_fill(~kept_TK, 0.0)
+
+
 class SparseMoeRouter(nn.Module):
     """
     What all routers share: logits, the experts that they choose, and the weights of those. Everything is computed in
@@ -105,9 +110,6 @@ class SparseMoeRouter(nn.Module):
             context (`TokenContext`, *optional*): What else is known of them.
         """
         router_logits, raw_logits = self.compute_logits(hidden_states_TH)
-        if self.is_plain:
-            weights, index = self.best(router_logits)
-            return Routing(router_logits, weights, index, None, None, raw_logits)
         scores = self.scores(router_logits)
         index, kept, token_index = self.choose(scores, context)
         choice = Routing(router_logits, scores, index, kept, token_index, raw_logits)
@@ -115,10 +117,7 @@ class SparseMoeRouter(nn.Module):
 
     def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
         """The experts of `choice` with the weights that these logits give them."""
-        if self.is_plain and choice.kept is None and choice.token_index is None:
-            weights = router_logits_TE.gather(-1, choice.top_k_index).softmax(dim=-1)  # the bits of `best`
-        else:
-            weights = self.weigh(self.scores(router_logits_TE), choice)
+        weights = self.weigh(self.scores(router_logits_TE), choice)
         return choice._replace(router_logits=router_logits_TE, top_k_weights=weights)
 
     def scores(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
@@ -126,19 +125,6 @@ class SparseMoeRouter(nn.Module):
         if self.disabled_experts is not None:
             router_logits_TE = router_logits_TE.masked_fill(self.disabled_experts, -math.inf)
         return router_scores(router_logits_TE, self.scoring_func)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether [`best`] says what [`scores`], [`choose`] and [`weigh`] say."""
-        return False
-
-    def best(self, router_logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The K highest logits and their experts, the logits as a softmax over them: what the softmax over all experts,
-        divided by the sum of its K highest, is, in two operations.
-        """
-        values_TK, index_TK = router_logits_TE.topk(self.top_k, dim=-1)
-        return values_TK.softmax(dim=-1), index_TK
 
     def reset_parameters(self) -> None:
         """Initialise what no checkpoint has filled."""
@@ -184,15 +170,34 @@ class SparseMoeTopKRouter(SparseMoeRouter):
         self.register_buffer("e_score_correction_bias", bias)
 
     @property
-    def is_plain(self) -> bool:
+    def is_short(self) -> bool:
+        """
+        Whether the weights are a softmax over the K highest logits: what the softmax over all experts, divided by the
+        sum of its K highest, is, in two operations.
+        """
         return (
             self.norm_topk_prob
             and self.scoring_func != "sigmoid"
             and self.routed_scaling_factor == 1
             and self.topk_group >= self.n_group
             and self.disabled_experts is None
-            and not (self.training and self.capacity_factor is not None)
         )
+
+    def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
+        if not self.is_short:
+            return super().forward(hidden_states_TH, context)
+        router_logits, raw_logits = self.compute_logits(hidden_states_TH)
+        values, index = router_logits.topk(self.top_k, dim=-1)
+        kept = self.has_room(self.scores(router_logits), index, context) if self.drops_tokens else None
+        weights = without_dropped(values.softmax(dim=-1), kept)
+        return Routing(router_logits, weights, index, kept, None, raw_logits)
+
+    def follow(self, choice: Routing, router_logits_TE: torch.Tensor) -> Routing:
+        if not self.is_short:
+            return super().follow(choice, router_logits_TE)
+        weights = router_logits_TE.gather(-1, choice.top_k_index).softmax(dim=-1)
+        weights = without_dropped(weights, choice.kept)
+        return choice._replace(router_logits=router_logits_TE, top_k_weights=weights)
 
     @staticmethod
     def row_size(hidden_size: int) -> int:
@@ -230,11 +235,17 @@ class SparseMoeTopKRouter(SparseMoeRouter):
             best = 2 if self.scoring_func == "sigmoid" else 1
             values = mask_lower_groups(values, self.n_group, self.topk_group, best)
         index_TK = torch.topk(values, self.top_k, dim=-1).indices
-        if not self.training or self.capacity_factor is None:
-            return index_TK, None, None
-        chosen_TK = scores_TE.gather(-1, index_TK)
-        kept_TK = within_capacity(chosen_TK, index_TK, self.num_experts, self.capacity_factor, context.mask)
-        return index_TK, kept_TK, None
+        return index_TK, self.has_room(scores_TE, index_TK, context) if self.drops_tokens else None, None
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether an expert takes no more tokens than its capacity."""
+        return self.training and self.capacity_factor is not None
+
+    def has_room(self, scores_TE: torch.Tensor, index_TK: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Which of these assignments are within their expert's capacity: [`within_capacity`]."""
+        scores_TK = scores_TE.gather(-1, index_TK)
+        return within_capacity(scores_TK, index_TK, self.num_experts, self.capacity_factor, context.mask)
 
     def weigh(self, scores_TE: torch.Tensor, choice: Routing) -> torch.Tensor:
         if choice.token_index is None:
@@ -246,7 +257,7 @@ class SparseMoeTopKRouter(SparseMoeRouter):
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
-        return weights if choice.kept is None else weights.masked_fill(~choice.kept, 0.0)
+        return without_dropped(weights, choice.kept)
 
 
 class SparseMoeCosineRouter(SparseMoeTopKRouter):
@@ -285,7 +296,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
 
-    is_plain = False
+    is_short = False
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if not torch.compiler.is_compiling() and context.is_packed:
