@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench gpu docs api ecosystem cards build floor newest test-newest clean
+.PHONY: help setup demo test test-slow conformance test-deepspeed test-browser test-hf minilm architectures quality format types bench gpu docs api ecosystem cards build floor newest test-newest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,11 +32,11 @@ $(READY): pyproject.toml constraints/pinned.txt
 demo: $(READY)  ## the whole story in one run: dense -> mixture -> train -> compare -> adapt -> share -> reload
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/hf-sparse-moe quickstart $(ARGS)
 
-test: $(READY)  ## the tests, in ten minutes to half an hour, as the machine is (ARGS="-k router" for some of them)
-	$(PYTEST) $(PARALLEL) -m "not conformance and not browser" $(ARGS)
-
-test-fast: $(READY)  ## those that are not marked slow
+test: $(READY)  ## the tests, in six to twelve minutes, as the machine is (ARGS="-k router" for some of them)
 	$(PYTEST) $(PARALLEL) -m "not slow and not conformance and not browser" $(ARGS)
+
+test-slow: $(READY)  ## whole trainings, launches of several processes, kills: as long again
+	$(PYTEST) $(PARALLEL) -m "slow and not conformance and not browser" $(ARGS)
 
 conformance: $(READY)  ## every architecture of transformers, every router in each family; `make test` takes one of each kind
 	$(PYTEST) $(PARALLEL) -m conformance $(ARGS)
@@ -102,12 +102,12 @@ build: $(READY)  ## wheel and sdist into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-floor: pyproject.toml constraints/floor.txt  ## the fast tests on the lowest versions that pyproject.toml allows
+floor: pyproject.toml constraints/floor.txt  ## `make test` on the lowest versions that pyproject.toml allows
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install --quiet -c constraints/floor.txt torch
 	.venv-floor/bin/python -m pip install --quiet -c constraints/floor.txt -e ".[dev]"
 	@touch .venv-floor/.ready
-	$(MAKE) test-fast VENV=.venv-floor READY=.venv-floor/.ready
+	$(MAKE) test VENV=.venv-floor READY=.venv-floor/.ready
 
 # pip upgrades past the upper bounds of pyproject.toml here, and says so: whether they can be raised is the question.
 # torch stays: where pip finds no CPU build of a newer one, it fetches gigabytes of CUDA.

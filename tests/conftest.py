@@ -25,8 +25,20 @@ from transformers import set_seed
 hypothesis.settings.register_profile("any machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("any machine")
 
-REPOSITORY = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
 DATA = Path(os.environ.get("SPARSE_MOE_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+# Of these, nearly every test trains, starts processes or kills one: `make test-slow`.
+SLOW = [TESTS / name for name in ("training", "distributed", "quickstart", "ecosystem", "test_quality.py")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -36,6 +36,7 @@ def configuration(writer):
     return tomllib.loads((writer.HERE / "quality.toml").read_text())
 
 
+@pytest.mark.slow
 def test_page_is_that_of_the_result_files(writer, reader, configuration):
     page = writer.PAGE.read_text(encoding="utf-8")
     assert page == writer.render(configuration), "Run `python benchmarks/write_results.py`."

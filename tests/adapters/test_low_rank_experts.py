@@ -231,6 +231,7 @@ class One(nn.Module):
         return torch.ones_like(gate)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
     experts, (hidden, index, weights) = make("mixtral"), tokens_of(3)
     plain = [adapter(experts, "gate_up_proj")]

@@ -57,6 +57,7 @@ def test_plain_peft_computes_the_same_from_our_file(name, tmp_path):
     assert torch.equal(logits_of(again, inputs), expected)
 
 
+@pytest.mark.slow
 def test_without_this_package_and_in_float32(tmp_path):
     expected = {}
     for name in ("mixtral", "qwen3_moe", "olmoe"):

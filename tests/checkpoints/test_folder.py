@@ -142,6 +142,7 @@ def die_while_writing(target):
         os.kill(os.getpid(), 9)
 
 
+@pytest.mark.slow
 def test_what_a_killed_call_left_goes_with_the_next(tmp_path):
     assert in_processes(1, die_while_writing, tmp_path / "t") == [-9]
     assert hidden(tmp_path)

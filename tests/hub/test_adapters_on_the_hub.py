@@ -98,6 +98,7 @@ def card_of(hub_server, repo_id: str) -> tuple[dict, str]:
     return yaml.safe_load(readme.split("---\n")[1]), readme
 
 
+@pytest.mark.slow
 def test_push_pull_doctor(client, hub_server, repo_id, base, folder, tmp_path):
     before = contents(folder)
     pushed = client.cli("push", folder, repo_id, "--base", BASE, "--tag", "v1", "--json")

@@ -59,6 +59,7 @@ def test_a_whole_checkpoint_passes(folder):
     assert "failed" not in told.out
 
 
+@pytest.mark.slow
 def test_its_own_code_is_run_where_a_person_says_so_and_never_otherwise(folder, tmp_path):
     ran = tmp_path / "ran"
     code = folder / "modeling_sparse_moe.py"

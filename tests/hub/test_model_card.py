@@ -365,6 +365,7 @@ MODEL = tiny_sparse("bert")
 files = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, json_values))
 
 
+@pytest.mark.slow
 @given(files, files | json_values)
 @settings(max_examples=30, deadline=None)
 def test_whatever_the_files_and_the_present_card_say_is_rendered_or_refused(values, metadata):

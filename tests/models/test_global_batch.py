@@ -37,6 +37,7 @@ def two_processes(tmp_path_factory):
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_have_the_router_gradient_of_one(case, two_processes, tmp_path, capsys):
     reference = case_gradient(case, SEQUENCES, 1, tmp_path)

@@ -426,6 +426,7 @@ def test_compiled_in_one_graph_the_loss_and_its_gradient_are_the_same(scope):
         torch.testing.assert_close(gate_gradient(model), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "body"])
 def test_compiled_without_labels_the_outputs_carry_it(part):
     """There somebody else computes the loss, so the graph is broken behind the model. With labels it stays whole."""

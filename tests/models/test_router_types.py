@@ -110,6 +110,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "training", [pytest.param(False, marks=pytest.mark.conformance), True], ids=["evaluation", "training"]
 )
@@ -202,6 +203,7 @@ assert "hf_sparse_moe" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_the_package(tmp_path):
     """The code that travels beside the weights holds every router."""
     models = {}

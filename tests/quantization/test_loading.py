@@ -142,6 +142,7 @@ assert "hf_sparse_moe" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_the_package(tmp_path):
     """The code that travels beside the weights reads and writes codes."""
     model = quantize_experts(tiny_sparse("llama"), 4)
@@ -169,6 +170,7 @@ def tell_of_memory(folder):
         (folder / f"{name}.json").write_text(json.dumps({"peak": peak, "held": held}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_a_quarter_more_memory_than_the_packed_model_and_one_shard(tmp_path):
     """Of a mixture of ours, stored with all experts in one tensor, and of a stock one, with a matrix an expert."""

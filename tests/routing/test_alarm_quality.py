@@ -15,6 +15,7 @@ def _marked(place: int) -> tuple:
     return () if place == 3 else (pytest.mark.conformance,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [pytest.param(run, marks=_marked(i)) for i, run in enumerate(RUNS)])
 def test_a_healthy_training_raises_no_alarm(run, tmp_path, warnings_of_ours):
     kind, experts, top_k, logging_steps, seed = run

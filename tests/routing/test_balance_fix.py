@@ -330,6 +330,7 @@ def test_a_loss_from_elsewhere_carries_it(has_labels, compiled):
     torch.testing.assert_close(gradient, task + balance, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_the_models_own_loss_carries_it_once():
     model = tiny_mixtral().train()
     with fix_balance(model, router_aux_loss_coef=0.5):

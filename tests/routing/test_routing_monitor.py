@@ -275,6 +275,7 @@ def test_the_mixture_is_found_inside_peft(family, tmp_path):
     assert router_part(trainer.state.log_history[0]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_logs_the_same(tmp_path):
     plain = train_once_over(make_model("decoder"), tmp_path)
     compiled = train_once_over(make_model("decoder"), tmp_path, torch_compile=True, torch_compile_backend="aot_eager")

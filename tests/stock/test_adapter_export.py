@@ -75,6 +75,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks at target modules only
 @pytest.mark.parametrize(
     ("architecture", "variant", "choice"), CASES, ids=lambda one: one if isinstance(one, str) else "-".join(one)

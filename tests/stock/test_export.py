@@ -46,6 +46,7 @@ def stock_results(tmp_path_factory, mixture, variants, all_pairs):
     return expected, torch.load(home / "results.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "rich"])
 def test_stock_logits_are_ours(stock_results, variant, pair_target, pair_dense, pair_scoring):
     expected, results = stock_results

@@ -141,6 +141,7 @@ def test_every_mixture_of_transformers(name, tmp_path):
     assert_cut(model, load_whole(tmp_path / "pruned").eval(), dropped, inputs)
 
 
+@pytest.mark.slow
 def test_stock_checkpoints_load_without_this_package(tmp_path):
     """As transformers stores them, expert by expert in most, and as it has them in memory."""
     jobs, expected = {}, {}
@@ -283,6 +284,7 @@ def test_uneven_layers_train(scope):
     assert all(block.gate.weight.grad.abs().sum() > 0 for block in model.sparse_blocks)
 
 
+@pytest.mark.slow
 def test_uneven_layers_by_remote_code(tmp_path):
     model = prune_experts(tiny_sparse("llama"), drop={0: [1]})
     model.save_pretrained(tmp_path / "uneven")

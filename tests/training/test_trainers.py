@@ -44,7 +44,7 @@ def test_the_table_names_what_is_run():
 
 
 def marked(cell: tuple[str, str, str]):
-    """`make test` takes every trainer once."""
+    """`make conformance` takes every variant, the other targets every trainer once."""
     return cell if cell[2] == VARIANTS[0] else pytest.param(*cell, marks=pytest.mark.conformance)
 
 

@@ -206,6 +206,7 @@ def journal_of(folder):
     return {key: value for path in folder.glob(".out.*/journal.json") for key, value in read_json(path).items()}
 
 
+@pytest.mark.slow
 def test_killed_at_any_file(tmp_path):
     folder, target = tmp_path / "dense", tmp_path / "out"
     tiny_dense("llama", num_hidden_layers=16).save_pretrained(folder)
