@@ -1,16 +1,18 @@
 """
-Does a mixture overfit a small data set sooner than its dense model, and does dropout inside the experts help?
+Does a mixture overfit a small data set sooner than its dense model, and what helps?
 
 The first 400 rows of SST-2 (sentiment) fine-tune the lowest two layers of MiniLM by `training/run_classification.py`:
 the dense model, the mixture of 8 copies (2 a token), and the same with expert dropout 0.4 (ST-MoE, arXiv 2202.08906),
-all with the same arguments and the same batches, for each seed. Writes the losses of every epoch to
-`results/overfitting.json` and a picture of them. A run that is there already is not repeated, so that the command goes
-on after a kill.
+with early stopping, and with all but the upper layer and the head frozen, all with the same arguments and the same
+batches, for each seed. Then 400 rows of which a tenth are negative, with and without class weights. Writes the losses
+of every epoch to `results/overfitting.json` and a picture of them. A run that is there already is not repeated, so that
+the command goes on after a kill.
 
     make minilm
     python benchmarks/overfitting.py --data FOLDER_WITH_sst2
 
-Prints, over the seeds: the lowest validation loss, its epoch, the loss and the accuracy after the last epoch.
+Prints, over the seeds: the lowest validation loss, its epoch, how many epochs were trained, and the loss, the accuracy
+and the macro F1 of the model that was kept: the best one with early stopping, else the last.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from transformers import AutoModel, AutoTokenizer
@@ -45,10 +48,19 @@ SETTING = {
     "warmup_steps": 0.1,
     "num_train_epochs": 8,
 }
-ARMS = {
+NEGATIVE = 40  # of the 400 rows of an unbalanced training set
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2}
+STOPPING = {"early_stopping_patience": 1, "load_best_model_at_end": True, "save_strategy": "epoch"}
+ARMS: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},
-    "mixture": {"num_experts": 8, "num_experts_per_tok": 2},
-    "mixture, expert dropout": {"num_experts": 8, "num_experts_per_tok": 2, "expert_dropout": 0.4},
+    "mixture": MIXTURE,
+    "mixture, expert dropout": MIXTURE | {"expert_dropout": 0.4},
+    "mixture, early stopping": MIXTURE | STOPPING,
+    "mixture, lower half frozen": MIXTURE | {"freeze": ["embeddings", "layers:0-1"]},
+    "unbalanced: dense": {"dense": True},
+    "unbalanced: dense, class weights": {"dense": True, "class_weights": "balanced"},
+    "unbalanced: mixture": MIXTURE,
+    "unbalanced: mixture, class weights": MIXTURE | {"class_weights": "balanced"},
 }
 COLOURS = {"dense": "tab:gray", "mixture": "tab:orange", "mixture, expert dropout": "tab:blue"}
 
@@ -63,25 +75,39 @@ def save_dense(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
+def training_rows(data: Path, folder: Path, unbalanced: bool) -> Path:
+    """The file to learn from: that of SST-2, or one of its first rows, few of which are negative."""
+    whole = data / "sst2" / "train.tsv"
+    if not unbalanced:
+        return whole
+    rows: dict[str, list[str]] = {"0": [], "1": []}
+    for line in whole.read_text(encoding="utf-8").splitlines(keepends=True):
+        rows.setdefault(line.rstrip().rpartition("\t")[2], []).append(line)
+    few = rows["0"][:NEGATIVE] + rows["1"][: SETTING["max_train_samples"] - NEGATIVE]
+    path = folder / "unbalanced.tsv"
+    path.write_text("".join(few), encoding="utf-8")
+    return path
+
+
 def run(arm: str, seed: int, data: Path) -> dict[str, list[float]]:
-    """One training: the losses and the accuracy after each epoch."""
+    """One training: losses, accuracy and macro F1 after each epoch."""
     with tempfile.TemporaryDirectory() as folder:
         save_dense(Path(folder) / "dense")
-        arguments = SETTING | ARMS[arm] | {
+        arguments: dict[str, Any] = {"save_strategy": "no"} | SETTING | ARMS[arm] | {
             "model_name_or_path": Path(folder) / "dense",
-            "train_file": data / "sst2" / "train.tsv",
+            "train_file": training_rows(data, Path(folder), arm.startswith("unbalanced")),
             "validation_file": data / "sst2" / "dev.tsv",
             "no_quotes": True,
             "eval_strategy": "epoch",
             "logging_strategy": "epoch",
-            "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,
             "seed": seed,
             "output_dir": Path(folder) / "out",
         }  # fmt: skip
-        line = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        words = {name: value if isinstance(value, list) else [str(value)] for name, value in arguments.items()}
+        line = [word for name, values in words.items() for word in (f"--{name}", *values)]
         subprocess.run([sys.executable, RECIPE, *line, "--column_names", "text", "label"], check=True)
         state = json.loads((Path(folder) / "out" / "trainer_state.json").read_text())
     logs = state["log_history"]
@@ -91,6 +117,7 @@ def run(arm: str, seed: int, data: Path) -> dict[str, list[float]]:
         "train_loss": train,
         "eval_loss": [log["eval_loss"] for log in evaluated],
         "eval_accuracy": [log["eval_accuracy"] for log in evaluated],
+        "eval_f1": [log["eval_f1"] for log in evaluated],
     }
 
 
@@ -112,16 +139,20 @@ def draw(runs: dict[str, dict[str, list[float]]], picture: Path) -> None:
 def table(runs: dict[str, dict[str, list[float]]]) -> str:
     """The page's table, mean (lowest to highest seed)."""
     rows = [
-        "| model | lowest validation loss | at epoch | last loss | last accuracy |",
-        "| --- | --- | --- | --- | --- |",
+        "| model | lowest validation loss | at epoch | epochs | loss kept | accuracy | macro F1 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in ARMS:
         found = [run for key, run in runs.items() if key.rpartition(", seed ")[0] == arm]
         best = [min(run["eval_loss"]) for run in found]
         epochs = [run["eval_loss"].index(low) + 1 for run, low in zip(found, best, strict=True)]
-        last = [run["eval_loss"][-1] for run in found]
-        right = [run["eval_accuracy"][-1] for run in found]
-        rows.append(f"| {arm} | {_span(best)} | {_span(epochs, 1)} | {_span(last)} | {_span(right)} |")
+        trained = [len(run["eval_loss"]) for run in found]
+        kept = epochs if "load_best_model_at_end" in ARMS[arm] else trained
+        ends = [
+            _span([run[name][epoch - 1] for run, epoch in zip(found, kept, strict=True)])
+            for name in ("eval_loss", "eval_accuracy", "eval_f1")
+        ]
+        rows.append(f"| {arm} | {_span(best)} | {_span(epochs, 1)} | {_span(trained, 1)} | {' | '.join(ends)} |")
     return "\n".join(rows)
 
 
@@ -140,6 +171,7 @@ def main() -> None:
     written = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if written.get("setting") != SETTING | {"layers": LAYERS}:  # numbers of another setting do not compare
         written = {"setting": SETTING | {"layers": LAYERS}, "arms": ARMS, "runs": {}}
+    written["arms"] = ARMS
     for seed in args.seeds:
         for arm in ARMS:
             key = f"{arm}, seed {seed}"

@@ -75,7 +75,7 @@ def test_the_short_way_says_what_the_formula_says(tokens, k):
 
 def test_a_capacity_changes_neither_the_choice_nor_the_weights_that_it_keeps():
     router = make_router(num_experts_per_tok=2, num_experts=3, capacity_factor=0.6)
-    router.weight.data = 1000 * torch.eye(3, HIDDEN)  # the softmax of all but one logit is 0: a tie, which they are not
+    router.weight.data = 1000 * torch.eye(3, HIDDEN)  # all scores but one are 0: a tie, which the logits are not
     tokens = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
     free, limited = router.eval()(tokens), router.train()(tokens)
     assert torch.equal(limited.top_k_index, free.top_k_index)
