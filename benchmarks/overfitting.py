@@ -5,8 +5,8 @@ The first 400 rows of SST-2 (sentiment) fine-tune the lowest two layers of MiniL
 the dense model, the mixture of 8 copies (2 a token), and the same with expert dropout 0.4 (ST-MoE, arXiv 2202.08906),
 with early stopping, and with all but the upper layer and the head frozen, all with the same arguments and the same
 batches, for each seed. Then 400 rows of which a tenth are negative, with and without class weights. Writes the losses
-of every epoch to `results/overfitting.json` and a picture of them. A run that is there already is not repeated, so that
-the command goes on after a kill.
+of every epoch to `results/overfitting.json` and a picture of them. A run that is there already is not repeated, so
+that the command goes on after a kill.
 
     make minilm
     python benchmarks/overfitting.py --data FOLDER_WITH_sst2
