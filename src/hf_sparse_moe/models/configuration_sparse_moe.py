@@ -286,9 +286,14 @@ class SparseMoeConfig(PreTrainedConfig):
         unknown = sorted(name for name in fields if name not in known and not hasattr(source, name))
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
-        config = cls(dense_config=type(source).from_dict(source.to_dict()), **{"dtype": source.dtype} | fields)
+        config = cls.around(source, **fields)
         meta_model(config)  # finds the feed-forwards, or says why not
         return config
+
+    @classmethod
+    def around(cls, dense: PreTrainedConfig, **fields) -> "SparseMoeConfig":
+        """[`from_dense`] of a config whose model is known to have feed-forwards; `fields` are this class's."""
+        return cls(dense_config=type(dense).from_dict(dense.to_dict()), **{"dtype": dense.dtype} | fields)
 
     def num_parameters(self, only_active: bool = False) -> int:
         """

@@ -96,7 +96,7 @@ def mixture_config(
         check_argument(name, fields.get(name, 1), 1, 1)
     others = {name: value for name, value in fields.items() if name not in config_class._layer_type_fields}
     try:
-        everything = config_class.from_dense(dense.config, **others)
+        everything = config_class.around(dense.config, **others)
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from None
     found = sparse_feed_forwards(dense, everything, target.family_side)
@@ -127,7 +127,7 @@ def mixture_config(
             f"`method={method!r}` needs feed-forwards of one size, but `{type(dense).__name__}` has {sorted(units)}."
         )
     fields |= decided
-    config = config_class.from_dense(dense.config, **fields)
+    config = config_class.around(dense.config, **fields)
     by_default = config.num_experts_per_tok == 1 and "norm_topk_prob" not in fields
     if by_default and row.is_exact is has_constant_weights and not row.is_exact(config):
         logger.warning(
