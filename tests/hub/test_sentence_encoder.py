@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
-from hf_sparse_moe import upcycle
+from hf_sparse_moe import to_dense, upcycle
+from hf_sparse_moe.hub import write_model_card
 from sentence_encoders import TEXTS, save_dense_encoder
 
 
@@ -80,6 +82,16 @@ def test_its_training_pushes_it_whole_with_its_scores(client, hub_server, repo_i
     assert result["value"] == pytest.approx(trained["spearman"], abs=1e-5)
     found = client(embed, source=repo_id, texts=["word3 word5"], trust_remote_code=False)
     assert found == pytest.approx(np.array(trained["embeddings"]), abs=1e-6)
+
+
+def test_made_dense_again_its_card_says_what_reads_it(tmp_path):
+    upcycle(save_dense_encoder(tmp_path), 4, output=tmp_path / "mixture")
+    to_dense(tmp_path / "mixture", output=tmp_path / "dense_again")
+    for card in (tmp_path / "dense_again" / "README.md", write_model_card(tmp_path / "dense_again")):
+        metadata = ModelCard.load(card).data
+        assert (metadata.library_name, metadata.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+        assert "sentence-transformers" in metadata.tags
+    assert SentenceTransformer(str(tmp_path / "dense_again"), device="cpu").encode(TEXTS).shape[0] == len(TEXTS)
 
 
 def test_it_embeds_as_its_dense_model(client, stranger, hub_server, repo_id, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
+MODULES_NAME = "modules.json"  # of sentence-transformers
 # What belongs to a checkpoint beside its weights and config, by the names that transformers' own tokenizers and
 # processors, and sentence-transformers, look for.
 COMPANIONS = (
@@ -34,7 +35,7 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template*",
     "*processor_config.json",
-    "modules.json",
+    MODULES_NAME,
     "sentence_*_config.json",
     "config_sentence_transformers.json",
     "[0-9]*_*/*.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_sparse_moe.surgery.receipts import CARD_METADATA
+from hf_sparse_moe.surgery.receipts import card_metadata
 
 from .adapter_files import Adapter
 from .card_facts import architecture_of, auto_class_of, base_id, is_repo_id, variant_of
@@ -19,7 +19,7 @@ LISTS = ("language", "datasets", "tags")
 def derived_metadata(published: Checkpoint | SurgeryResult | Adapter) -> dict[str, Any]:
     """What the files of a checkpoint or an adapter say by themselves."""
     if isinstance(published, SurgeryResult):
-        return dict(CARD_METADATA)
+        return card_metadata(published.embeds)
     architecture, base = architecture_of(published), base_id(published)
     variant = variant_of(architecture)
     if isinstance(published, Adapter):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_moe.checkpoints.config import read_config, read_mixture_config
-from hf_sparse_moe.checkpoints.files import read_json, write_whole
+from hf_sparse_moe.checkpoints.files import MODULES_NAME, read_json, write_whole
 from hf_sparse_moe.checkpoints.loading import model_without_weights
 from hf_sparse_moe.checkpoints.source import named_architecture
 from hf_sparse_moe.insight.pictures import plot_expert_load
@@ -23,7 +23,6 @@ from hf_sparse_moe.upcycling.surgery_checks import last_surgery
 RECORD_NAME = "training_record.json"
 ROUTING_NAME = "routing_statistics.json"
 PICTURE_NAME = "expert_load.png"
-MODULES_NAME = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Checkpoint:
     record: Mapping[str, Any] = field(default_factory=dict)  # of `ModelCardCallback`
     routing: Mapping[str, Any] = field(default_factory=dict)  # of `save_routing_statistics`
     has_picture: bool = False  # expert_load.png
-    has_report: bool = False  # routing.html, which `push` brings along
+    has_report: bool = False  # routing.html, in the repository or brought along
     embeds: bool = False  # modules.json of sentence-transformers
 
 
@@ -47,6 +46,7 @@ class SurgeryResult:
     architecture: str
     receipt: Mapping[str, Any]
     record: Mapping[str, Any] = field(default_factory=dict)
+    embeds: bool = False
 
 
 def checkpoint_in_memory(model: SparseMoePreTrainedModel) -> Checkpoint:
@@ -67,11 +67,11 @@ def read_checkpoint(folder: str | Path) -> Checkpoint | SurgeryResult:
     folder = Path(folder)
     names = (RECEIPT_NAME, RECORD_NAME, ROUTING_NAME)
     receipt, record, routing = (read_json(folder / name, optional=True) for name in names)
+    has_picture, embeds = ((folder / name).is_file() for name in (PICTURE_NAME, MODULES_NAME))
     if last_surgery(receipt) and not isinstance(config := read_config(folder), SparseMoeConfig):
-        return SurgeryResult(str(named_architecture(config)), receipt, record)
+        return SurgeryResult(str(named_architecture(config)), receipt, record, embeds)
     model = model_without_weights(read_mixture_config(folder))
     dtype = str(model.config.dtype or "").removeprefix("torch.")
-    has_picture, embeds = ((folder / name).is_file() for name in (PICTURE_NAME, MODULES_NAME))
     return Checkpoint(model, dtype, receipt, record, routing, has_picture, embeds=embeds)
 
 

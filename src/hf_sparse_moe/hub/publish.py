@@ -152,11 +152,10 @@ def push(
         published, title = _stage(folder, files, Path(temporary), base, token, fingerprint)
         if with_report is not None:
             files[REPORT_NAME] = checked_for_tokens(Path(with_report))
-            published = replace(published, has_report=True) if isinstance(published, Checkpoint) else published
         own_tags = getattr(what.model if isinstance(what, Trainer) else what, "model_tags", None) or ()
         tags = [*own_tags, *([tags] if isinstance(tags, str) else tags or ())]
         told: dict[str, Any] = {"evaluation": evaluation, "license": license, "language": language, "tags": tags}
-        render = None if published is None else partial(render_model_card, published, **told)
+        render = None if published is None else partial(_card, published, **told)
         options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
         options |= {"commit_message": commit_message or title, "commit_description": commit_description}
         write = partial(_write, HfApi(token=token), repo_id, files, render, private, tag, **options)
@@ -264,11 +263,18 @@ def _write(
         cards = [files["README.md"]] if "README.md" in files else []
         if "README.md" in present:
             cards.append(Path(api.hf_hub_download(repo_id, "README.md", revision=head.sha)))
-        written["README.md"] = render(repo_id, previous=[card.read_bytes().decode() for card in cards]).encode()
+        previous, has_report = [card.read_bytes().decode() for card in cards], REPORT_NAME in present | files.keys()
+        written["README.md"] = render(repo_id, previous=previous, has_report=has_report).encode()
     superseded = sorted(name for name in present - set(written) if SUPERSEDABLE.fullmatch(name))
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in written.items()]
     deletions = [CommitOperationDelete(path_in_repo=name) for name in superseded]
     return api.create_commit(repo_id, [*operations, *deletions], parent_commit=head.sha, **options)
+
+
+def _card(published: Adapter | Checkpoint | SurgeryResult, repo_id: str, has_report: bool, **told: Any) -> str:
+    if isinstance(published, Checkpoint):
+        published = replace(published, has_report=has_report)
+    return render_model_card(published, repo_id, **told)
 
 
 def _check_kind(repo_id: str, files: Mapping[str, Path], present: set[str]) -> None:

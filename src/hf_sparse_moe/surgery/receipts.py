@@ -10,13 +10,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hf_sparse_moe.checkpoints.files import MODULES_NAME
 from hf_sparse_moe.models.pretrained_model import RECEIPT_NAME
 from hf_sparse_moe.upcycling.surgery_checks import last_surgery, weights_sha256
 
 
 # What is rendered again stands between these; what a person writes outside stays.
 CARD_BEGIN, CARD_END = "<!-- hf-sparse-moe: generated", "<!-- /hf-sparse-moe: generated -->"
-CARD_METADATA: dict[str, Any] = {"library_name": "transformers", "tags": ["hf-sparse-moe", "expert-surgery"]}
 _DONE = {
     "pruned": "without some of the experts of",
     "merged": "with the experts merged of",
@@ -61,6 +61,15 @@ It inherits the biases of its source. {price}`receipt.json` says how it was made
 {rows}"""
 
 
+def card_metadata(embeds: bool) -> dict[str, Any]:
+    """Of the card of what is no mixture of this package; `embeds` where it is a model of sentence-transformers."""
+    tags = ["hf-sparse-moe", "expert-surgery"]
+    if not embeds:
+        return {"library_name": "transformers", "tags": tags}
+    library = "sentence-transformers"
+    return {"library_name": library, "pipeline_tag": "sentence-similarity", "tags": [*tags, library]}
+
+
 def write_receipt(receipt: dict[str, Any], folder: Path) -> None:
     """Of a folder that holds all else. What no other checkpoint holds (means, noise) is there with its hash."""
     operation = last_surgery(receipt)
@@ -71,12 +80,11 @@ def write_receipt(receipt: dict[str, Any], folder: Path) -> None:
 
 def write_card(receipt: Mapping[str, Any], folder: Path, name: str, architecture: str) -> None:
     """The README.md of what is no mixture of this package."""
-    metadata, state = (
-        ModelCardData(**CARD_METADATA).to_yaml(),
-        json.dumps({"repo_id": name, "metadata": CARD_METADATA}),
-    )
+    metadata = card_metadata((folder / MODULES_NAME).is_file())
+    state = json.dumps({"repo_id": name, "metadata": metadata})
     generated = f"{CARD_BEGIN} {state} -->\n{surgery_card(receipt, architecture)}{CARD_END}\n"
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n# {name}\n\n{generated}", encoding="utf-8")
+    head = ModelCardData(**metadata).to_yaml()
+    (folder / "README.md").write_text(f"---\n{head}\n---\n\n# {name}\n\n{generated}", encoding="utf-8")
 
 
 def _plain(text: object) -> str:
