@@ -323,8 +323,6 @@ def test_the_card_shows_the_routing_and_leads_to_the_page(client, hub_server, re
     assert "[What every expert does](routing.html)" in card
     assert hub_server.hub.read(repo_id, "routing.html") == page.read_bytes()
     assert client.cli("push", folder, repo_id, "--tag", "second").code == 0  # which leaves the page where it is
-        client.cli("push", folder, repo_id, "--tag", "second").code == 0
-    )  # the page is there, so the card leads to it
     assert hub_server.hub.read(repo_id, "routing.html") == page.read_bytes()
     assert "(routing.html)" in hub_server.hub.read(repo_id, "README.md").decode()
     assert client.cli("look", repo_id, "--data", data, "-o", again).code == 0
