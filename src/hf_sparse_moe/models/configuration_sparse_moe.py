@@ -282,17 +282,17 @@ class SparseMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`dense` is a mixture already (`model_type={source.model_type!r}`). Pass a dense config."
             )
-        known = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels")
-        unknown = sorted(name for name in fields if name not in known and not hasattr(source, name))
-        if unknown:
-            raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
         config = cls.around(source, **fields)
         meta_model(config)  # finds the feed-forwards, or says why not
         return config
 
     @classmethod
     def around(cls, dense: PreTrainedConfig, **fields) -> "SparseMoeConfig":
-        """[`from_dense`] of a config whose model is known to have feed-forwards; `fields` are this class's."""
+        """[`from_dense`] of a config whose model is known to have feed-forwards."""
+        known = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels")
+        unknown = sorted(name for name in fields if name not in known and not hasattr(dense, name))
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no field of `{cls.__name__}`. See its documentation.")
         return cls(dense_config=type(dense).from_dict(dense.to_dict()), **{"dtype": dense.dtype} | fields)
 
     def num_parameters(self, only_active: bool = False) -> int:

@@ -167,8 +167,11 @@ def check_fit(target: ExportTarget, config: SparseMoeConfig, saved_as: str | Non
         model = meta_model(config)
     obstacles, stock_config = _obstacles(target, config, model, saved_as), None
     if not obstacles:
-        stock_config = _stock_config(target, config, model)
-        obstacles = _unplaced_tensors(target, model, empty_model(stock_config))
+        with sensible_config(str(config.dense_config.name_or_path or config.name_or_path or dense)):
+            stock_config = _stock_config(target, config, model)
+            stock = empty_model(stock_config)
+        stock_config.architectures = [type(stock).__name__]
+        obstacles = _unplaced_tensors(target, model, stock)
     return TargetReport(target.model_type, tuple(obstacles), None if obstacles else stock_config)
 
 
@@ -281,10 +284,7 @@ def _stock_config(target: ExportTarget, config: SparseMoeConfig, model: SparseMo
     fields |= {name: getattr(config, name) for name in _LOSS_COEFFICIENTS if name in theirs}
     fields |= {"num_mtp_layers": 0} if "num_mtp_layers" in theirs else {}  # the export holds none
     fields.pop(None, None)  # what the target has no name for
-    with sensible_config(str(dense.name_or_path or config.name_or_path or type(dense).__name__)):
-        result = config_class(**fields)
-        result.architectures = [type(empty_model(result)).__name__]
-    return result
+    return config_class(**fields)
 
 
 def _layer_types(config: SparseMoeConfig, model: SparseMoePreTrainedModel) -> dict[str, list[str]]:

@@ -198,7 +198,7 @@ def sparse_config(
         **_layer_types(stock, layers),
         **config_fields,
     }
-    config = class_of(stock).config_class.from_dense(_dense_config(row, stock), **fields)
+    config = class_of(stock).config_class.around(_dense_config(row, stock), **fields)
     # What holds on the way there holds on the way back: the same fields and the same tensors.
     report = check_fit(row, config)
     if report.config is None:
