@@ -56,7 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixture": MIXTURE,
     "mixture, expert dropout": MIXTURE | {"expert_dropout": 0.4},
     "mixture, early stopping": MIXTURE | STOPPING,
-    "mixture, lower half frozen": MIXTURE | {"freeze": ["embeddings", "layers:0-1"]},
+    "mixture, lower half frozen": MIXTURE | {"freeze": ["embeddings", "layers:0"]},
     "unbalanced: dense": {"dense": True},
     "unbalanced: dense, class weights": {"dense": True, "class_weights": "balanced"},
     "unbalanced: mixture": MIXTURE,

@@ -57,7 +57,7 @@ TASKS = """\
 
 Dense model and mixture (4 experts, 2 a token) learn from the same checkpoint, with the same rows, rates and seeds. The
 difference is mixture minus dense, with its 95 % interval by Student's t over the seeds. Runs are short, so that a row
-takes minutes on one core: the scores are no records.
+takes minutes on one core: the scores are no records, and where both are near 0 their difference says little.
 """
 BRANCHES = """\
 ## Experts from specialists

@@ -34,7 +34,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     freeze: list[str] | None = field(
         default=None,
-        metadata={"help": "What is not trained: embeddings, layers:0-2, experts, routers or all-but-experts."},
+        metadata={"help": "What is not trained: embeddings, layers:0-2 (three), experts, routers or all-but-experts."},
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ def freeze(model: PreTrainedModel, parts: list[str]) -> None:
         model (`PreTrainedModel`): A mixture, or for `embeddings` and `layers` any model.
         parts (`list[str]`):
             `embeddings` (all outside of the layers, and an output layer that is tied to them), `layers:2` or
-            `layers:0-2` (of an encoder-decoder on both sides), `experts` (shared ones too), `routers`, and
+            `layers:0-2` (three, of an encoder-decoder on both sides), `experts` (shared ones too), `routers`, and
             `all-but-experts`, which leaves the head that the task needs in training.
 
     Raises:
@@ -135,7 +135,7 @@ def _parameters(model: PreTrainedModel, part: str) -> list[nn.Parameter]:
     found = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", part)
     if found is None:
         raise ValueError(
-            f"`--freeze {part}` is none of embeddings, layers:0-2 (from, to), experts, routers, all-but-experts."
+            f"`--freeze {part}` is none of embeddings, layers:0-2 (the first three), experts, routers, all-but-experts."
         )
     wanted = range(int(found[1]), int(found[2] or found[1]) + 1)
     layers = [(re.search(r"\.(\d+)\.", name), parameter) for name, parameter in model.base_model.named_parameters()]
