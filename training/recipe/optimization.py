@@ -135,7 +135,7 @@ def _parameters(model: PreTrainedModel, part: str) -> list[nn.Parameter]:
     found = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", part)
     if found is None:
         raise ValueError(
-            f"`--freeze {part}` is none of embeddings, layers:0-2 (the first three), experts, routers, all-but-experts."
+            f"`--freeze {part}` is none of embeddings, layers:0-2 (three), experts, routers, all-but-experts."
         )
     wanted = range(int(found[1]), int(found[2] or found[1]) + 1)
     layers = [(re.search(r"\.(\d+)\.", name), parameter) for name, parameter in model.base_model.named_parameters()]
