@@ -57,6 +57,7 @@ def shards_of(target):
     return target.parent.glob(f".{target.name}.*/content/*.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["llama", "qwen2"])
 def test_killed_and_resumed(saved, tmp_path, dense):
     folder, whole, target = saved(dense), tmp_path / "whole", tmp_path / "stock"

@@ -36,6 +36,7 @@ def operate(operation, source, target, kill_at=None, batches=list, **settings):
     OPERATIONS[operation](source, source.with_name("measured"), output=target, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "stock"), [*((name, False) for name in OPERATIONS), ("to_dense", True)])
 def test_killed_and_resumed(operation, stock, tmp_path):
     source, target, whole = tmp_path / "mixture", tmp_path / "out", tmp_path / "whole"

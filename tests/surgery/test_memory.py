@@ -51,6 +51,7 @@ def tell_of_memory(folder, operations: list[str]) -> None:
     (folder / "peaks").write_text(json.dumps(peaks))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("name", "operations"), [("ours", [*OPERATIONS]), ("stock", ["prune", "merge", "to_dense"])])
 def test_a_few_layers_are_in_memory(name, operations, tmp_path):
