@@ -13,7 +13,7 @@ from hf_sparse_moe.surgery import expand
 from hf_sparse_moe.upcycling.initialization import balanced_k_means
 from hf_sparse_moe.upcycling.recipe import layer_types
 from pairwise import pairwise
-from tiny_models import FAMILIES, tiny_dense, tiny_sparse
+from tiny_models import FAMILIES, tiny_dense, tiny_inputs, tiny_sparse
 
 
 EXACT = 1e-5
@@ -134,6 +134,19 @@ def test_split_keeps_the_function_with_finer_experts(family, granularity):
             columns = torch.cat([block.experts.down_proj[expert] for expert in group], dim=1)
             torch.testing.assert_close(columns, down * granularity)
             assert all(torch.equal(block.gate.weight[expert], block.gate.weight[group[0]]) for expert in group)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("granularity", [2, 4])
+def test_the_hash_takes_every_part_of_a_split_feed_forward(family, granularity):
+    sparse = upcycle(tiny_dense(family), 8, 4, method="split", granularity=granularity, router_type="hash")
+    assert difference(sparse) <= EXACT
+    found = []
+    sparse.sparse_blocks[0].gate.register_forward_hook(lambda gate, given, routing: found.append(routing.top_k_index))
+    sparse(**tiny_inputs(sparse, labels=False))
+    parts = (found[0] % granularity).sort().values
+    assert parts.unique(dim=0).tolist() == [sorted([*range(granularity)] * (4 // granularity))]
+    assert found[0].unique().numel() == 8
 
 
 @pytest.mark.parametrize(
@@ -392,7 +405,7 @@ def test_balanced_k_means_finds_the_groups():
     [
         ({"method": "clone"}, "`method='clone'` is not allowed"),
         ({"method": "split", "granularity": 3}, "`num_experts=4` is not a multiple"),
-        ({"method": "split", "granularity": 2, "router_type": "hash"}, "`router_type='hash'` is not allowed"),
+        ({"method": "partition", "router_type": "hash"}, "`router_type='hash'` is not allowed"),
         ({"method": "partition", "num_experts": 5}, "48 intermediate units cannot be divided by `num_experts=5`"),
         ({"method": "partition", "partition": "alphabetical"}, "`partition='alphabetical'`"),
         ({"method": "partition", "partition": "activation"}, "needs `data`"),

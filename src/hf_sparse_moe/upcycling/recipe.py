@@ -109,10 +109,13 @@ def mixture_config(
             fields[name] = layer_types(chosen, sum(where == side for _, where in found))
     units = {feed_forward.intermediate_size for feed_forward, _ in found}
     makes_parts = method == "partition" or recipe.options.get("granularity", 1) > 1
-    if makes_parts and everything.router_type != "top_k":
+    # The hash takes experts that follow each other, as the parts of a whole do.
+    makes_whole = ["top_k"] if method == "partition" else ["top_k", "hash"]
+    if makes_parts and everything.router_type not in makes_whole:
         raise ValueError(
             f"`router_type={everything.router_type!r}` is not allowed with `method={method!r}`, whose experts are "
-            "parts of the dense feed-forward that a token's experts make whole together: it must be 'top_k'."
+            f"parts of the dense feed-forward that a token's experts make whole together: it must be one of "
+            f"{makes_whole}."
         )
     if fields.get("shared_expert_gate"):
         raise ValueError("`shared_expert_gate=True` is not allowed: no dense model has weights for it.")
