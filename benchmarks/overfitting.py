@@ -171,6 +171,8 @@ def main() -> None:
     written = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if written.get("setting") != SETTING | {"layers": LAYERS}:  # numbers of another setting do not compare
         written = {"setting": SETTING | {"layers": LAYERS}, "arms": ARMS, "runs": {}}
+    unchanged = {arm for arm in ARMS if written["arms"].get(arm) == ARMS[arm]}
+    written["runs"] = {key: run for key, run in written["runs"].items() if key.rpartition(", seed ")[0] in unchanged}
     written["arms"] = ARMS
     for seed in args.seeds:
         for arm in ARMS:

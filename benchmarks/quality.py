@@ -132,8 +132,9 @@ class Comparison:
         if "graft_share" in settings:
             units = dense.config.d_ff if hasattr(dense.config, "d_ff") else dense.config.intermediate_size
             options["moe_intermediate_size"] = units // settings["graft_share"]
-        model = upcycle(dense, seed=seed, **options)
-        return with_hash_routing(model) if settings.get("hash_routing") else model
+        if settings.get("hash_routing"):
+            options["router_type"] = "hash"
+        return upcycle(dense, seed=seed, **options)
 
     def rows(self, arm: str, seed: int) -> torch.Tensor:
         """The training rows of an arm, in their order."""
@@ -327,17 +328,6 @@ class Comparison:
             return self.rate(other) * self.arms[arm].get("rate_factor", 1)
         seed = self.settings["rate_seed"]
         return min(self.settings["rates"], key=lambda rate: self.run(arm, seed, rate)["tuning_loss"])
-
-
-def with_hash_routing(model: SparseMoePreTrainedModel) -> SparseMoePreTrainedModel:
-    """
-    The same experts, chosen by the token's id. It takes experts that follow each other, so that of two that `split`
-    made a token gets both halves: what the dense model computes is kept.
-    """
-    config = type(model.config).from_dict(model.config.to_dict() | {"router_type": "hash"})
-    hashed = type(model)(config)
-    hashed.load_state_dict(model.state_dict(), strict=False)  # it has no router to load
-    return hashed
 
 
 def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -36,8 +36,10 @@ INTRODUCTION = """\
 
 Is a mixture worth having? Small dense models are trained, then continued as they are and as mixtures, on the same
 batches, and tasks are learned by a dense model and by the mixture made of it. Arms, settings and expected signs were
-committed before the runs, in `benchmarks/quality.toml`, but for one arm (D at twice its rate), and for the encoder,
-whose first try with BERT did not learn; every arm that has run is printed. One command an arm resumes what is missing:
+committed before the runs, in `benchmarks/quality.toml`, but for four arms (D, M1 and M2 at twice their rate, M1 with 4
+experts), and for the encoder, whose first try with BERT did not learn; every arm that has run is printed. The decoder
+stands here twice: on another processor a dense checkpoint has other bits, and arms that came later have a D of their
+own. One command an arm resumes what is missing:
 
 ```bash
 python benchmarks/quality.py --family decoder --seeds 5 --arms D AA M1 M2
