@@ -177,9 +177,9 @@ class _Call:
         need_first = need_hidden or need_up or need_up_bias or any(need_others)
         rows_TH, gradient_TH = hidden_TH.to(self.dtype), gradient_TH.to(self.dtype)
         first, second = self._projections(up, up_bias, down, down_bias)
-        all_have_rows = sum(len(batch.hit) for batch in self.segments.batches) == len(up)
-        d_first = ProjectionGradient(first, need_up, need_up_bias, all_have_rows)
-        d_second = ProjectionGradient(second, need_down, need_down_bias, all_have_rows)
+        hit = [expert for batch in self.segments.batches for expert in batch.hit]
+        d_first = ProjectionGradient(first, need_up, need_up_bias, hit)
+        d_second = ProjectionGradient(second, need_down, need_down_bias, hit)
         num_rows, at_once = self.segments.num_rows, self.segments.at_once
         d_rows_RH = rows_TH.new_empty(num_rows + 1 if need_hidden and not at_once else 0, rows_TH.shape[1])
         d_weights_R = rows_TH.new_empty(num_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -99,19 +99,17 @@ def _grouped(rows: torch.Tensor, matrices: torch.Tensor, batch: Batch) -> torch.
     return _grouped_mm(rows.contiguous(), matrices, batch.ends_F)
 
 
-def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros of the shape of `like`; on a CPU, large ones are huge pages that cost nothing until they are written."""
-    if like.device.type != "cpu":
-        return torch.zeros_like(like)
-    memory = torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8))
-    return memory.view(like.dtype).view(like.shape)
-
-
-def memory_like(like: torch.Tensor) -> torch.Tensor:
+def zeros_besides(written: Collection[int], like: torch.Tensor) -> torch.Tensor:
     """
-    Memory of the shape of `like`, to be written. What others gave back serves as it is; what the C library asks the
-    system for anew takes half the time to write in huge pages.
+    Memory of the shape of `like` (E, ...), for the caller to write that of the experts `written`; the rest is 0.
+
+    What others gave back serves as it is. What the C library asks the system for anew is zeros that cost nothing until
+    they are written, and takes half the time to write in huge pages, which numpy's are.
     """
     if like.device.type == "cpu" and like.numel() * like.element_size() >= MAPPED_BYTES:
-        return lazy_zeros(like)
-    return torch.empty_like(like)
+        memory = torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8))
+        return memory.view(like.dtype).view(like.shape)
+    memory = torch.empty_like(like)
+    for expert in set(range(len(like))).difference(written):
+        memory[expert].zero_()
+    return memory

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from .products import Matrices, grouped_outer, lazy_zeros, memory_like, multiply, split
+from .products import Matrices, grouped_outer, multiply, split, zeros_besides
 from .segments import Batch
 
 
@@ -60,14 +60,15 @@ class Projection:
 
 class ProjectionGradient:
     """
-    The gradients of a projection's weight and bias, or None where not needed. Experts without a row have zeros.
+    The gradients of a projection's weight and bias, or None where not needed. Experts that are not `hit`, for they
+    have no row, have zeros.
     """
 
-    def __init__(self, projection: Projection, need_weight: bool, need_bias: bool, all_have_rows: bool):
+    def __init__(self, projection: Projection, need_weight: bool, need_bias: bool, hit: Collection[int]):
         self._transposed, self._beside = projection.transposed, projection.beside
         self.weight = None
         if need_weight:
-            self.weight = (memory_like if all_have_rows else lazy_zeros)(projection.weight)
+            self.weight = zeros_besides(hit, projection.weight)
         self.bias = torch.zeros_like(projection.bias) if need_bias and projection.bias is not None else None
         self._cast: torch.Tensor | None = None
         if need_weight and projection.weight.dtype != projection.dtype:
