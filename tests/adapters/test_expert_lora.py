@@ -111,6 +111,11 @@ def test_a_broken_adapter_does_not_merge():
         peft_model.merge_adapter(safe_merge=True)
 
 
+def test_a_router_without_weights_cannot_be_trained():
+    with pytest.raises(ValueError, match="`router=True` is not allowed: these routers have no weights"):
+        expert_lora_config(tiny_sparse("llama", router_type="hash"), r=2, router=True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_and_router_only_when_asked(family):
     model = tiny_sparse(family)

@@ -13,6 +13,7 @@ from conformance.tiny_configs import VOCAB_SIZE, tiny_config
 from hf_sparse_moe import SparseMoePreTrainedModel, upcycle
 from hf_sparse_moe.checkpoints.families import sparse_config_class
 from hf_sparse_moe.models.feed_forward import explain_layouts
+from hf_sparse_moe.models.moe_block import SparseMoeBlock
 from tiny_models import FIRST_ORDINARY_TOKEN, enlarge_weights
 
 
@@ -104,7 +105,18 @@ def _inputs(config: hf.PreTrainedConfig, model_type: str) -> dict[str, torch.Ten
 def _compare(dense: hf.PreTrainedModel, sparse: SparseMoePreTrainedModel, model_type: str) -> float:
     """The largest difference relative to the largest logit; the experts must matter, and every copy serve."""
     inputs = _inputs(dense.config, model_type)
+    seen: list[tuple[SparseMoeBlock, torch.Size]] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args: seen.append((block, args[0].shape)))
+        for block in sparse.sparse_blocks
+    ]
     expected, computed = dense(**inputs).logits, sparse(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    rows = len(inputs["input_ids"])
+    for block, shape in seen:
+        batch_first = len(shape) < 3 or shape[0] == rows
+        assert batch_first or block.sequence_first, f"add {model_type} to SEQUENCE_FIRST: its layers see {shape}"
     largest = expected.abs().max()
     difference = ((computed - expected).abs().max() / largest).item()
     assert largest > 0.1, "outputs this small would hide a difference"

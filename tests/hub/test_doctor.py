@@ -129,8 +129,9 @@ def test_equal_experts_need_a_receipt_that_says_copy(folder):
     assert failed(folder) == {"experts differ"}
     (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": "noise"}}))
     assert failed(folder) == {"experts differ"}
-    (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": "copy"}}))
-    assert failed(folder) == set()
+    for method in ("copy", "split"):  # with a granularity of 1
+        (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": method}}))
+        assert failed(folder) == set()
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e4])

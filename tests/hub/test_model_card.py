@@ -376,3 +376,13 @@ def test_whatever_the_files_and_the_present_card_say_is_rendered_or_refused(valu
         return
     assert "Words." in card
     assert "## How to use" in card
+
+
+@pytest.mark.parametrize("router_type", ["top_k", "hash"])
+def test_a_hash_has_no_scores_and_no_balance_loss(router_type, tmp_path):
+    tiny_sparse("llama", router_type=router_type).save_pretrained(tmp_path)
+    card = render_model_card(tmp_path, "me/mixture")
+    learns = router_type == "top_k"
+    assert ("softmax" in rows(card)["Router"]) is learns
+    assert ("Load-balancing loss" in rows(card)) is learns
+    assert ("the balance loss is part of" in card) is learns

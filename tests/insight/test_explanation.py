@@ -194,6 +194,12 @@ class TestBadInput:
         json.dumps(found.to_dict(), allow_nan=False)
         assert "dead expert" in found.to_html()
 
+    def test_a_hash(self, mixture, tokenizer):
+        model = mixture("llama", router_type="hash")
+        with pytest.raises(ValueError, match="`ablate=True` is not allowed"):
+            explain_routing(model, tokenizer, TEXTS, ablate=True)
+        assert "Routers, SHA-256" not in explain_routing(model, tokenizer, TEXTS).to_html()
+
     @pytest.mark.parametrize("name", ["llama", "bert", "roberta", "gpt2"])
     def test_a_text_longer_than_the_model(self, name, mixture, tokenizer):
         found = explain_routing(mixture(name), tokenizer, ["law " * 500, "law"])

@@ -328,7 +328,7 @@ def test_a_batch_of_pads_or_of_one_token_trains(name, kind):
         outputs = model(**inputs, num_items_in_batch=torch.tensor(8))
         outputs.loss.backward()
         assert outputs.loss.isfinite()
-        assert outputs.aux_loss.isfinite()
+        assert outputs.aux_loss is None if kind == "hash" else outputs.aux_loss.isfinite()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 

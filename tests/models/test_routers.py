@@ -7,6 +7,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from hf_sparse_moe.models.masks import SideTokens
 from hf_sparse_moe.models.routers import (
     SparseMoeExpertChoiceRouter,
     SparseMoeTopKRouter,
@@ -263,6 +264,12 @@ def test_hash_depends_on_the_id_alone_and_spreads_the_ids():
     assert torch.equal(first.top_k_index, second.top_k_index)
     load = first.top_k_index.flatten().bincount(minlength=8)
     assert load.min() > 0.9 * load.float().mean()
+
+
+def test_hash_with_ids_of_other_tokens_is_refused():
+    tokens = SideTokens(ids=torch.zeros(2, 5, dtype=torch.long), num_sequences=2)
+    with pytest.raises(ValueError, match="sees 12 tokens cannot tell which of this call's 10 ids are theirs"):
+        routed_block("hash").gate(torch.zeros(12, HIDDEN), tokens.context(12))
 
 
 def test_hash_without_ids_is_refused():

@@ -434,3 +434,14 @@ def test_the_remedy_for_a_stock_mixture_is_one_that_it_has():
     said = _balance_remedy(find_mixture_layers(stock), stock.config)
     assert "`fix_balance(model, router_aux_loss_coef=0.01)`, or `import_stock`" in said
     assert "Raise" not in said
+
+
+def test_of_a_hash_nothing_is_logged_that_says_nothing(tmp_path):
+    model = tiny_sparse("llama", router_type="hash", router_aux_loss_coef=0.01, router_z_loss_coef=0.1)
+    assert "router_aux_loss_coef" not in _balance_remedy(find_mixture_layers(model), model.config)
+    trainer = make_trainer(model, tmp_path, make_rows(model), monitor=RoutingMonitor(), max_steps=2, logging_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["task_loss"])
+    assert not {"aux_loss", "z_loss", "router/confidence", "router/z_loss"} & log.keys()
+    assert {"router/entropy", "router/max_violation", "router/dead_experts"} <= log.keys()

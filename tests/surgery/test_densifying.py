@@ -233,3 +233,19 @@ def test_bad_input(tmp_path):
     uneven = tiny_sparse("llama", moe_intermediate_size=20, mlp_layer_types=["dense", "sparse"])
     with pytest.raises(ValueError, match="no dense architecture has both"):
         to_dense(uneven)
+
+
+@pytest.mark.parametrize("router_type", ["top_k", "hash"])
+def test_measurements_of_another_model_are_refused(router_type, tmp_path):
+    mixture, other = (tiny_sparse("llama", router_type=router_type) for _ in range(2))
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    batches = [tiny_inputs(mixture, labels=False)]
+    with pytest.raises(ValueError, match="`measured` is of another model"):
+        to_dense(mixture, measure_experts(other, batches), method="best")
+    mixture.save_pretrained(tmp_path / "mixture")
+    measured = measure_experts(mixture, batches)
+    to_dense(tmp_path / "mixture", measured, method="best", output=tmp_path / "dense")
+    in_memory = to_dense(mixture, measured, method="best").state_dict()
+    for key, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict().items():
+        assert torch.equal(tensor, in_memory[key]), key

@@ -513,6 +513,14 @@ def test_routers_start_from_each_branch_s_own_text(family):
         ({"sources": ["llama", "llama"], "trunk": "base"}, "needs the base model"),
         ({"sources": ["llama", "llama"], "trunk": "root"}, "`trunk='root'`"),
         ({"sources": ["llama", "llama"], "prompts": [[]]}, "`prompts` has 1 entries"),
+        (
+            {"sources": ["llama"] * 2, "prompts": [[], []], "router_type": "hash"},
+            "`prompts` start the rows",
+        ),
+        (  # the hash would join halves of different branches
+            {"sources": ["llama"] * 2, "granularity": 2, "num_experts_per_tok": 2, "router_type": "hash"},
+            r"it must be one of \['top_k'\]",
+        ),
     ],
 )
 def test_branches_that_do_not_fit_are_refused(arguments, message):

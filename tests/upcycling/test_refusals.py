@@ -265,6 +265,21 @@ def test_data_and_prompts_may_be_texts():
     assert torch.equal(mixture.sparse_blocks[0].gate.weight, same.sparse_blocks[0].gate.weight)
 
 
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_pads_of_data_and_prompts_are_not_measured(name):
+    dense = tiny_dense(name)
+    ids = torch.tensor([IDS])
+    padded = torch.cat([ids, torch.full_like(ids, 90)], dim=1)
+    padded = {"input_ids": padded, "attention_mask": (torch.arange(padded.shape[1]) < len(IDS)).long()[None]}
+    method = {"method": "partition", "partition": "activation"}
+    states = [upcycle(dense, 4, data=[data], **method).state_dict() for data in (ids, padded)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    prompts = [[[ids], [ids.flip(1)]], [[padded], [ids.flip(1)]]]
+    pair = [upcycle(method="branches", sources=[dense] * 2, prompts=each).sparse_blocks for each in prompts]
+    for block, same in zip(*pair, strict=True):
+        torch.testing.assert_close(block.gate.weight, same.gate.weight)
+
+
 @pytest.mark.parametrize("auto_class", [hf.AutoModelForSequenceClassification, hf.AutoModel])
 def test_other_heads_need_labels(auto_class, monkeypatch):
     dense = tiny_dense("bert", auto_class)

@@ -160,6 +160,8 @@ def _routers(model: nn.Module, modules: dict[str, Any]) -> list[str]:
             f"`router=True` finds {len(routers)} routers for {len(blocks)} experts modules. Leave it out, and name "
             "the routers in `modules_to_save`."
         )
+    if not any(True for name in routers for _ in model.get_submodule(name).parameters()):
+        raise ValueError("`router=True` is not allowed: these routers have no weights to train. Leave it out.")
     return sorted({".".join(name.split(".")[-2:]) for name in routers})
 
 

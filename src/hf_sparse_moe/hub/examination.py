@@ -185,8 +185,8 @@ def _experts(folder: Path, layers: list[MixtureLayer]) -> Outcome:
         method = mapping(read_json(folder / RECEIPT_NAME).get("arguments")).get("method")
     except ValueError:
         method = None
-    if equal and method == "copy":
-        return PASSED, f"All are equal in {_some(equal)}, as the receipt says (method `copy`)."
+    if equal and method in ("copy", "split"):
+        return PASSED, f"All are equal in {_some(equal)}, as the receipt says (method `{method}`)."
     told = f"all are equal in {_some(equal)}, and no receipt says that they were copied" if equal else None
     return _verdict(told, f"In all {len(layers)} sparse layers.")
 

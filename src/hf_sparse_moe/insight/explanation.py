@@ -185,6 +185,8 @@ def explain_routing(
         ```
     """
     find_mixture_layers(model)
+    if ablate and getattr(model.config, "router_type", None) == "hash":
+        raise ValueError("`ablate=True` is not allowed: a hash has no other expert for the tokens of a disabled one.")
     training, paths = model.training, list(checkpoints)
     model.eval()
     try:
@@ -208,9 +210,9 @@ def explain_routing(
 
 def _about(model: PreTrainedModel, measured: Measurement) -> dict[str, str]:
     config, routers = model.config, hashlib.sha256()
-    for layer in find_mixture_layers(model):
-        for parameter in layer.router.parameters():
-            routers.update(parameter.detach().cpu().float().numpy().tobytes())
+    learnt = [parameter for layer in find_mixture_layers(model) for parameter in layer.router.parameters()]
+    for parameter in learnt:
+        routers.update(parameter.detach().cpu().float().numpy().tobytes())
     counts = {side: len(tokens.ids) for side, tokens in measured.tokens.items()}
     described = ", ".join(f"{count:,} {side} tokens" for side, count in counts.items())
     revision = getattr(config, "_commit_hash", None)
@@ -218,7 +220,7 @@ def _about(model: PreTrainedModel, measured: Measurement) -> dict[str, str]:
     return {
         "Model": f"{Path(str(config.name_or_path)).name or 'in memory'} ({type(model).__name__})",
         **({"Revision": str(revision)} if revision else {}),
-        "Routers, SHA-256": routers.hexdigest(),
+        **({"Routers, SHA-256": routers.hexdigest()} if learnt else {}),
         "Data": f"{_count(measured.texts, 'text')}, {_count(measured.groups, 'group')}, {described}",
         "Data, SHA-256": hashlib.sha256(json.dumps(measured.texts).encode()).hexdigest(),
         "Versions": ", ".join(

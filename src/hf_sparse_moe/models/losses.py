@@ -126,8 +126,9 @@ def span_labels(start_positions: torch.Tensor | None, end_positions: torch.Tenso
 
 
 def has_balance_loss(settings: BalanceSettings) -> bool:
-    """Whether a loss of the router is on."""
-    return settings.router_aux_loss_coef > 0 or settings.router_z_loss_coef > 0
+    """Whether a loss of the router is on. A hash has no logits to train."""
+    learns = getattr(settings, "router_type", None) != "hash"
+    return learns and (settings.router_aux_loss_coef > 0 or settings.router_z_loss_coef > 0)
 
 
 class BalanceLosses:

@@ -19,6 +19,9 @@ from .routing import RoutingEvent, active_record
 
 logger = logging.get_logger(__name__)
 
+# Dense architectures whose layers see (S, B, H); tests/conformance/measuring.py looks at every architecture.
+SEQUENCE_FIRST = {"fsmt", "xlnet"}
+
 
 class SparseMoeBlock(nn.Module):
     """
@@ -38,6 +41,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.side = side
         self.config = config
+        self.sequence_first = config.dense_config.model_type in SEQUENCE_FIRST
         self.is_initialized = False
         hidden, act_fn = feed_forward.hidden_size, feed_forward.activation
         gated, biased = feed_forward.layout.gated, feed_forward.biased
@@ -70,13 +74,26 @@ class SparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(..., H)`): The tokens, pads included.
+            hidden_states (`torch.Tensor` of shape `(B, S, H)`): The tokens, pads included; `(S, B, H)` of an
+                architecture that is `sequence_first`, and any other where nothing needs to know which token is which.
 
         Returns:
             `torch.Tensor` of the same shape.
         """
+        if self.sequence_first:
+            return self._serve(hidden_states.transpose(0, 1)).transpose(0, 1)
+        return self._serve(hidden_states)
+
+    def _serve(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         record = active_record()
+        if record is None and self.gate.asks_for_tokens and _computes_again():
+            raise RuntimeError(
+                "A sparse layer whose router must know the tokens of a call "
+                f"(`router_type={self.config.router_type!r}`, `capacity_factor={self.config.capacity_factor}`) is "
+                "computed again by an activation checkpoint that does not. Use "
+                "`model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of Trainer, in its place."
+            )
         context = NO_CONTEXT if record is None else record.context(self.side, tokens_TH.shape[0])
         routing = self.gate(tokens_TH, context)
         if record is not None and record.keep:
@@ -122,6 +139,11 @@ class SharedExperts(nn.Module):
             gate, up = up.chunk(2, dim=-1)
             return self.down_proj(self.dropout(self.act_fn(gate) * up))
         return self.down_proj(self.dropout(self.act_fn(up)))
+
+
+def _computes_again() -> bool:
+    """Whether this runs in a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def sparse_feed_forwards(

@@ -103,6 +103,11 @@ class SparseMoeRouter(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
 
+    @property
+    def asks_for_tokens(self) -> bool:
+        """Whether the choice depends on more than the hidden states: on ids, pads, or where sequences end."""
+        return True
+
     def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
         """
         Args:
@@ -168,6 +173,10 @@ class SparseMoeTopKRouter(SparseMoeRouter):
         self.e_score_correction_bias: torch.Tensor | None
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    @property
+    def asks_for_tokens(self) -> bool:
+        return self.drops_tokens  # pads get no room
 
     @property
     def is_short(self) -> bool:
@@ -296,7 +305,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
 
-    is_short = False
+    is_short, asks_for_tokens = False, True
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if not torch.compiler.is_compiling() and context.is_packed:
@@ -333,10 +342,13 @@ class SparseMoeHashRouter(SparseMoeRouter):
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if (ids := context.ids) is None:
-            raise ValueError(
-                f'`router_type="hash"` routes by the token ids of the {self.side}, and this call has none for its '
-                f"{len(scores_TE)} tokens. Pass `input_ids` (`decoder_input_ids`), not `inputs_embeds`."
-            )
+            given, tokens = context.side.ids, len(scores_TE)
+            told = f"this call has none for its {tokens} tokens. Pass `input_ids` (`decoder_input_ids`), not "
+            told += "`inputs_embeds`."
+            if given is not None:
+                told = f"a layer that sees {tokens} tokens cannot tell which of this call's {given.numel()} ids are "
+                told += "theirs. Take another router, for this architecture adds, pools or leaves out tokens."
+            raise ValueError(f'`router_type="hash"` routes by the token ids of the {self.side}, and {told}')
         mixed = (ids.long() * 2654435761) % 2**32 // 2**8  # Knuth's multiplicative hash; its low bits are poor
         top_k_index = (mixed[:, None] + torch.arange(self.top_k, device=ids.device)) % self.num_experts
         return top_k_index.to(scores_TE.device), None, None

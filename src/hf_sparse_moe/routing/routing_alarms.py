@@ -35,6 +35,7 @@ class LayerHealth:
         z_loss (`float`): Mean over the tokens of logsumexp(logits)^2.
         non_finite (`int`): The tokens for which the router computed NaN or infinity.
         logit_size (`torch.Tensor` of shape `(E,)`): Root mean square of each expert's logits.
+        learns (`bool`): Whether the router has weights. Of a hash, neither probabilities nor logits say anything.
     """
 
     label: str
@@ -46,20 +47,21 @@ class LayerHealth:
     z_loss: float
     logit_size: torch.Tensor
     non_finite: int = 0
+    learns: bool = True
 
     def values(self) -> dict[str, float]:
         """What is logged of the layer."""
         load = self.routing.load
+        of_logits = {"confidence": self.confidence, "z_loss": self.z_loss} if self.learns else {}
         return {
             "load_max": load.max().item(),
             "load_min": load.min().item(),
             "max_violation": self.routing.max_violation,
             "entropy": self.routing.entropy,
             "dead_experts": len(self.routing.dead_experts),
-            "confidence": self.confidence,
             "dropped": self.dropped,
-            "z_loss": self.z_loss,
             "non_finite": self.non_finite,
+            **of_logits,
         }
 
 

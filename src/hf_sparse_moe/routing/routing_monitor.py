@@ -204,6 +204,7 @@ class RoutingMonitor(EventCallback):
                     z_loss=(row[Z_LOSS] / tokens).item(),
                     non_finite=int(row[NON_FINITE]),
                     logit_size=(squares / tokens).sqrt(),
+                    learns=any(True for _ in layer.router.parameters()),
                 )
             )
         return found
@@ -305,6 +306,8 @@ def _over_layers(layers: list[LayerHealth]) -> dict[str, float]:
 def _balance_remedy(layers: list[MixtureLayer], config: Any) -> str:
     if any(layer.selection_bias is not None for layer in layers):
         return "Add `SelectionBiasCallback`, or raise its `update_speed`."
+    if getattr(config, "router_type", None) == "hash":
+        return "The ids of the text decide: take fewer experts, or a router that learns."
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if isinstance(config, SparseMoeConfig):
         return f"Raise `router_aux_loss_coef` ({coefficient} now)."

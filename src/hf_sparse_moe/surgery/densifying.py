@@ -311,11 +311,12 @@ def _plan(source: Any, measured: ExpertMeasurements | None, method: str) -> _Pla
         found = measured.layers
         read = tensors.reader(reuse=False)
         gates = [block.gate.named_parameters() for block in sparse.sparse_blocks]
-        routers = [
-            router_sha256({name: read(f"{layer.block}.gate.{name}") for name, _ in gate})
+        known = [
+            {name: read(f"{layer.block}.gate.{name}") for name, _ in gate}
+            or {"first expert": read(f"{layer.block}.experts.down_proj")[0]}
             for layer, gate in zip(layers, gates, strict=True)
         ]
-        if [layer.router_sha256 for layer in found] != routers:
+        if [layer.router_sha256 for layer in found] != [router_sha256(tensors) for tensors in known]:
             raise ValueError("`measured` is of another model: its routers have other weights. Measure again.")
         salience = [layer.reap.tolist() for layer in found]
         sums = [layer.found("sampled_weights").sum(dim=-1).mean().item() for layer in found]

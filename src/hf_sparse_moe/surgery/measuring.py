@@ -208,8 +208,10 @@ class _Sums:
                 f"The experts or the router of `{layer.name}` computed NaN or infinity on this text, so that nothing "
                 "can be measured. Load the model in float32 or bfloat16, and see `hf-sparse-moe doctor`."
             )
-        router = dict(layer.router.state_dict())
-        return LayerMeasurements(layer.name, layer.num_experts, layer.top_k, router_sha256(router), tensors)
+        known = dict(layer.router.state_dict())
+        if not known:  # a hash has no weights
+            known = {"first expert": layer.experts.get_parameter("down_proj")[0]}
+        return LayerMeasurements(layer.name, layer.num_experts, layer.top_k, router_sha256(known), tensors)
 
     def _compare(self) -> dict[str, torch.Tensor]:
         states_SH, logits_SE, weights_SE = self.sample

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_moe.models.moe_block import SEQUENCE_FIRST
+
 
 MAX_TOKENS = 4096  # a layer; enough for means and clusters
 Batch = dict[str, torch.Tensor]
@@ -82,17 +84,27 @@ def task_losses(models: dict[str, PreTrainedModel], batches: list[tuple[Batch, i
 
 @torch.no_grad()
 def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most 4096."""
+    """
+    The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most 4096. Pads are
+    left out, where a module sees the tokens of the batch; a decoder reads the encoder's.
+    """
     seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
+    counted: torch.Tensor | None = None  # (B, S)
+    sequence_first = dense.config.model_type in SEQUENCE_FIRST
 
     def watch(module: nn.Module, args: tuple) -> None:
-        seen[module].append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
+        rows_TH = args[0].reshape(-1, args[0].shape[-1])
+        if counted is not None and len(rows_TH) == counted.numel():
+            rows_TH = rows_TH[(counted.T if sequence_first else counted).reshape(-1)]
+        seen[module].append(rows_TH.float().cpu())
 
     hooks = [module.register_forward_pre_hook(watch) for module in modules]
     training = dense.training
     try:
         dense.eval()
         for batch in batches:
+            mask = batch.get("attention_mask")
+            counted = mask.to(dense.device) != 0 if mask is not None and mask.dim() == 2 else None
             decoder = {"decoder_input_ids": batch["input_ids"]} if dense.config.is_encoder_decoder else {}
             _run(dense, decoder | {name: tensor for name, tensor in batch.items() if name != "labels"})
             if all(sum(map(len, parts)) >= MAX_TOKENS for parts in seen.values()):

@@ -153,6 +153,8 @@ def upcycle(
         raise ValueError('`sources` must name at least 2 dense checkpoints for `method="branches"`.')
     if prompts is not None and len(prompts) != len(sources):
         raise ValueError(f"`prompts` has {len(prompts)} entries for {len(sources)} `sources`. Give one each.")
+    if prompts is not None and options_and_fields.get("router_type") == "hash":
+        raise ValueError("`prompts` start the rows of a router, and `router_type='hash'` has none. Leave them out.")
     if source is None and method != "branches":
         raise ValueError("`source` is missing. Pass a dense model, or the folder or Hub id of one.")
     if output is not None and distributed_config is not None:

@@ -109,8 +109,8 @@ def mixture_config(
             fields[name] = layer_types(chosen, sum(where == side for _, where in found))
     units = {feed_forward.intermediate_size for feed_forward, _ in found}
     makes_parts = method == "partition" or recipe.options.get("granularity", 1) > 1
-    # The hash takes experts that follow each other, as the parts of a whole do.
-    makes_whole = ["top_k"] if method == "partition" else ["top_k", "hash"]
+    # The hash takes experts that follow each other, as the parts of copies do; those of branches are of one each.
+    makes_whole = ["top_k", "hash"] if method == "split" else ["top_k"]
     if makes_parts and everything.router_type not in makes_whole:
         raise ValueError(
             f"`router_type={everything.router_type!r}` is not allowed with `method={method!r}`, whose experts are "

@@ -188,7 +188,9 @@ def _rows(layers: Mapping[str, tuple[MixtureLayer, MixtureLayer, Sequence[Sequen
             False,
             f"The source's experts, or their router rows, are not those that the receipt says: {different[0]}.",
         )
-    return True, f"The router rows in {len(layers)} layers, and {alone} experts, are those of the source, bit for bit."
+    learnt = any(old.router.state_dict() for old, _, _ in layers.values())
+    told = f"The router rows in {len(layers)} layers, and {alone} experts," if learnt else f"{alone} experts"
+    return True, f"{told} are those of the source, bit for bit."
 
 
 def _outside_experts(result: PreTrainedModel, source: PreTrainedModel, layers: list[str]) -> Finding:
