@@ -129,8 +129,10 @@ def test_equal_experts_need_a_receipt_that_says_copy(folder):
     assert failed(folder) == {"experts differ"}
     (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": "noise"}}))
     assert failed(folder) == {"experts differ"}
-    for method in ("copy", "split"):  # with a granularity of 1
-        (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": method}}))
+    (folder / "receipt.json").write_text(json.dumps({"arguments": {"method": "split", "granularity": 2}}))
+    assert failed(folder) == {"experts differ"}
+    for arguments in ({"method": "copy"}, {"method": "split", "granularity": 1}):
+        (folder / "receipt.json").write_text(json.dumps({"arguments": arguments}))
         assert failed(folder) == set()
 
 

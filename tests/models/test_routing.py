@@ -66,10 +66,11 @@ def test_eight_threads_share_one_model(name, kind):
     assert not [key for module in model.modules() for key in vars(module) if "token" in key and "record" in key]
 
 
+@pytest.mark.parametrize("router_type", ["hash", "top_k"])
 @pytest.mark.parametrize("inner", ["llama", "t5", "the encoder of t5"])
-def test_a_forward_pass_within_a_forward_pass_has_a_record_of_its_own(inner):
+def test_a_forward_pass_within_a_forward_pass_has_a_record_of_its_own(inner, router_type):
     """As of a model that reads the hidden states of another one."""
-    outer = without_dropout(tiny_sparse("t5", router_type="hash")).train()
+    outer = without_dropout(tiny_sparse("t5", router_type=router_type)).train()
     other = tiny_sparse(inner.split()[-1])
     inputs, others = tiny_inputs(outer, pads=2), tiny_inputs(other, batch=3, length=5)
     expected = outer(**inputs)
@@ -88,6 +89,8 @@ def test_a_forward_pass_within_a_forward_pass_has_a_record_of_its_own(inner):
     found = outer(**inputs, output_router_logits=True)
     assert len(found.router_logits) == len(outer.sparse_blocks)
     torch.testing.assert_close(found.loss, expected.loss)
+    if router_type == "top_k":
+        torch.testing.assert_close(found.aux_loss, expected.aux_loss)
     torch.testing.assert_close(seen, alone)
 
 

@@ -109,6 +109,8 @@ def zeros_besides(written: Collection[int], like: torch.Tensor) -> torch.Tensor:
     if like.device.type == "cpu" and like.numel() * like.element_size() >= MAPPED_BYTES:
         memory = torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8))
         return memory.view(like.dtype).view(like.shape)
+    if not written:  # also on a device, where the host does not know
+        return torch.zeros_like(like)
     memory = torch.empty_like(like)
     for expert in set(range(len(like))).difference(written):
         memory[expert].zero_()

@@ -182,10 +182,11 @@ def _experts(folder: Path, layers: list[MixtureLayer]) -> Outcome:
         return NOT_CHECKED, "No sparse layer."
     equal = [layer.name for layer in layers if layer.num_experts > 1 and _all_equal(layer)]
     try:
-        method = mapping(read_json(folder / RECEIPT_NAME).get("arguments")).get("method")
+        arguments = mapping(read_json(folder / RECEIPT_NAME).get("arguments"))
     except ValueError:
-        method = None
-    if equal and method in ("copy", "split"):
+        arguments = {}
+    method = arguments.get("method")
+    if equal and (method == "copy" or (method == "split" and arguments.get("granularity") == 1)):
         return PASSED, f"All are equal in {_some(equal)}, as the receipt says (method `{method}`)."
     told = f"all are equal in {_some(equal)}, and no receipt says that they were copied" if equal else None
     return _verdict(told, f"In all {len(layers)} sparse layers.")

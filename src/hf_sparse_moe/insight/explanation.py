@@ -20,6 +20,7 @@ from transformers.utils.logging import tqdm
 from hf_sparse_moe.checkpoints.files import read_json, write_whole
 from hf_sparse_moe.routing.mixture_layers import find_mixture_layers
 from hf_sparse_moe.routing.statistics import LayerRouting, RoutingStatistics
+from hf_sparse_moe.routing.switches import is_hash
 
 from .ablation import measure_ablation
 from .definitions import LayerFacts, count_experts, layer_facts, mean_of_known, saturation
@@ -184,8 +185,8 @@ def explain_routing(
         explain_routing(model, tokenizer, texts, groups=domains).to_html("routing.html")
         ```
     """
-    find_mixture_layers(model)
-    if ablate and getattr(model.config, "router_type", None) == "hash":
+    layers = find_mixture_layers(model)
+    if ablate and any(map(is_hash, layers)):
         raise ValueError("`ablate=True` is not allowed: a hash has no other expert for the tokens of a disabled one.")
     training, paths = model.training, list(checkpoints)
     model.eval()

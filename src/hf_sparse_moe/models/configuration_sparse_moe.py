@@ -105,8 +105,9 @@ class SparseMoeConfig(PreTrainedConfig):
             `"expert_choice"`: how many experts serve a token on average; None means `num_experts_per_tok`.
         router_jitter_noise (`float`, defaults to 0.0):
             In training, multiply the router's input by U(1 - noise, 1 + noise).
-        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss in training; 0 is off.
-        router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss in training; 0 is off.
+        router_aux_loss_coef (`float`, defaults to 0.01):
+            Weight of the load-balancing loss in training; 0 is off, as it always is with `"hash"`.
+        router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss in training; 0 is off, likewise.
         balance_scope (`str`, defaults to `"micro_batch"`):
             Over which tokens the load-balancing loss evens the load: those of the `"micro_batch"`, of each
             `"sequence"` (DeepSeek-V3), or of the `"global_batch"`, all ranks and the micro-batches of the step so far

@@ -125,6 +125,20 @@ def span_labels(start_positions: torch.Tensor | None, end_positions: torch.Tenso
 # ---- of the routers ---------------------------------------------------------------------------------------------
 
 
+NO_GRADIENT = (
+    "The balance loss has no gradient, for layers are computed again in the backward pass by something that does not "
+    "know of it: a reversible architecture (Reformer), or a reentrant activation checkpoint around them. Nothing "
+    "balances this mixture. Use `gradient_checkpointing=True` of Trainer in place of such a checkpoint; Reformer can "
+    'have `scoring_func="sigmoid"` with `SelectionBiasCallback`.'
+)
+
+
+def _learns(events: list[RoutingEvent]) -> bool:
+    """Whether a router is trained."""
+    routers = [getattr(event.layer, "gate", None) or event.layer.router for event in events]
+    return any(parameter.requires_grad for router in routers for parameter in router.parameters())
+
+
 def has_balance_loss(settings: BalanceSettings) -> bool:
     """Whether a loss of the router is on. A hash has no logits to train."""
     learns = getattr(settings, "router_type", None) != "hash"
@@ -169,6 +183,8 @@ class BalanceLosses:
             losses = [_balance_loss(*layer, settings.balance_scope) for layer in layers]
             self.losses_L = torch.stack([loss.to(device) for loss in losses])
         self.aux_loss = self.losses_L.mean()
+        if trains and torch.is_grad_enabled() and not self.aux_loss.requires_grad and _learns(events):
+            logger.warning_once(NO_GRADIENT)
         self.z_loss: torch.Tensor | None = None
         self._step, self._num_sequences = step, events[-1].num_sequences
         self._share: Callable[[], float] | None = None

@@ -42,6 +42,8 @@ class TokenContext(NamedTuple):
             return None
         if length * mask.shape[0] != self.num_tokens or length > mask.shape[1]:
             return None
+        if self.side.ids is not None and length != self.side.ids.shape[-1]:  # a layer that pools
+            return None
         return mask[:, mask.shape[1] - length :].reshape(-1)  # the last columns: a cache holds the earlier tokens
 
     @property

@@ -87,12 +87,13 @@ class SparseMoeBlock(nn.Module):
     def _serve(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         record = active_record()
-        if record is None and self.gate.asks_for_tokens and _computes_again():
+        if record is None and self._asks_for_tokens and _computes_again():
             raise RuntimeError(
                 "A sparse layer whose router must know the tokens of a call "
                 f"(`router_type={self.config.router_type!r}`, `capacity_factor={self.config.capacity_factor}`) is "
-                "computed again by an activation checkpoint that does not. Use "
-                "`model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of Trainer, in its place."
+                "computed again in the backward pass by something that does not. In place of an activation checkpoint "
+                "around layers use `model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of "
+                "Trainer; in a reversible architecture (Reformer) take another router."
             )
         context = NO_CONTEXT if record is None else record.context(self.side, tokens_TH.shape[0])
         routing = self.gate(tokens_TH, context)
@@ -111,6 +112,13 @@ class SparseMoeBlock(nn.Module):
         if self.training:  # a call of `nn.Dropout` costs a decoding step as much as an operation
             output_TH = self.dropout(output_TH)
         return output_TH.reshape(hidden_states.shape)
+
+    @property
+    def _asks_for_tokens(self) -> bool:
+        """Whether the choice depends on more than the hidden states: on ids, pads, or where sequences end."""
+        config = self.config
+        chooses = config.router_type == "expert_choice" and self.side == "encoder"
+        return config.router_type == "hash" or chooses or (self.training and config.capacity_factor is not None)
 
 
 class SharedExperts(nn.Module):

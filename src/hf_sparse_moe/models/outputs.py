@@ -13,11 +13,12 @@ class RoutingFields:
     """
     Args:
         aux_loss (`torch.FloatTensor`, *optional*): The load-balancing loss, mean over the sparse layers, unscaled:
-            1 when balanced. Present in training while a coefficient is above 0, and with `output_router_logits`.
+            1 when balanced. Present in training while a coefficient is above 0 and routers learn, and with
+            `output_router_logits`.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): One entry of shape `(T, E)` a sparse layer, pads
             included, encoder before decoder. Present with `output_router_logits`.
         task_loss (`torch.FloatTensor`, *optional*): `loss` without the balance losses. Present with labels, in
-            training while a coefficient is above 0; else `loss` is the task loss.
+            training while a coefficient is above 0 and routers learn; else `loss` is the task loss.
         z_loss (`torch.FloatTensor`, *optional*): The router z-loss, mean over the sparse layers, unscaled. Present
             where `aux_loss` is, while its coefficient is above 0.
     """

@@ -103,11 +103,6 @@ class SparseMoeRouter(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.disabled_experts: torch.Tensor | None = None  # (E,) bool; see `hf_sparse_moe.routing.switches`
 
-    @property
-    def asks_for_tokens(self) -> bool:
-        """Whether the choice depends on more than the hidden states: on ids, pads, or where sequences end."""
-        return True
-
     def forward(self, hidden_states_TH: torch.Tensor, context: TokenContext = NO_CONTEXT) -> Routing:
         """
         Args:
@@ -173,10 +168,6 @@ class SparseMoeTopKRouter(SparseMoeRouter):
         self.e_score_correction_bias: torch.Tensor | None
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
-
-    @property
-    def asks_for_tokens(self) -> bool:
-        return self.drops_tokens  # pads get no room
 
     @property
     def is_short(self) -> bool:
@@ -305,7 +296,7 @@ class SparseMoeExpertChoiceRouter(SparseMoeTopKRouter):
     defaults to `num_experts_per_tok`. A sequence never depends on the others of its batch, and pads are never chosen.
     """
 
-    is_short, asks_for_tokens = False, True
+    is_short = False
 
     def choose(self, scores_TE: torch.Tensor, context: TokenContext) -> Choice:
         if not torch.compiler.is_compiling() and context.is_packed:

@@ -164,9 +164,7 @@ def checkpoint_with_routing(checkpoint_function: Callable) -> Callable:
 
     @wraps(checkpoint_function)
     def checkpoint(function: Callable, *args, **kwargs):
-        outer = active_record()
-        if outer is None:
-            return checkpoint_function(function, *args, **kwargs)
+        outer = active_record() or RoutingRecord(keep=False)
         inner_events: list[RoutingEvent] = []
         returns_tuple = False
 

@@ -119,7 +119,7 @@ class RoutingAlarms:
                 self._windows.pop(layer.label, None)
                 continue
             self._tell(layer, "non-finite", None)
-            self._tell(layer, "logits", self._exploding_logits(layer))
+            self._tell(layer, "logits", self._exploding_logits(layer) if layer.learns else None)
             counts = layer.routing.counts.sum(dim=0)
             window = self._windows.setdefault(layer.label, _Window(last, torch.zeros_like(counts)))
             window.counts = window.counts + counts

@@ -47,7 +47,8 @@ class RoutingMonitor(EventCallback):
       go on with 0 in their place;
     - `task_loss`, `aux_loss` and `z_loss`, the parts of `loss` as the model gives them: means over the optimizer
       steps, each micro-batch with its share of the step's labels;
-    - the nine values of `router/` for every layer, as `router/layer_3/entropy` (`router/encoder_layer_3/entropy`).
+    - of routers without weights, such as a hash, neither `router/confidence` nor `router/z_loss`;
+    - the values of `router/` for every layer, as `router/layer_3/entropy` (`router/encoder_layer_3/entropy`).
 
     Everything is summed on the device; once a log it is added up over the ranks in one all-reduce, and read. Add it
     with [`add_leading_callback`], so that the integrations of `report_to` get the numbers too. Evaluations are not

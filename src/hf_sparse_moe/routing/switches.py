@@ -117,7 +117,7 @@ def disable_experts(model: nn.Module, experts: Sequence[int] | Mapping[int, Sequ
         if place not in range(len(layers)):
             raise ValueError(f"`experts` names layer {place!r}; the sparse layers are 0 to {len(layers) - 1}.")
         layer = layers[place]
-        if _is_hash(layer):
+        if is_hash(layer):
             raise ValueError(f"`experts` cannot be disabled in layer {place}: the token's id decides its experts.")
         unknown = [e for e in ids if isinstance(e, bool) or e not in range(layer.num_experts)]
         if unknown:
@@ -344,7 +344,7 @@ def _own_layers(model: nn.Module, switch: str) -> list[MixtureLayer]:
     return layers
 
 
-def _is_hash(layer: MixtureLayer) -> bool:
+def is_hash(layer: MixtureLayer) -> bool:
     """Whether the token's id chooses: ours, or a stock router that is called with the ids (DeepSeek-V4)."""
     if gates := _gates(layer):
         return any(isinstance(gate, SparseMoeHashRouter) for gate in gates)

@@ -27,6 +27,7 @@ from hf_sparse_moe.routing.mixture_layers import (
     event_of,
     find_mixture_layers,
     observe_routing,
+    without_wrapper,
 )
 from hf_sparse_moe.routing.statistics import ALL
 
@@ -210,7 +211,8 @@ class _Sums:
             )
         known = dict(layer.router.state_dict())
         if not known:  # a hash has no weights
-            known = {"first expert": layer.experts.get_parameter("down_proj")[0]}
+            experts: Any = without_wrapper(layer.experts)
+            known = {"first expert": experts.down_proj[0]}
         return LayerMeasurements(layer.name, layer.num_experts, layer.top_k, router_sha256(known), tensors)
 
     def _compare(self) -> dict[str, torch.Tensor]:

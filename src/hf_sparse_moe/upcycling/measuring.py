@@ -86,7 +86,7 @@ def task_losses(models: dict[str, PreTrainedModel], batches: list[tuple[Batch, i
 def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterable[Batch]) -> list[torch.Tensor]:
     """
     The inputs of some modules on real tokens, (tokens, features), in evaluation mode, float32, at most 4096. Pads are
-    left out, where a module sees the tokens of the batch; a decoder reads the encoder's.
+    left out, where a module sees the tokens of the batch; a decoder without ids of its own reads the encoder's.
     """
     seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
     counted: torch.Tensor | None = None  # (B, S)
@@ -95,7 +95,8 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterabl
     def watch(module: nn.Module, args: tuple) -> None:
         rows_TH = args[0].reshape(-1, args[0].shape[-1])
         if counted is not None and len(rows_TH) == counted.numel():
-            rows_TH = rows_TH[(counted.T if sequence_first else counted).reshape(-1)]
+            mask_BS = counted.T if sequence_first else counted
+            rows_TH = rows_TH[mask_BS.reshape(-1).to(rows_TH.device)]
         seen[module].append(rows_TH.float().cpu())
 
     hooks = [module.register_forward_pre_hook(watch) for module in modules]
@@ -104,7 +105,9 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterabl
         dense.eval()
         for batch in batches:
             mask = batch.get("attention_mask")
-            counted = mask.to(dense.device) != 0 if mask is not None and mask.dim() == 2 else None
+            if mask is not None:
+                mask = mask.ne(0) if mask.dim() == 2 and "decoder_input_ids" not in batch else None
+            counted = mask
             decoder = {"decoder_input_ids": batch["input_ids"]} if dense.config.is_encoder_decoder else {}
             _run(dense, decoder | {name: tensor for name, tensor in batch.items() if name != "labels"})
             if all(sum(map(len, parts)) >= MAX_TOKENS for parts in seen.values()):
@@ -113,8 +116,8 @@ def inputs_of(dense: PreTrainedModel, modules: list[nn.Module], batches: Iterabl
         dense.train(training)
         for hook in hooks:
             hook.remove()
-    if not all(seen.values()):
-        raise ValueError("`data` has no batches to measure on. Give at least one batch of token ids.")
+    if not all(sum(map(len, parts)) for parts in seen.values()):
+        raise ValueError("`data` or `prompts` have no token to measure on. Give at least one batch of token ids.")
     return [torch.cat(parts)[:MAX_TOKENS] for parts in seen.values()]
 
 
