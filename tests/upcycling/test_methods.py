@@ -418,7 +418,7 @@ def test_balanced_k_means_finds_the_groups():
         ({"method": "split", "moe_intermediate_size": 48}, "`moe_intermediate_size=48` is not allowed"),
         ({"method": "copy", "drop_ratio": 0.5}, "`drop_ratio` is neither a field"),
         ({"num_experts_per_tok": 5}, "`num_experts_per_tok=5`"),
-        ({"data": [], "method": "partition", "partition": "activation"}, "`data` has no batches"),
+        ({"data": [], "method": "partition", "partition": "activation"}, "`data` or `prompts` have no token"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_sentence(arguments, message):
